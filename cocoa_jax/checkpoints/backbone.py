@@ -1,0 +1,62 @@
+"""A backbone from wherever it lies: a Hugging Face folder, or a stage that was trained here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from cocoa_jax.checkpoints.errors import CheckpointError
+from cocoa_jax.checkpoints.huggingface import read_folder
+from cocoa_jax.checkpoints.orbax import backbone_folder, load_params, read_metadata
+from cocoa_jax.models.config import Qwen2VLConfig, read_config
+from cocoa_jax.models.qwen2_vl import Params, abstract_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """Where a backbone lies and what it is; its weights are read by ``load``.
+
+    Args:
+        path: the folder that the user named.
+        side_files: the folder of config.json, tokenizer and preprocessor.
+        config: sizes of the backbone.
+        trained: whether ``path`` is a stage of ours rather than a Hugging Face folder.
+    """
+
+    path: Path
+    side_files: Path
+    config: Qwen2VLConfig
+    trained: bool
+
+    def load(self, wanted: Params | None = None) -> Params:
+        """The weights, in float32 where ``wanted`` does not say otherwise.
+
+        Args:
+            wanted: shapes, types and shardings; a trained stage is read straight onto them, a Hugging Face
+                folder into host memory.
+
+        Raises:
+            CheckpointError: weights that are missing, damaged or of another shape.
+        """
+        described = abstract_params(self.config) if wanted is None else wanted
+        return load_params(self.path, described) if self.trained else read_folder(self.path, described)
+
+    def origin(self) -> dict[str, object]:
+        """What the next stage writes down about where it came from."""
+        stage = read_metadata(self.path) if self.trained else None
+        return {"path": str(self.path), "stage": stage and stage["stage"], "parent": stage and stage["parent"]}
+
+
+def open_backbone(path: str | Path) -> Backbone:
+    """Look at a folder without reading its weights.
+
+    Raises:
+        CheckpointError: the folder is missing.
+        ConfigError: it holds no config of a Qwen2-VL or Qwen2.5-VL.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint {folder} is not a folder: give a Hugging Face folder or a trained stage")
+    trained = backbone_folder(folder).is_dir()
+    side_files = backbone_folder(folder) if trained else folder
+    return Backbone(folder, side_files, read_config(side_files), trained)

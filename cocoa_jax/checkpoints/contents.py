@@ -1,0 +1,71 @@
+"""What a tree of arrays holds, in words that survive on disk: dtype, shape and checksum of every array by its path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any  # a pytree of arrays, or of their jax.ShapeDtypeStruct
+Contents = Mapping[str, Mapping[str, Any]]
+
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+
+
+def contents_of(tree: Tree) -> dict[str, Any]:
+    """Dtype, shape and checksum of every array by its path."""
+    described = zip(_described(tree).items(), checksums(tree), strict=True)
+    return {key: {**what, "checksum": value} for (key, what), value in described}
+
+
+def _described(tree: Tree) -> dict[str, Any]:
+    return {key: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)} for key, leaf in flat(tree)}
+
+
+def flat(tree: Tree) -> list[tuple[str, Any]]:
+    """Arrays of a tree with their paths, names joined by slashes."""
+    # Paths spell fields of optax's named tuples and keys of dicts alike, so they survive a change of container.
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def checksums(tree: Tree) -> list[int]:
+    """One number per array, in the order of ``flat``; computed where the arrays are."""
+    # One call per array: the arrays of an optimizer state need not share their devices.
+    return [int(value) for value in jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])]
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+    """Sum of all elements' bits, each times an odd number of its own, modulo 2^32; the same on any mesh.
+
+    A changed element changes the sum, because an odd factor never makes a difference vanish modulo 2^32.
+    """
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+
+def mismatches(name: str, tree: Tree, stored: Contents, *, same_dtype: bool) -> list[str]:
+    """Every array that is on one side only, or differs in shape (or dtype), with both sides."""
+    wanted = _described(tree)
+    missing, extra = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
+    problems = [f"{name}/{key}: not in the checkpoint, wanted {_text(wanted[key])}" for key in sorted(missing)]
+    problems += [f"{name}/{key}: the checkpoint has {_text(stored[key])}, not wanted" for key in sorted(extra)]
+    compared = ("shape", "dtype") if same_dtype else ("shape",)
+    problems += [
+        f"{name}/{key}: the checkpoint has {_text(stored[key])}, wanted {_text(wanted[key])}"
+        for key in wanted
+        if key in stored and any(wanted[key][part] != stored[key][part] for part in compared)
+    ]
+    return problems
+
+
+def _text(description: Mapping[str, Any]) -> str:
+    return f"{description['dtype']}{description['shape']}"

@@ -1,0 +1,11 @@
+"""The errors that everything about checkpoints raises."""
+
+from __future__ import annotations
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written as asked; the message lists every problem that was found."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint cannot be read back as it was saved: files are missing, cut short or changed."""

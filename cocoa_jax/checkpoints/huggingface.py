@@ -1,0 +1,281 @@
+"""Weights between a Hugging Face folder and the parameter tree, both ways.
+
+Tensors pass one at a time, so that reading costs one copy of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+
+from cocoa_jax.checkpoints.errors import CheckpointError
+from cocoa_jax.checkpoints.hub_layout import IGNORED, Leaf, Shape, Slot, Tree, hub_key, plan, raise_problems
+from cocoa_jax.models.config import read_config
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+# Whatever a backbone's folder holds beside its weights: config, tokenizer, preprocessor, chat template, licence.
+_SIDE_FILES = ("*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def _patch(folder: Path) -> Shape:
+    vision = read_config(folder).vision
+    return (vision.channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read_folder(folder: str | Path, abstract: Tree) -> dict[str, Any]:
+    """Read a backbone's weights: numpy arrays nested as ``abstract``, in its shapes and dtypes.
+
+    Args:
+        folder: config.json, and model.safetensors or shards with their index, in the key layout of the hub or of
+            transformers 5.
+        abstract: the wanted shapes and dtypes, for example ``jax.ShapeDtypeStruct``, nested by name.
+
+    Raises:
+        CheckpointError: files that are missing or damaged, and tensors that are missing, unexpected, given twice, of
+            another shape or of a dtype that is no float: all of them, in one error, before any weight is read.
+    """
+    return unflatten_dict(dict(read_leaves(folder, abstract)), sep=".")
+
+
+def read_leaves(folder: str | Path, abstract: Tree) -> Iterator[tuple[str, np.ndarray]]:
+    """``read_folder`` one leaf at a time, as (dotted path, array), for whoever cannot hold them all.
+
+    Raises:
+        CheckpointError: see ``read_folder``.
+    """
+    folder = Path(folder)
+    slots = plan(abstract, _patch(folder))
+    leaves = flatten_dict(abstract, sep=".")
+    with ExitStack() as stack:
+        tensors = _open(folder, slots, stack)
+        for path, group in itertools.groupby(slots.items(), key=lambda item: item[1].path):
+            leaf = np.empty(leaves[path].shape, leaves[path].dtype)
+            for key, slot in group:
+                file, name = tensors[key]
+                slot.put(file.get_tensor(name), leaf)
+            yield path, leaf
+
+
+def _open(folder: Path, slots: Mapping[str, Slot], stack: ExitStack) -> dict[str, tuple[Any, str]]:
+    """Open every shard and find the file and the name of each wanted tensor, or raise all that is wrong."""
+    problems: list[str] = []
+    found: dict[str, tuple[Any, str]] = {}
+    for shard, listed in _shards(folder, problems).items():
+        try:
+            file = stack.enter_context(safe_open(folder / shard, framework="np"))
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{shard}: cannot be read ({error}): copy the file again")
+            continue
+        names = set(file.keys())
+        if listed is not None:
+            problems += [f"{name}: the index places it in {shard}, which lacks it" for name in sorted(listed - names)]
+            problems += [f"{name}: in {shard}, but not in the index" for name in sorted(names - listed)]
+        for name in sorted(names):
+            key = hub_key(name)
+            if key in found:
+                problems.append(f"{name}: {found[key][1]} is the same tensor")
+            elif key in slots:
+                found[key] = (file, name)
+                problems += _misfit(name, file.get_slice(name), slots[key])
+            elif not IGNORED.fullmatch(key):
+                problems.append(f"{name}: unexpected, the config has no place for it")
+    problems += [f"{key}: missing, wanted {list(slot.shape)}" for key, slot in slots.items() if key not in found]
+    raise_problems(f"{folder} does not hold the weights that its config.json describes", problems)
+    return found
+
+
+def _misfit(name: str, header: Any, slot: Slot) -> list[str]:
+    """What keeps a tensor from its place, read off the file's header."""
+    shape, dtype = tuple(header.get_shape()), header.get_dtype()
+    problems = [f"{name}: shape {list(shape)}, wanted {list(slot.shape)}"] if shape != slot.shape else []
+    return problems + ([f"{name}: dtype {dtype}, expected one of {sorted(_DTYPES)}"] if dtype not in _DTYPES else [])
+
+
+def _shards(folder: Path, problems: list[str]) -> Mapping[str, set[str] | None]:
+    """Weight files of a folder, each with the tensors that the index says it has (None without an index)."""
+    index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).exists():
+        if index.exists():
+            problems.append(f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}: remove the one that is out of date")
+        return {SINGLE_FILE: None}
+    if not index.exists():
+        problems.append(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: only safetensors are read")
+        return {}
+    shards: dict[str, set[str]] = {}
+    try:
+        for name, shard in json.loads(index.read_text())["weight_map"].items():
+            if Path(shard).name != shard:
+                raise ValueError(f"shard {shard!r} is no plain file name")
+            shards.setdefault(shard, set()).add(name)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        problems.append(f"{INDEX_FILE}: cannot be read ({error!r}): copy the file again")
+        return {}
+    return shards
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def write_folder(
+    folder: str | Path,
+    params: Tree,
+    config_source_folder: str | Path,
+    dtype: Any = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+) -> None:
+    """Write a backbone as a Hugging Face folder in the hub's key layout; it appears whole or not at all.
+
+    Args:
+        folder: must not exist, or be empty.
+        params: the parameter tree; leaves are turned into numpy arrays one at a time.
+        config_source_folder: its config, tokenizer and preprocessor files are carried along.
+        dtype: float32, bfloat16 or float16; None keeps the dtype of each leaf.
+        max_shard_size: bytes; a larger model is cut into shards with an index.
+
+    Raises:
+        CheckpointError: the destination is taken, the disk is too small, or the parameters do not fit the config.
+    """
+    folder, source = Path(folder), Path(config_source_folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty: give another destination or remove it")
+    leaves = flatten_dict(params, sep=".")
+    slots = plan(params, _patch(source))
+    entries = _entries(slots, leaves, None if dtype is None else np.dtype(dtype))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(folder.parent, sum(entry.size for entry in entries))
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        copy_side_files(source, partial)
+        _state_dtype(partial / "config.json", {entry.dtype for entry in entries})
+        _write_shards(partial, entries, leaves, max_shard_size)
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def copy_side_files(source: str | Path, destination: str | Path) -> None:
+    """Copy what a backbone's folder holds beside its weights: config, tokenizer, preprocessor, licence.
+
+    Raises:
+        CheckpointError: ``source`` holds no config.json.
+    """
+    source, destination = Path(source), Path(destination)
+    if not (source / "config.json").is_file():
+        raise CheckpointError(f"{source} holds no config.json: give the folder of a Hugging Face backbone")
+    destination.mkdir(parents=True, exist_ok=True)
+    for path in sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern)}):
+        if path.is_file() and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, destination / path.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    key: str
+    slot: Slot
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.slot.shape)) * self.dtype.itemsize
+
+
+def _entries(slots: Mapping[str, Slot], leaves: Mapping[str, Leaf], dtype: np.dtype | None) -> list[_Entry]:
+    """Tensors in the order of the file: leaf by leaf, wider dtypes first so that all of them are aligned."""
+    entries = [_Entry(key, slot, dtype or np.dtype(leaves[slot.path].dtype)) for key, slot in slots.items()]
+    wrong = sorted({f"{entry.slot.path}: dtype {entry.dtype}" for entry in entries if entry.dtype not in _DTYPE_NAMES})
+    raise_problems(f"only {', '.join(map(str, _DTYPE_NAMES))} are written", wrong)
+    return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+
+
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise CheckpointError(f"{folder} has {free:,} bytes free, the weights take {size:,}: make room")
+
+
+def _state_dtype(config: Path, dtypes: set[np.dtype]) -> None:
+    """Make config.json name the dtype of the weights, which transformers would otherwise cast them from."""
+    values = json.loads(config.read_text())
+    stated = [key for key in ("dtype", "torch_dtype") if isinstance(values.get(key), str)]
+    name = str(next(iter(dtypes))) if len(dtypes) == 1 else None
+    if name is not None and any(values[key] != name for key in stated):
+        config.write_text(json.dumps({**values, **dict.fromkeys(stated, name)}, indent=2) + "\n")
+
+
+def _write_shards(folder: Path, entries: list[_Entry], leaves: Mapping[str, Leaf], limit: int) -> None:
+    shards: list[list[_Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and filled + entry.size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.size
+    count = len(shards)
+    names = [SINGLE_FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    load = _LastLeaf(leaves)
+    for name, shard in zip(names, shards, strict=True):
+        with open(folder / name, "wb") as file:
+            _write_safetensors(file, shard, load)
+            file.flush()
+            os.fsync(file.fileno())
+    if count > 1:
+        places = {entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        index = {"metadata": {"total_size": sum(entry.size for entry in entries)}, "weight_map": places}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+class _LastLeaf:
+    """Leaves as numpy arrays, of which only the last one asked for is held."""
+
+    def __init__(self, leaves: Mapping[str, Leaf]):
+        self._leaves, self._path, self._value = leaves, "", np.empty(0)
+
+    def __call__(self, path: str) -> np.ndarray:
+        if path != self._path:
+            self._path, self._value = path, np.asarray(self._leaves[path])
+        return self._value
+
+
+def _write_safetensors(file: BinaryIO, entries: list[_Entry], load: Callable[[str], np.ndarray]) -> None:
+    """One safetensors file, tensor by tensor: the library's own writer wants all of them in memory at once.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.size
+        header[entry.key] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.slot.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for entry in entries:
+        file.write(entry.slot.take(load(entry.slot.path), entry.dtype).view(np.uint8).data)

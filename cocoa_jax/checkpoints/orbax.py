@@ -1,0 +1,318 @@
+"""The training state of a stage on disk, and what the next stage takes from it.
+
+    STAGE/backbone/             config.json, tokenizer and preprocessor files
+    STAGE/checkpoints/<step>/   params, head, optimizer (arrays); loop, metadata, contents (JSON)
+
+``contents`` holds dtype, shape and checksum of every array: Orbax itself notices files that are cut short or missing,
+but not a byte that has changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+
+from cocoa_jax.checkpoints.contents import Contents, Tree, checksums, contents_of, flat, mismatches
+from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
+from cocoa_jax.checkpoints.huggingface import copy_side_files
+
+TREES = ("params", "head", "optimizer")
+_RECORDS = ("loop", "metadata", "contents")
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """One checkpoint, read back: the trees that were asked for (None for the others), and both records."""
+
+    step: int
+    params: Tree
+    head: Tree
+    optimizer: Tree
+    loop: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+class StageCheckpoints:
+    """The checkpoints of one stage while it trains: saved in the background, atomic, the newest ``keep`` kept.
+
+    A checkpoint appears under its step only when it is whole; what a killed run left unfinished is removed here, so
+    only one process (or one group of JAX processes) may hold a stage open at a time.
+    """
+
+    def __init__(self, stage_dir: str | Path, keep: int):
+        if keep < 1:
+            raise CheckpointError(f"keep is {keep}: at least one checkpoint has to be kept")
+        self._directory = _directory(stage_dir)
+        self._damaged: set[int] = set()
+        self._checkpointer = ocp.training.Checkpointer(
+            self._directory,
+            context=_context(),
+            preservation_policy=_NewestUndamaged(keep, self._damaged),
+            cleanup_tmp_directories=True,
+        )
+
+    def steps(self) -> list[int]:
+        """Steps that are on disk, whole, oldest first."""
+        return _steps(self._directory)
+
+    def save(
+        self,
+        step: int,
+        *,
+        params: Tree,
+        head: Tree,
+        optimizer: Tree,
+        loop: dict[str, Any],
+        metadata: dict[str, Any],
+        wait: bool = False,
+    ) -> None:
+        """Save a step in the background; the arrays may be donated as soon as this returns.
+
+        A failure of the save before is raised here, by ``wait`` or by ``close``.
+
+        Args:
+            head: arrays that train beside the backbone; may be empty.
+            loop: what the loop continues from (JSON): step, state of the data iterator, seed.
+            metadata: what this stage is (JSON): stage, config, parent, fingerprint of the data.
+            wait: return only when the checkpoint is on disk.
+
+        Raises:
+            CheckpointError: the step is there already, or a record is not JSON.
+        """
+        damaged = step in self._damaged
+        if step in self.steps() and not damaged:
+            raise CheckpointError(f"{self._directory} holds step {step} already: continue from it or remove it")
+        trees = {"params": params, "head": head, "optimizer": optimizer}
+        contents = {name: contents_of(tree) for name, tree in trees.items()}
+        items = {name: tree for name, tree in trees.items() if contents[name]}
+        records = {"loop": loop, "metadata": metadata, "contents": contents}
+        for name, record in records.items():
+            _require_json(name, record)
+        self._damaged.discard(step)  # before the save, which asks at its start what to keep after it
+        self._checkpointer.save_checkpointables_async(step, items | records, force=True, overwrite=damaged)
+        if wait:
+            self.wait()
+
+    def restore(self, step: int, abstract: Mapping[str, Tree]) -> Restored:
+        """Read one step, every array onto the sharding of its description (the first device where it has none).
+
+        Args:
+            abstract: trees of ``jax.ShapeDtypeStruct`` by name: any of params, head, optimizer.
+
+        Raises:
+            DamagedCheckpointError: the step cannot be read back as it was saved.
+            CheckpointError: there is no such step, or it holds other arrays than those described.
+        """
+        self.wait()
+        if step not in self.steps():
+            raise CheckpointError(f"{self._directory} holds no step {step}, only {self.steps()}")
+        trees, records = _read(self._directory / str(step), abstract, same_dtype=True)
+        found = {name: trees.get(name) for name in TREES}
+        return Restored(step=step, **found, loop=records["loop"], metadata=records["metadata"])
+
+    def restore_latest(self, abstract: Mapping[str, Tree]) -> Restored | None:
+        """Read the newest step that is not damaged, None where nothing was saved yet; a damaged one is logged.
+
+        Damaged steps are replaced by what is saved from here on.
+
+        Raises:
+            CheckpointError: all steps are damaged, or the newest good one holds other arrays than those described.
+        """
+        self.wait()
+        for step in _newest_first(self._directory, missing_ok=True):
+            try:
+                return self.restore(step, abstract)
+            except DamagedCheckpointError as error:
+                _log.warning("%s; trying the one before", error)
+                self._damaged.add(step)
+        if self._damaged:
+            raise DamagedCheckpointError(
+                f"all checkpoints in {self._directory} are damaged ({self.steps()}): remove them to start again"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Return when everything saved so far is on disk, or raise what kept it from it."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        """``wait``, then release the directory."""
+        self._checkpointer.close()
+
+    def __enter__(self) -> StageCheckpoints:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+# ------------------------------------------------------------------------------ what others take from a stage
+
+
+def load_params(stage_dir: str | Path, abstract_params: Tree) -> Tree:
+    """The backbone of a stage's newest good checkpoint, cast to the described dtypes; the optimizer is not read.
+
+    Raises:
+        CheckpointError: no checkpoint, none that can be read, or one that holds other arrays than those described.
+    """
+    directory = _directory(stage_dir)
+    for step in _newest_first(directory):
+        try:
+            return _read(directory / str(step), {"params": abstract_params}, same_dtype=False)[0]["params"]
+        except DamagedCheckpointError as error:
+            _log.warning("%s; trying the one before", error)
+    raise DamagedCheckpointError(f"all checkpoints in {directory} are damaged: train this stage again")
+
+
+def read_metadata(stage_dir: str | Path) -> dict[str, Any]:
+    """What a stage is, from its newest readable checkpoint: the ``metadata`` that it was saved with.
+
+    Raises:
+        CheckpointError: no checkpoint, or none that can be read.
+    """
+    directory = _directory(stage_dir)
+    for step in _newest_first(directory):
+        try:
+            return _read_records(directory / str(step))["metadata"]
+        except DamagedCheckpointError as error:
+            _log.warning("%s; trying the one before", error)
+    raise DamagedCheckpointError(f"all checkpoints in {directory} are damaged: train this stage again")
+
+
+def backbone_folder(stage_dir: str | Path) -> Path:
+    """Where a stage keeps the config, tokenizer and preprocessor of its backbone."""
+    return Path(stage_dir) / "backbone"
+
+
+def carry_backbone(source: str | Path, stage_dir: str | Path) -> Path:
+    """Copy config, tokenizer and preprocessor of the folder ``source`` into a stage, once; returns where they are."""
+    folder = backbone_folder(stage_dir)
+    if not folder.exists():
+        partial = folder.with_name(".backbone.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        copy_side_files(source, partial)
+        partial.replace(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _read(
+    path: epath.Path, abstract: Mapping[str, Tree], *, same_dtype: bool
+) -> tuple[dict[str, Tree], dict[str, Any]]:
+    """Trees and records of one checkpoint, checked against ``abstract`` before and against checksums after."""
+    records = _read_records(path)
+    problems = []
+    for name, tree in abstract.items():
+        problems += mismatches(name, tree, records["contents"][name], same_dtype=same_dtype)
+    if problems:
+        raise CheckpointError("\n  ".join([f"{path} does not fit ({len(problems)} differences):", *problems]))
+    stored = {name: _as_stored(tree, records["contents"][name]) for name, tree in abstract.items()}
+    full = {name: tree for name, tree in stored.items() if jax.tree.leaves(tree)}
+    trees = {**stored, **(_load(path, full) if full else {})}
+    changed = [
+        f"{name}/{key}"
+        for name, tree in full.items()
+        for (key, _), checksum in zip(flat(tree), checksums(trees[name]), strict=True)
+        if records["contents"][name][key]["checksum"] != checksum
+    ]
+    if changed:
+        raise DamagedCheckpointError(f"{path} is damaged: other bytes than were saved in {', '.join(changed)}")
+    cast = {name: jax.tree.map(lambda x, want: x.astype(want.dtype), trees[name], abstract[name]) for name in abstract}
+    return cast, records
+
+
+def _read_records(path: epath.Path) -> dict[str, Any]:
+    return _load(path, dict.fromkeys(_RECORDS))
+
+
+def _load(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Items of one checkpoint as Orbax reads them; whatever goes wrong there is damage."""
+    try:
+        with _context():
+            return ocp.load_checkpointables(path, dict(wanted))
+    except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+        cause: BaseException = error
+        while (deeper := cause.__cause__ or cause.__context__) is not None:
+            cause = deeper
+        reason = str(cause).splitlines()[0][:300] if str(cause) else repr(cause)
+        raise DamagedCheckpointError(f"{path} is damaged: {reason}") from error
+
+
+def _as_stored(tree: Tree, contents: Contents) -> Tree:
+    """``tree`` with the dtypes that were saved, so that checksums hold, and with a place for every array."""
+
+    def describe(key: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = leaf.sharding if leaf.sharding is not None else SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(contents[key]["dtype"]), sharding=sharding)
+
+    leaves = [describe(key, leaf) for key, leaf in flat(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+# ------------------------------------------------------------------------------------------------ directories
+
+
+@functools.cache
+def _context() -> ocp.Context:
+    # Named handlers: by itself Orbax takes an optimizer state without arrays for JSON.
+    registry = ocp.handlers.local_registry()
+    for name in TREES:
+        registry.add(ocp.handlers.PyTreeHandler, checkpointable_name=name)
+    for name in _RECORDS:
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context
+
+
+@dataclasses.dataclass(frozen=True)
+class _NewestUndamaged:
+    """Which checkpoints outlive the next save: the newest ``count`` that are not known to be damaged."""
+
+    count: int
+    damaged: set[int]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        good = sorted(info.step for info in checkpoints if info.step not in self.damaged)[-self.count :]
+        return [info.step in good for info in checkpoints]
+
+
+def _directory(stage_dir: str | Path) -> epath.Path:
+    path = epath.Path(stage_dir)
+    # Orbax wants absolute paths; resolving would break those of object stores.
+    return (path if "://" in str(path) else path.resolve()) / "checkpoints"
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    found: Iterable[Any] = ocp.path.step.standard_name_format().find_all(directory)
+    return sorted(info.step for info in found)
+
+
+def _newest_first(directory: epath.Path, missing_ok: bool = False) -> Iterator[int]:
+    steps = _steps(directory)
+    if not steps and not missing_ok:
+        raise CheckpointError(f"{directory} holds no checkpoint: give the folder of a stage that was trained")
+    return reversed(steps)
+
+
+def _require_json(name: str, record: Any) -> None:
+    try:
+        json.dumps(record)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{name} cannot be saved as JSON ({error}): keep arrays in the trees") from None

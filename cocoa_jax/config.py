@@ -1,0 +1,180 @@
+"""Everything that a run can be told, one frozen dataclass per concern; the only reader of settings files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from cocoa_jax.checkpoints.scratch import ScratchConfig
+from cocoa_jax.data.masking import MaskingConfig
+from cocoa_jax.data.packing import RowsConfig
+from cocoa_jax.data.pipeline import BatchConfig, Stage, VisibilityConfig
+from cocoa_jax.data.processor import ProcessorConfig
+from cocoa_jax.models.qwen2_vl import Compute
+from cocoa_jax.objectives.contrastive import ContrastiveConfig
+from cocoa_jax.objectives.warmup import WarmupConfig
+from cocoa_jax.training.mesh import MeshConfig
+from cocoa_jax.training.optimizer import OptimizerConfig
+
+Config = TypeVar("Config")
+
+
+class SettingsError(ValueError):
+    """A settings file that cannot be read, or settings that contradict each other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to train on and how it becomes batches.
+
+    Args:
+        split: split of the embedded pictures.
+        kinds: kinds of records and their weights, see ``cocoa_jax.data.pairs``.
+        mirror: whether pictures may be flipped from left to right.
+        processor: text and picture settings.
+        rows: shapes of a batch.
+        visibility: what tokens see.
+        masking: what is hidden in stages 1 and 2; null in stage 3.
+        threads: threads that build batches ahead.
+        workers: processes that do so instead; 0 for none.
+    """
+
+    kinds: dict[str, float]
+    processor: ProcessorConfig
+    rows: RowsConfig
+    split: Literal["train", "validation"] = "train"
+    mirror: bool = True
+    visibility: VisibilityConfig = VisibilityConfig()  # noqa: RUF009
+    masking: MaskingConfig | None = None
+    threads: int = 1
+    workers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """Length of a run and what it leaves behind: a checkpoint every so many steps, of which ``keep`` are kept."""
+
+    steps: int
+    checkpoint_every: int = 100
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training.
+
+    Args:
+        stage: ``warmup`` (1), ``bridge`` (2) or ``contrastive`` (3).
+        checkpoint: a Hugging Face folder, or the output of the stage before.
+        output: folder of this stage: checkpoints, metrics, config.
+        seed: of sampling, masking and noise; the same seed gives the same run.
+    """
+
+    stage: Stage
+    checkpoint: str
+    output: str
+    data: DataConfig
+    loop: LoopConfig
+    seed: int = 0
+    compute: Compute = Compute()  # noqa: RUF009
+    warmup: WarmupConfig = WarmupConfig()  # noqa: RUF009
+    contrastive: ContrastiveConfig = ContrastiveConfig()  # noqa: RUF009
+    optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009
+
+    def batches(self) -> BatchConfig:
+        """What the batches of this stage depend on."""
+        return BatchConfig(self.stage, self.data.rows, self.data.visibility, self.data.masking)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """How a trained model is read: the same pixels and prompts as in training, and rows of its own."""
+
+    processor: ProcessorConfig
+    rows: RowsConfig
+    visibility: VisibilityConfig = VisibilityConfig()  # noqa: RUF009
+    compute: Compute = Compute()  # noqa: RUF009
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """A small backbone made from scratch."""
+
+    backbone: ScratchConfig = ScratchConfig()  # noqa: RUF009
+
+
+def evaluate_config_of(trained: Mapping[str, Any]) -> EvaluateConfig:
+    """How a stage that was trained with these settings (``to_dict``) is to be read: the same pixels and visibility."""
+    data = trained["data"]
+    fields = {"processor": data["processor"], "rows": data["rows"], "visibility": data["visibility"]}
+    return parse(EvaluateConfig, {**fields, "compute": trained["compute"]})
+
+
+def parse(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """A config from plain values, with every type checked.
+
+    Raises:
+        SettingsError: an unknown key, or a value of the wrong type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "it")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"it": values})).it
+    except Exception as error:  # jsonargparse raises its own and argparse's
+        raise SettingsError(str(error)) from error
+
+
+def load_config(kind: type[Config], path: str | Path) -> Config:
+    """A config from a YAML file.
+
+    Raises:
+        SettingsError: the file is missing, is no YAML, or holds unknown keys or values of the wrong type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from error
+    return parse(kind, values)
+
+
+def named_config(name: str) -> Path:
+    """A file of the installed ``configs`` folder, such as ``demo/1-warmup.yaml``.
+
+    Raises:
+        SettingsError: there is none of that name.
+    """
+    package = Path(__file__).parent
+    # An installed package carries the folder inside; in a source checkout it stands beside the package.
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    path = folder / name
+    if not path.is_file():
+        raise SettingsError(f"configs/{name} is not installed: reinstall the package")
+    return path
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values, as it is written beside what it made."""
+    return _plain(dataclasses.asdict(config))
+
+
+def differences(mine: Any, other: Any, prefix: str = "") -> list[str]:
+    """Where two configs written by ``to_dict`` differ: ``field: this, that``."""
+    if not (isinstance(mine, dict) and isinstance(other, dict)):
+        return [] if mine == other else [f"{prefix}: {mine!r}, {other!r}"]
+    found = []
+    for key in sorted(mine.keys() | other.keys()):
+        found += differences(mine.get(key), other.get(key), f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,101 @@
+"""Choosing tokens and visual units to hide: a function of (seed, step, example) and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int32, UInt32
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskingConfig:
+    """What to hide.
+
+    Args:
+        text_ratio: probability with which an ordinary token is hidden.
+        image_ratio: probability with which a visual unit is hidden (stage 1).
+        shift: predict a token from the hidden state before it (MNTP), else from its own (masked language model).
+    """
+
+    text_ratio: float
+    image_ratio: float
+    shift: bool = True
+
+    def __post_init__(self) -> None:
+        for field, ratio in (("text_ratio", self.text_ratio), ("image_ratio", self.image_ratio)):
+            if not 0 <= ratio <= 1:
+                raise ValueError(f"{field} is {ratio}, a probability lies in 0..1: correct it")
+
+
+class Purpose(enum.IntEnum):
+    """Independent random streams of one example."""
+
+    RECORD = 0
+    TOKENS = 1
+    UNITS = 2
+
+
+def example_rng(seed: int, step: int, example: int, purpose: Purpose) -> np.random.Generator:
+    """The generator of one purpose of the ``example``-th example of the global batch of ``step``."""
+    return np.random.default_rng((seed, step, example, int(purpose)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """Hidden tokens of one example; m of them.
+
+    Args:
+        index: ascending positions inside the example.
+        priority: the smallest are kept when a row's budget overflows; below 0 is never given up first.
+    """
+
+    index: Int32[np.ndarray, " m"]
+    priority: Float64[np.ndarray, " m"]
+
+
+def choose_tokens(
+    allowed: Bool[np.ndarray, " n"], rng: np.random.Generator, ratio: float, shift: bool, at_least_one: bool
+) -> Choice:
+    """Choose each allowed token with probability ``ratio``, each on its own.
+
+    With ``shift`` the first token of an example has no predecessor to be predicted from and is never chosen.
+    With ``at_least_one`` the token nearest to being chosen is chosen when no other is.
+    """
+    draw = rng.random(len(allowed))
+    able = allowed.copy()
+    if shift:
+        able[:1] = False
+    chosen = able & (draw < ratio)
+    if at_least_one and able.any():
+        first = int(np.argmin(np.where(able, draw, np.inf)))
+        chosen[first] = True
+        draw[first] = -1.0
+    index = np.flatnonzero(chosen)
+    return Choice(index.astype(np.int32), draw[index])
+
+
+def within_budget(choices: Sequence[Choice], budget: int) -> tuple[list[Int32[np.ndarray, " m"]], int]:
+    """The positions that a row of several examples can hold, and how many had to be un-chosen.
+
+    Those with the greatest draws go, which is what a slightly smaller ratio would have chosen.
+    """
+    priority = np.concatenate([np.zeros(0), *(choice.priority for choice in choices)])
+    dropped = max(0, len(priority) - budget)
+    if not dropped:
+        return [choice.index for choice in choices], 0
+    kept = np.zeros(len(priority), bool)
+    kept[np.argsort(priority, kind="stable")[:budget]] = True
+    ends = np.cumsum([len(choice.index) for choice in choices])
+    parts = np.split(kept, ends[:-1])
+    return [choice.index[part] for choice, part in zip(choices, parts, strict=True)], dropped
+
+
+def choose_units(
+    units: int, rng: np.random.Generator, ratio: float
+) -> tuple[Bool[np.ndarray, " units"], UInt32[np.ndarray, " units"]]:
+    """Which of an example's stored units are hidden, and the seed of each one's noise."""
+    seeds = rng.integers(0, 2**32, size=units, dtype=np.uint32)
+    return rng.random(units) < ratio, seeds

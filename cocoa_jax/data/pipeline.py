@@ -1,0 +1,330 @@
+"""Record sources -> batches, one Grain dataset per stage; the batch of step n is a function of (seed, n) alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Int32
+
+from cocoa_jax.data.masking import MaskingConfig, Purpose, choose_tokens, choose_units, example_rng
+from cocoa_jax.data.packing import PackingError, RowsConfig, check_fits, choose_rows, plan_rows, share
+from cocoa_jax.data.pixels import ImageError
+from cocoa_jax.data.processor import BLOCK_B, Example, ExampleError, Processor
+from cocoa_jax.data.rows import Arrays, VisibilityConfig, hide_tokens, hide_units, write_rows
+
+if TYPE_CHECKING:
+    from cocoa_jax.data.pairs import RecordSource
+    from cocoa_jax.data.sources import Content, Record
+
+__all__ = [
+    "STATS",
+    "BatchConfig",
+    "MaskingConfig",
+    "RowsConfig",
+    "Stage",
+    "VisibilityConfig",
+    "embedding_rows",
+    "rejected",
+    "stage_batches",
+    "stage_dataset",
+]
+
+Stage = Literal["warmup", "bridge", "contrastive"]
+
+STATS = ("kind", "rows_used", "tokens_used", "patches_used", "extra_rows", "dropped_masks")
+"""Entries of ``batch["stats"]``, int32: the source's place among the sorted names (stage 3, else -1); rows, tokens
+and patches used in the global batch; rows beyond the largest bucket; tokens un-chosen in this host's rows."""
+
+_WINDOW = 8  # inference plans rows over this many batches at once, so that rows fill up and lengths are alike
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """All that a batch depends on beside its records, its seed and its step.
+
+    Args:
+        masking: what to hide; None in stage 3.
+        negatives: hard negatives taken from each record of stage 3.
+    """
+
+    stage: Stage
+    rows: RowsConfig
+    visibility: VisibilityConfig = dataclasses.field(default_factory=VisibilityConfig)
+    masking: MaskingConfig | None = None
+    negatives: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.masking is None) != (self.stage == "contrastive"):
+            raise ValueError(f"stage {self.stage!r} with masking={self.masking}: stages 1 and 2 need it, 3 has none")
+        if self.stage == "bridge" and self.visibility.attention != "bidirectional":
+            raise ValueError("stage 'bridge' is truncated at the bridge, not causal: set attention to 'bidirectional'")
+        if self.negatives and self.stage != "contrastive":
+            raise ValueError(f"stage {self.stage!r} has no use for {self.negatives} negatives: set negatives to 0")
+
+
+def stage_dataset(
+    config: BatchConfig,
+    sources: Mapping[str, RecordSource],
+    weights: Mapping[str, float],
+    processor: Processor,
+    *,
+    seed: int,
+    steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset[Arrays]:
+    """The batches of a stage as a random-access sequence: element n is the batch of step n.
+
+    Each source is shuffled anew every epoch and used up before it repeats. A batch of stage 3 comes from one source;
+    those of stages 1 and 2 mix them. Sources follow one another in proportion to their weights, those of weight 0
+    are left out.
+
+    Returns:
+        Batches of this process's share of the rows, with ``stats`` (see ``STATS``) beside the model's arrays.
+    Raises:
+        ValueError: weights without a source, or rows that the processes cannot share.
+    """
+    names = _weighted(sources, weights)
+    for rows in (*config.rows.rows, math.gcd(*config.rows.rows)):
+        share(rows, process_index, process_count)
+    orders = [
+        grain.MapDataset.range(len(sources[name])).shuffle(seed=_order_seed(seed, name)).repeat().map(_Tag(kind))
+        for kind, name in enumerate(names)
+    ]
+    size, shares = config.rows.batch_size, [weights[name] for name in names]
+    if config.stage == "contrastive":
+        draws = grain.MapDataset.mix([order.batch(size) for order in orders], shares)
+    else:
+        draws = grain.MapDataset.mix(orders, shares).batch(size)
+    builder = _BatchBuilder(config, tuple(sources[n] for n in names), processor, seed, process_index, process_count)
+    return draws[:steps].map_with_index(builder)
+
+
+def stage_batches(
+    config: BatchConfig,
+    sources: Mapping[str, RecordSource],
+    weights: Mapping[str, float],
+    processor: Processor,
+    *,
+    seed: int,
+    steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 1,
+    workers: int = 0,
+) -> grain.IterDataset[Arrays]:
+    """``stage_dataset`` built ahead by ``threads`` threads, in each of ``workers`` processes if there are any.
+
+    The iterator's ``get_state`` and ``set_state`` resume exactly; neither threads nor workers change a batch.
+    """
+    dataset = stage_dataset(
+        config,
+        sources,
+        weights,
+        processor,
+        seed=seed,
+        steps=steps,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    # Grain's default buffer of 500 elements is meant for records, not for batches of pixels.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    batches = dataset.to_iter_dataset(options)
+    if not workers:
+        return batches
+    # Grain's processes read absl flags, which a program that is not an absl app never parses.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
+
+
+def rejected(config: BatchConfig, source: RecordSource, processor: Processor, seed: int) -> dict[int, str]:
+    """Records of ``source`` that cannot become examples, with the reason of each; to be run before training.
+
+    Nothing is decoded: lengths come from the sizes of pictures and from the text.
+    """
+    reasons = {}
+    for index in range(len(source)):
+        try:
+            _examples([source.record(index, example_rng(seed, 0, index, Purpose.RECORD))], config, processor)
+        except (ExampleError, ImageError, PackingError) as error:
+            reasons[index] = str(error)
+    return reasons
+
+
+def _weighted(sources: Mapping[str, RecordSource], weights: Mapping[str, float]) -> list[str]:
+    unknown = sorted(set(weights) ^ set(sources))
+    if unknown:
+        raise ValueError(f"sources {sorted(sources)} and weights differ in {unknown}: give each source a weight")
+    if any(not 0 <= weight < math.inf for weight in weights.values()):
+        raise ValueError(f"weights are {dict(weights)}: each is a finite number from 0")
+    names = sorted(name for name in sources if weights[name] > 0)
+    empty = [name for name in names if not len(sources[name])]
+    if not names or empty:
+        raise ValueError(f"sources {empty or sorted(sources)} hold no records or no weight: leave them out")
+    return names
+
+
+def _order_seed(seed: int, name: str) -> int:
+    # Grain adds the epoch to the seed of a shuffle: neighbouring seeds would give sources the same orders.
+    return int(np.random.SeedSequence((seed, zlib.crc32(name.encode()))).generate_state(1)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tag:
+    """Which source an index belongs to."""
+
+    kind: int
+
+    def __call__(self, index: int) -> np.ndarray:
+        return np.array([self.kind, index], np.int64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)  # Grain prints its transforms, and sources hold pictures
+class _BatchBuilder:
+    """(step, [N, 2] of source and record) -> batch."""
+
+    config: BatchConfig
+    sources: tuple[RecordSource, ...]
+    processor: Processor
+    seed: int
+    process_index: int
+    process_count: int
+
+    def __call__(self, step: int, draws: np.ndarray) -> Arrays:
+        config = self.config
+        records = [
+            self.sources[kind].record(int(index), example_rng(self.seed, step, i, Purpose.RECORD))
+            for i, (kind, index) in enumerate(draws)
+        ]
+        examples = dict(enumerate(_examples(records, config, self.processor)))
+        plan = _plan(list(examples.values()), config.rows)
+        count = choose_rows(len(plan), config.rows.rows)
+        rows = plan + [[] for _ in range(count - len(plan))]
+        local = rows[share(count, self.process_index, self.process_count)]
+        batch = write_rows(
+            examples, local, self.processor, config.rows, config.visibility, truncated=config.stage == "bridge"
+        )
+        dropped = self._hide(batch, examples, local, step)
+        batch["example"] = _flat_index(rows, len(examples), config.rows.examples_per_row)
+        if config.stage == "contrastive":
+            keys = np.array([record.target_key for record in records])
+            batch["target_key"] = np.unique(keys, return_inverse=True)[1].astype(np.int32)
+        tokens = sum(len(example.tokens) for example in examples.values())
+        patches = sum(example.patches for example in examples.values())
+        kind = int(draws[0, 0]) if config.stage == "contrastive" else -1
+        extra = max(0, count - config.rows.rows[-1])
+        batch["stats"] = np.array([kind, len(plan), tokens, patches, extra, dropped], np.int32)
+        return batch
+
+    def _hide(self, batch: Arrays, examples: Mapping[int, Example], rows: Sequence[Sequence[int]], step: int) -> int:
+        masking, stage = self.config.masking, self.config.stage
+        if masking is None:
+            return 0
+        local = [i for row in rows for i in row]
+        tokens = {
+            i: choose_tokens(
+                examples[i].ordinary & (examples[i].block == BLOCK_B) if stage == "bridge" else examples[i].ordinary,
+                example_rng(self.seed, step, i, Purpose.TOKENS),
+                masking.text_ratio,
+                masking.shift,
+                at_least_one=stage == "bridge",
+            )
+            for i in local
+        }
+        budget, mask_id = self.config.rows.masked_per_row, self.processor.mask_id
+        dropped = hide_tokens(batch, examples, rows, tokens, budget, masking.shift, mask_id)
+        if stage == "warmup":
+            size = self.processor.config.vision.unit_patches
+            units = {
+                i: choose_units(
+                    examples[i].patches // size, example_rng(self.seed, step, i, Purpose.UNITS), masking.image_ratio
+                )
+                for i in local
+            }
+            hide_units(batch, examples, rows, units, size)
+        return dropped
+
+
+def _examples(records: Sequence[Record], config: BatchConfig, processor: Processor) -> list[Example]:
+    """The examples of a batch in the contract's order: queries, targets, negatives.
+
+    Raises:
+        ExampleError, ImageError, PackingError: naming the record that cannot become an example.
+    """
+    rows = config.rows
+    if config.stage == "warmup":
+        return [_checked(record, rows, processor.warmup, record.query) for record in records]
+    if config.stage == "bridge":
+        return [_checked(record, rows, processor.bridge, record.query, record.target) for record in records]
+    examples = [_checked(record, rows, processor.embedding, record.query) for record in records]
+    examples += [_checked(record, rows, processor.embedding, record.target) for record in records]
+    for record in records:
+        if len(record.negatives) < config.negatives:
+            raise ExampleError(
+                f"{record.dataset} {record.id}: {len(record.negatives)} hard negatives, negatives is "
+                f"{config.negatives}: lower it or leave the record out"
+            )
+        kept = record.negatives[: config.negatives]
+        examples += [_checked(record, rows, processor.embedding, negative) for negative in kept]
+    return examples
+
+
+def _checked(record: Record, rows: RowsConfig, build: Callable[..., Example], *contents: Content) -> Example:
+    """Build one example of ``record``, naming the record in whatever is wrong with it."""
+    try:
+        example = build(*contents, room=rows.tokens)
+        check_fits(len(example.tokens), example.patches, rows, "the example")
+    except (ExampleError, ImageError, PackingError) as error:
+        raise type(error)(f"{record.dataset} {record.id}: {error}") from error
+    return example
+
+
+def _plan(examples: Sequence[Example], rows: RowsConfig) -> list[list[int]]:
+    lengths, patches = [len(example.tokens) for example in examples], [example.patches for example in examples]
+    return plan_rows(lengths, patches, rows.tokens, rows.patches, rows.examples_per_row)
+
+
+def _flat_index(rows: Sequence[Sequence[int]], total: int, per_row: int) -> Int32[np.ndarray, " X"]:
+    flat = np.full(total, -1, np.int32)
+    for row, members in enumerate(rows):
+        flat[list(members)] = row * per_row + np.arange(len(members))
+    return flat
+
+
+def embedding_rows(
+    contents: Sequence[Content], processor: Processor, rows: RowsConfig, visibility: VisibilityConfig
+) -> Iterator[tuple[Arrays, Int32[np.ndarray, "B E"]]]:
+    """Pack contents into batches for inference, every content in exactly one.
+
+    Contents are planned over windows of a few batches, the longest first. Shapes are those of ``rows.rows``;
+    ``batch_size`` contents are about one batch.
+
+    Yields:
+        A batch (the model's arrays and ``pool``), and which content each example slot of it holds, -1 for none.
+    Raises:
+        ExampleError, ImageError, PackingError: naming the content.
+    """
+    if not rows.patches and any(content.images for content in contents):
+        raise PackingError("rows.patches is 0 and there are pictures to embed: raise rows.patches")
+    window = _WINDOW * rows.batch_size
+    for start in range(0, len(contents), window):
+        examples = {}
+        for i in range(start, min(start + window, len(contents))):
+            examples[i] = processor.embedding(contents[i], rows.tokens)
+            check_fits(len(examples[i].tokens), examples[i].patches, rows, f"content {i}")
+        plan = [[start + i for i in row] for row in _plan(list(examples.values()), rows)]
+        for first in range(0, len(plan), rows.rows[-1]):
+            part: list[list[int]] = plan[first : first + rows.rows[-1]]
+            part += [[] for _ in range(choose_rows(len(part), rows.rows) - len(part))]
+            held = np.full((len(part), rows.examples_per_row), -1, np.int32)
+            for row, members in enumerate(part):
+                held[row, : len(members)] = members
+            yield write_rows(examples, part, processor, rows, visibility, truncated=False), held

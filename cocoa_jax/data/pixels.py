@@ -1,0 +1,162 @@
+"""Picture bytes -> normalised patches, bit for bit as transformers' Qwen2VLImageProcessorPil makes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+import PIL.ImageOps
+from jaxtyping import Float32
+
+from cocoa_jax.data.vision_plan import Grid
+
+if TYPE_CHECKING:
+    from cocoa_jax.data.sources import Image
+
+_MOST_PIXELS = 178_956_970  # Pillow's own line between a large picture and a decompression bomb
+_MOST_ELONGATED = 200
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PixelSettings:
+    """Sizes and normalisation of a checkpoint's pictures.
+
+    Args:
+        table: float32 [3, 256], the normalised value of each byte of each colour.
+        resample: a Pillow resampling filter.
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    resample: int
+    table: Float32[np.ndarray, "3 256"]
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one flattened patch."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    def grid(self, image: Image) -> Grid:
+        """The grid of patches that ``image`` becomes, from its width and height alone.
+
+        Raises:
+            ImageError: an impossible, a too large or a too elongated picture.
+        """
+        width, height = image.width, image.height
+        if min(width, height) < 1 or width * height > _MOST_PIXELS:
+            raise ImageError(f"{image.name}: {width}x{height} pixels, allowed are 1 to {_MOST_PIXELS}: leave it out")
+        if max(width, height) > _MOST_ELONGATED * min(width, height):
+            raise ImageError(f"{image.name}: {width}x{height} is longer than {_MOST_ELONGATED}:1: crop it")
+        rows, columns = self._resized(height, width)
+        return 1, rows // self.patch_size, columns // self.patch_size
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after resizing: whole units, the aspect kept, inside the limits (``smart_resize``)."""
+        unit = self.patch_size * self.merge_size
+        # Python's round() takes halves to the even unit, and so does the reference.
+        rows, columns = round(height / unit), round(width / unit)
+        if rows * columns * unit**2 > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            rows, columns = (max(1, math.floor(side / shrink / unit)) for side in (height, width))
+        elif rows * columns * unit**2 < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            rows, columns = (math.ceil(side * grow / unit) for side in (height, width))
+        return rows * unit, columns * unit
+
+    def patches(self, image: Image) -> Float32[np.ndarray, "n C"]:
+        """Decode ``image`` into normalised patches, the patches of a unit side by side (the reference's order).
+
+        Raises:
+            ImageError: the bytes are no picture, or one of another size than they claimed.
+        """
+        _, rows, columns = self.grid(image)
+        out = np.empty((rows * columns, self.patch_values), np.float32)
+        self.patches_into(image, out)
+        return out
+
+    def patches_into(self, image: Image, out: Float32[np.ndarray, "n C"]) -> None:
+        """Like ``patches``, written into ``out``, whose rows must be contiguous."""
+        _, rows, columns = self.grid(image)
+        size, merge = self.patch_size, self.merge_size
+        picture = decode(image)
+        if picture.size != (columns * size, rows * size):
+            picture = picture.resize((columns * size, rows * size), PIL.Image.Resampling(self.resample))
+        blocks = np.asarray(picture).reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
+        bytes_ = blocks.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, rows * columns, size * size)
+        target = out.reshape(rows * columns, 3, self.temporal_patch_size, size * size)
+        for colour in range(3):
+            # A still picture is the same slice repeated.
+            target[:, colour] = self.table[colour].take(bytes_[colour])[:, None]
+
+
+def decode(image: Image) -> PIL.Image.Image:
+    """The picture as RGB on white, turned upright by its EXIF orientation, mirrored if the image asks for it.
+
+    Raises:
+        ImageError: unreadable bytes, or a size other than ``image.width`` x ``image.height``.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(image.data)) as opened:
+            if opened.width * opened.height > _MOST_PIXELS:
+                raise ImageError(f"{image.name}: {opened.width}x{opened.height} pixels: leave it out")
+            turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
+            picture = _on_white(PIL.ImageOps.exif_transpose(opened) if turned else opened)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
+        reason = str(error).replace("\n", " ") or type(error).__name__
+        raise ImageError(f"{image.name}: cannot be decoded ({reason}): replace it or leave it out") from error
+    if picture.size != (image.width, image.height):
+        raise ImageError(
+            f"{image.name}: decodes to {picture.width}x{picture.height}, announced were {image.width}x{image.height}: "
+            "record its upright size again"
+        )
+    return PIL.ImageOps.mirror(picture) if image.mirrored else picture
+
+
+def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        picture.load()
+        return picture
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        white = PIL.Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return PIL.Image.alpha_composite(white, layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def normalisation_table(scale: float, mean: Sequence[float], std: Sequence[float]) -> Float32[np.ndarray, "3 256"]:
+    """What rescaling and normalising do to each byte, with the reference's roundings.
+
+    The reference scales in float64, rounds to float32, then subtracts and divides in float32.
+    """
+    scaled = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
+    return (scaled[None] - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+
+
+def open_image(data: bytes, name: str) -> Image:
+    """An image from encoded bytes, measured upright; nothing is decoded yet.
+
+    Raises:
+        ImageError: bytes that no decoder of Pillow knows.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as opened:
+            turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5  # these swap width and height
+            width, height = opened.size[::-1] if turned else opened.size
+    except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
+        raise ImageError(f"{name}: cannot be decoded ({str(error) or type(error).__name__})") from error
+    return Image(data, width, height, name)

@@ -1,0 +1,310 @@
+"""Content -> Example: tokens, blocks, positions and the pictures that belong to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tokenizers
+from jaxtyping import Bool, Float32, Int8, Int32
+
+from cocoa_jax.data.pixels import PixelSettings, normalisation_table
+from cocoa_jax.data.vision_plan import Grid, Positions, VisionPlan, VisionRun, plan_image, token_positions
+from cocoa_jax.models.config import Qwen2VLConfig, VisionConfig
+
+if TYPE_CHECKING:
+    from cocoa_jax.data.sources import Content, Image
+
+PADDING, BLOCK_A, BRIDGE, BLOCK_B = 0, 1, 2, 3
+
+
+class ProcessorError(ValueError):
+    """The folder's tokenizer or picture settings do not fit the model or the settings."""
+
+
+class ExampleError(ValueError):
+    """A content that cannot become an example."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessorConfig:
+    """How contents become tokens.
+
+    Args:
+        min_pixels, max_pixels: limits of a resized picture; None takes the checkpoint's own.
+        max_text_tokens: longest text of one block, the rest is cut off.
+        positions: ``mrope``, or ``text_1d`` for checkpoints that counted image tokens like text.
+        mask_token, bridge_tokens: entries of the checkpoint's tokenizer.
+    """
+
+    min_pixels: int | None
+    max_pixels: int | None
+    max_text_tokens: int
+    positions: Positions = "mrope"
+    mask_token: str = "<|mask|>"
+    bridge_tokens: tuple[str, ...] = ("<|im_end|>",)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One document of a row; n tokens.
+
+    Args:
+        tokens: ids, unmasked.
+        block: 1 block A, 2 bridge, 3 block B.
+        positions: M-RoPE time, height, width, from 0.
+        unit: the example's stored visual unit that an image token shows, -1 for text.
+        ordinary: text that may be masked; never special, image or bridge tokens.
+        images, grids: the pictures in order, still encoded.
+        patches: how many patches the pictures have together.
+    """
+
+    tokens: Int32[np.ndarray, " n"]
+    block: Int8[np.ndarray, " n"]
+    positions: Int32[np.ndarray, "n 3"]
+    unit: Int32[np.ndarray, " n"]
+    ordinary: Bool[np.ndarray, " n"]
+    images: tuple[Image, ...]
+    grids: tuple[Grid, ...]
+    patches: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Processor:
+    """The checkpoint's tokenizer and picture settings side by side; picklable, safe to share between threads."""
+
+    config: Qwen2VLConfig
+    settings: ProcessorConfig
+    text: tokenizers.Tokenizer
+    pixels: PixelSettings
+    mask_id: int
+    bridge_ids: tuple[int, ...]
+
+    @classmethod
+    def load(cls, folder: str | Path, config: Qwen2VLConfig, settings: ProcessorConfig) -> Processor:
+        """Read tokenizer and picture settings from a checkpoint's folder.
+
+        Raises:
+            ProcessorError: a file or a token is missing, or the settings contradict the checkpoint.
+        """
+        # Imported here: worker processes unpickle a Processor without ever needing transformers.
+        from transformers import AutoTokenizer
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        if settings.max_text_tokens < 1:
+            raise ProcessorError(f"max_text_tokens is {settings.max_text_tokens}, at least 1 is needed: raise it")
+        if not Path(folder).is_dir():
+            raise ProcessorError(f"{folder} is not a folder: give the folder of a checkpoint")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            pictures = Qwen2VLImageProcessorPil.from_pretrained(str(folder))
+        except (OSError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise ProcessorError(
+                f"{folder}: no usable tokenizer and preprocessor_config.json ({reason}): copy them from the checkpoint"
+            ) from error
+        full = tokenizer.backend_tokenizer
+        mask_id, bridge_ids = _method_tokens(full, tokenizer.pad_token_id, config, settings)
+        pixels = _pixel_settings(pictures, config, settings)
+        return cls(config, settings, _without_added_tokens(full), pixels, mask_id, bridge_ids)
+
+    def warmup(self, content: Content, room: int | None = None) -> Example:
+        """Pictures then text, no bridge: a document of stage 1; the text is cut to fit ``room`` tokens."""
+        return self._example(content, None, room, with_bridge=False)
+
+    def bridge(self, a: Content, b: Content, room: int | None = None) -> Example:
+        """``a``, the bridge tokens and the text of ``b``: a document of stage 2.
+
+        Raises:
+            ExampleError: ``b`` has no text, or has pictures.
+        """
+        if b.images:
+            raise ExampleError(f"{_name(b)}: block B holds {len(b.images)} pictures, only text is rebuilt: drop them")
+        return self._example(a, b.text, room, with_bridge=True)
+
+    def embedding(self, content: Content, room: int | None = None) -> Example:
+        """``content`` and the bridge tokens at which it is embedded: a document of stage 3 and of inference."""
+        return self._example(content, None, room, with_bridge=True)
+
+    def fill_patches(self, example: Example, out: Float32[np.ndarray, "n C"]) -> None:
+        """Decode the example's pictures into ``out``, patches in stored order (window order for family 2.5).
+
+        Raises:
+            ImageError: a picture cannot be decoded.
+        """
+        offset = 0
+        for image, grid in zip(example.images, example.grids, strict=True):
+            place = out[offset : offset + grid[0] * grid[1] * grid[2]]
+            if self.config.vision.window:
+                np.take(self.pixels.patches(image), plan_image(grid, self.config.vision).order, axis=0, out=place)
+            else:
+                self.pixels.patches_into(image, place)
+            offset += len(place)
+
+    def token_ids(self, text: str) -> list[int]:
+        """Ids of ``text``; special tokens typed inside it stay ordinary text."""
+        ids: list[int] = self.text.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _example(self, a: Content, b: str | None, room: int | None, with_bridge: bool) -> Example:
+        grids = tuple(self.pixels.grid(image) for image in a.images)
+        bridge_ids = self.bridge_ids if with_bridge else ()
+        units = [t * h * w // self.config.vision.unit_patches for t, h, w in grids]
+        fixed = sum(units) + 2 * len(units) + len(bridge_ids)
+        a_ids = self.token_ids(a.text) if a.text else []
+        b_ids = self.token_ids(b) if b else []
+        if b is not None and not b_ids:
+            raise ExampleError(f"{_name(a)}: block B has no text, at least one token must be rebuilt: give it a text")
+        if not a_ids and not b_ids and not units:
+            raise ExampleError("a content has neither text nor pictures: leave it out")
+        least = fixed + (1 if b_ids or not units else 0)
+        if room is not None and least > room:
+            raise ExampleError(
+                f"{_name(a)}: pictures and bridge need {least} tokens, a row holds {room}: lower max_pixels"
+            )
+        limit = self.settings.max_text_tokens
+        a_ids, b_ids = _shortened(a_ids[:limit], b_ids[:limit], None if room is None else room - fixed)
+        return self._laid_out(a.images, grids, a_ids, bridge_ids, b_ids)
+
+    def _laid_out(
+        self,
+        images: tuple[Image, ...],
+        grids: tuple[Grid, ...],
+        a_ids: list[int],
+        bridge_ids: Sequence[int],
+        b_ids: list[int],
+    ) -> Example:
+        config, vision = self.config, self.config.vision
+        plans = [plan_image(grid, vision) for grid in grids]
+        tokens: list[int] = []
+        runs: list[int | VisionRun] = []
+        for grid, plan in zip(grids, plans, strict=True):
+            image_tokens = [config.image_token] * len(plan.unit_of_token)
+            tokens += [config.vision_start_token, *image_tokens, config.vision_end_token]
+            runs += [1, VisionRun(grid), 1]
+        seen, head = len(tokens), len(tokens) + len(a_ids)
+        tail = head + len(bridge_ids)
+        tokens += [*a_ids, *bridge_ids, *b_ids]
+        runs.append(len(tokens) - seen)
+        ids = np.array(tokens, np.int32)
+        block = np.full(len(ids), BLOCK_A, np.int8)
+        block[head:tail], block[tail:] = BRIDGE, BLOCK_B
+        ordinary = np.zeros(len(ids), bool)
+        ordinary[seen:head] = ordinary[tail:] = True
+        return Example(
+            tokens=ids,
+            block=block,
+            positions=token_positions(runs, vision, self.settings.positions),
+            unit=_units(plans, len(ids)),
+            ordinary=ordinary,
+            images=images,
+            grids=grids,
+            patches=sum(len(plan.order) for plan in plans),
+        )
+
+
+def _units(plans: Sequence[VisionPlan], total: int) -> Int32[np.ndarray, " n"]:
+    unit = np.full(total, -1, np.int32)
+    column, offset = 0, 0
+    for plan in plans:
+        count = len(plan.unit_of_token)
+        unit[column + 1 : column + 1 + count] = plan.unit_of_token + offset
+        column, offset = column + count + 2, offset + count
+    return unit
+
+
+def _shortened(a: list[int], b: list[int], room: int | None) -> tuple[list[int], list[int]]:
+    """Cut both texts to ``room`` tokens together; neither is cut below half of it while the other is longer."""
+    if room is None or len(a) + len(b) <= room:
+        return a, b
+    keep = min(len(b), max((room + 1) // 2, room - len(a)))
+    return a[: room - keep], b[:keep]
+
+
+def _name(content: Content) -> str:
+    return content.images[0].name if content.images else f"text {content.text[:40]!r}"
+
+
+def _without_added_tokens(full: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer that knows no special tokens, so that none can be typed.
+
+    ``split_special_tokens`` of transformers is not enough: it leaves added tokens alone that are not special,
+    such as ``<tool_call>``, or a mask token that somebody added as an ordinary one.
+    """
+    spec = json.loads(full.to_str())
+    names = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    plain = tokenizers.Tokenizer.from_str(
+        json.dumps({**spec, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
+    )
+    for name in names:
+        typed = set(plain.encode(name, add_special_tokens=False).ids)
+        if typed & set(names.values()):
+            raise ProcessorError(
+                f"typing {name!r} gives token {names[name]} even as plain text: remove its merges from the tokenizer"
+            )
+    return plain
+
+
+def _method_tokens(
+    full: tokenizers.Tokenizer, pad_id: int | None, config: Qwen2VLConfig, settings: ProcessorConfig
+) -> tuple[int, tuple[int, ...]]:
+    """Ids of the mask and the bridge tokens, all different and none with another meaning."""
+    if not settings.bridge_tokens:
+        raise ProcessorError("bridge_tokens is empty: name at least one token, such as '<|im_end|>'")
+    taken = {
+        pad_id: "the padding token",
+        config.image_token: "the image token",
+        config.video_token: "the video token",
+        config.vision_start_token: "the start of a picture",
+        config.vision_end_token: "the end of a picture",
+    }
+    ids = []
+    for role, token in [("mask_token", settings.mask_token), *(("bridge_tokens", t) for t in settings.bridge_tokens)]:
+        number = full.token_to_id(token)
+        if number is None:
+            raise ProcessorError(f"{role} {token!r} is not in the tokenizer: add it in an unused row or name another")
+        if number >= config.text.vocab_size:
+            raise ProcessorError(
+                f"{role} {token!r} has id {number}, the embedding has {config.text.vocab_size} rows: name another token"
+            )
+        if number in taken:
+            raise ProcessorError(f"{role} {token!r} (id {number}) is already {taken[number]}: name another token")
+        taken[number] = f"the token {token!r} of {role}"
+        ids.append(number)
+    return ids[0], tuple(ids[1:])
+
+
+def _pixel_settings(pictures: object, config: Qwen2VLConfig, settings: ProcessorConfig) -> PixelSettings:
+    own = pictures.to_dict()  # type: ignore[attr-defined]
+    vision: VisionConfig = config.vision
+    sizes = {"patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size}
+    sizes["merge_size"] = vision.merge_size
+    for field, expected in sizes.items():
+        if own[field] != expected:
+            raise ProcessorError(
+                f"preprocessor_config.json has {field} {own[field]}, config.json {expected}: correct the former"
+            )
+    steps = [field for field in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb") if not own[field]]
+    if steps or vision.channels != 3:
+        raise ProcessorError(
+            f"preprocessor_config.json turns off {steps} with {vision.channels} channels: "
+            "only the published steps on 3 channels are supported"
+        )
+    least = own["size"]["shortest_edge"] if settings.min_pixels is None else settings.min_pixels
+    most = own["size"]["longest_edge"] if settings.max_pixels is None else settings.max_pixels
+    unit = (vision.patch_size * vision.merge_size) ** 2
+    if not 0 < least <= most or most < unit:
+        raise ProcessorError(
+            f"min_pixels {least} and max_pixels {most} must rise, the latter to at least {unit}: correct them"
+        )
+    return PixelSettings(
+        **sizes,
+        min_pixels=least,
+        max_pixels=most,
+        resample=int(own["resample"]),
+        table=normalisation_table(own["rescale_factor"], own["image_mean"], own["image_std"]),
+    )

@@ -1,0 +1,180 @@
+"""``Embedder``: load a model once, embed texts, pictures or both."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import PIL.Image
+from jaxtyping import Float
+from tqdm import tqdm
+
+from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.checkpoints.orbax import read_metadata
+from cocoa_jax.config import EvaluateConfig, evaluate_config_of
+from cocoa_jax.data.packing import RowsConfig
+from cocoa_jax.data.pipeline import embedding_rows
+from cocoa_jax.data.pixels import ImageError, decode, open_image
+from cocoa_jax.data.processor import Processor, ProcessorConfig
+from cocoa_jax.data.sources import Content, Image
+from cocoa_jax.models.qwen2_vl import bind, graph_of
+from cocoa_jax.objectives.contrastive import embed_examples
+from cocoa_jax.training.mesh import batch_shards, make_mesh, replicated
+from cocoa_jax.training.place import place
+from cocoa_jax.training.sharding import param_shardings
+
+Item = Mapping[str, Any]
+
+
+class ItemError(ValueError):
+    """An item that cannot be embedded; the message names its place in the list."""
+
+
+class Embedder:
+    """A trained stage or a Hugging Face folder that turns items into unit-length rows.
+
+    A row does not depend on which other items are embedded with it, nor on their order.
+    """
+
+    def __init__(self, folder: str | Path, settings: EvaluateConfig):
+        backbone = open_backbone(folder)
+        self.settings = settings
+        self._mesh = make_mesh(settings.mesh)
+        self._rows = _divisible(settings.rows, batch_shards(self._mesh))
+        self._processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
+        graph, shapes = graph_of(backbone.config, settings.compute)
+        shardings = param_shardings({"backbone": shapes}, self._mesh)["backbone"]
+        wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+        self._params = jax.tree.map(jax.device_put, backbone.load(wanted), shardings)
+        self._embed: Callable[..., Any] = jax.jit(
+            lambda params, batch: embed_examples(bind(graph, params), batch), out_shardings=replicated(self._mesh)
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path, settings: EvaluateConfig | None = None) -> Embedder:
+        """Open a folder; ``settings`` defaults to the pixels and visibility that the model was trained with.
+
+        Raises:
+            CheckpointError, ConfigError, ProcessorError: a folder that holds no model that can be loaded.
+        """
+        return cls(folder, default_settings(folder) if settings is None else settings)
+
+    def embed(self, items: Sequence[Item], progress: bool = False) -> Float[np.ndarray, "n W"]:
+        """Embed ``{"text": str}``, ``{"image": path, bytes or PIL image}`` or both; float32, rows of length 1.
+
+        Args:
+            items: what to embed, pictures before text.
+            progress: whether to show a bar.
+
+        Raises:
+            ItemError: naming the first item with an unknown key, nothing in it, or a picture that cannot be read.
+        """
+        return self.embed_contents([read_item(item, f"item {place}") for place, item in enumerate(items)], progress)
+
+    def embed_contents(self, contents: Sequence[Content], progress: bool = False) -> Float[np.ndarray, "n W"]:
+        """The same for contents that are made already."""
+        width = self._processor.config.text.width * len(self._processor.bridge_ids)
+        out = np.zeros((len(contents), width), np.float32)
+        rows = embedding_rows(contents, self._processor, self._rows, self.settings.visibility)
+        with tqdm(total=len(contents), desc="embed", unit="item", disable=not progress, leave=False) as bar:
+            for batch, held in rows:
+                batch["example"] = np.arange(held.size, dtype=np.int32)
+                embedded = np.asarray(self._embed(self._params, place(batch, self._mesh)))
+                used = held.ravel() >= 0
+                out[held.ravel()[used]] = embedded[used]
+                bar.update(int(used.sum()))
+        return out
+
+
+def default_settings(folder: str | Path) -> EvaluateConfig:
+    """How a folder wants to be read: as it was trained, or by the checkpoint's own limits."""
+    backbone = open_backbone(folder)
+    if backbone.trained:
+        return evaluate_config_of(read_metadata(folder)["config"])
+    # A row that holds one large picture, 1,280 visual tokens as transformers' own default allows.
+    rows = RowsConfig(batch_size=16, tokens=2048, patches=4 * 1280, rows=(1, 8), examples_per_row=16, masked_per_row=16)
+    return EvaluateConfig(ProcessorConfig(None, 1280 * 28 * 28, 512), rows)
+
+
+def read_item(item: Item, name: str) -> Content:
+    """An item as content; ``name`` is what an error calls it.
+
+    Raises:
+        ItemError: an unknown key, nothing in it, or a picture that cannot be read.
+    """
+    unknown = sorted(set(item) - {"text", "image"})
+    if unknown or not item:
+        raise ItemError(f"{name}: has the keys {sorted(item)}, expected text, image or both")
+    text = item.get("text", "")
+    if not isinstance(text, str):
+        raise ItemError(f"{name}: text is a {type(text).__name__}, expected a string")
+    images = (_read_image(item["image"], name),) if "image" in item else ()
+    if not text and not images:
+        raise ItemError(f"{name}: its text is empty and it has no image: leave it out")
+    return Content(text, images)
+
+
+def _read_image(source: Any, name: str) -> Image:
+    try:
+        if isinstance(source, PIL.Image.Image):
+            buffer = io.BytesIO()
+            source.save(buffer, "PNG")
+            data = buffer.getvalue()
+        else:
+            data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        image = open_image(data, name)
+        decode(image)  # a damaged picture is named now, not in the middle of a batch
+        return image
+    except (OSError, ImageError, TypeError) as error:
+        what = repr(source) if isinstance(source, str | Path) else type(source).__name__
+        raise ItemError(f"{name}: the image {what} cannot be read ({error}): give a picture file") from error
+
+
+def _divisible(rows: RowsConfig, shards: int) -> RowsConfig:
+    """Rows of every batch are shared evenly by the devices that are here, whatever the config was written for."""
+    return dataclasses.replace(rows, rows=tuple(sorted({-(-n // shards) * shards for n in rows.rows})))
+
+
+def read_items(lines: Iterable[tuple[int, Item]], folder: Path) -> list[Content]:
+    """Items of a JSON-lines file, image paths relative to ``folder``; errors name the line."""
+    contents = []
+    for number, item in lines:
+        if isinstance(item.get("image"), str):
+            item = {**item, "image": folder / item["image"]}
+        contents.append(read_item(item, f"line {number}"))
+    return contents
+
+
+def embed_file(checkpoint: str | Path, source: str | Path, output: str | Path) -> None:
+    """Embed a JSON-lines file into ``embeddings`` of an npz file, whole or not at all.
+
+    Raises:
+        ItemError: naming the line that is no JSON object, or whose picture cannot be read.
+    """
+    path = Path(source)
+    items = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ItemError(f"{path} line {number}: no JSON ({error}): give one object a line") from None
+        if not isinstance(item, dict):
+            raise ItemError(f"{path} line {number}: a {type(item).__name__}, expected an object with text or image")
+        items.append((number, item))
+    contents = read_items(items, path.parent)
+    rows = Embedder.load(checkpoint).embed_contents(contents, progress=True)
+    target = Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(target.name + ".partial")
+    with aside.open("wb") as file:
+        np.savez(file, embeddings=rows)
+    os.replace(aside, target)

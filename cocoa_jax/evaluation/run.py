@@ -1,0 +1,137 @@
+"""Embed the tasks, score them, write ``results.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.checkpoints.orbax import read_metadata
+from cocoa_jax.config import EvaluateConfig, to_dict
+from cocoa_jax.data.prompts import instructions_hash
+from cocoa_jax.data.sources import Content
+from cocoa_jax.embedder import Embedder, default_settings
+from cocoa_jax.evaluation.scorer import Score, score
+from cocoa_jax.evaluation.tasks import Task, picture_tasks
+
+Embeddings = tuple[np.ndarray, np.ndarray]  # of a task's queries and candidates
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The tasks, what the trained model made of them, and the results as they were written."""
+
+    tasks: tuple[Task, ...]
+    embeddings: Mapping[str, Embeddings]
+    results: dict[str, Any]
+
+
+def evaluate(
+    checkpoint: str | Path,
+    output: str | Path,
+    splits: Sequence[str] = ("test_seen", "test_unseen"),
+    untrained: str | Path | None = None,
+    settings: EvaluateConfig | None = None,
+) -> Evaluation:
+    """Score a checkpoint on the picture tasks, beside the chance level and the model that training began with.
+
+    Args:
+        checkpoint: a trained stage or a Hugging Face folder.
+        output: where ``results.json`` goes.
+        splits: any of validation, test_seen, test_unseen.
+        untrained: the model to compare with; by default the folder that the first stage started from.
+        settings: how to read pixels and text; by default as in training.
+
+    Raises:
+        ValueError: naming a split, folder or setting that does not exist, or embeddings that are not finite.
+    """
+    began = time.perf_counter()
+    settings = default_settings(checkpoint) if settings is None else settings
+    tasks = tuple(task for split in splits for task in picture_tasks(split))
+    origin = first_ancestor(checkpoint) if untrained is None else Path(untrained)
+    trained = embed_tasks(Embedder(checkpoint, settings), tasks)
+    first = trained if origin == Path(checkpoint) else embed_tasks(Embedder(origin, settings), tasks)
+    scores = {task.name: score(*trained[task.name], task.relevant) for task in tasks}
+    before = {task.name: score(*first[task.name], task.relevant) for task in tasks}
+    results = {
+        "tasks": {task.name: _line(task, scores[task.name], before[task.name]) for task in tasks},
+        "seconds": round(time.perf_counter() - began, 1),
+        "config": {
+            "checkpoint": str(checkpoint),
+            "untrained": str(origin),
+            "instructions": instructions_hash(),
+            **to_dict(settings),
+        },
+    }
+    _write(Path(output) / "results.json", results)
+    return Evaluation(tasks, trained, results)
+
+
+def embed_tasks(embedder: Embedder, tasks: Iterable[Task]) -> dict[str, Embeddings]:
+    """Queries and candidates of every task; contents that several tasks share are embedded once."""
+    place: dict[Content, int] = {}
+    for task in tasks:
+        for content in (*task.queries, *task.candidates):
+            place.setdefault(content, len(place))
+    rows = embedder.embed_contents(list(place), progress=True)
+
+    def pick(contents: Sequence[Content]) -> np.ndarray:
+        return rows[[place[content] for content in contents]]
+
+    return {task.name: (pick(task.queries), pick(task.candidates)) for task in tasks}
+
+
+def first_ancestor(checkpoint: str | Path) -> Path:
+    """The folder that training began with, found by following what each stage noted about its parent."""
+    folder = Path(checkpoint)
+    while open_backbone(folder).trained:
+        folder = Path(read_metadata(folder)["parent"]["path"])
+    return folder
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The scores as a table of text, one line a task, and the mean."""
+    head = f"{'task':34} {'queries':>7} {'of':>5} {'p@1 %':>6} {'hit@10':>6} {'chance':>6} {'untrained':>9}"
+    lines = [head]
+    for name, line in results["tasks"].items():
+        lines.append(_text(name, line["queries"], line["candidates"], line))
+    keys = ("p_at_1", "hit_at_10", "chance", "untrained_p_at_1")
+    means = {key: float(np.mean([line[key] for line in results["tasks"].values()])) for key in keys}
+    lines.append(_text("mean", "", "", means))
+    return "\n".join(lines)
+
+
+def _text(name: str, queries: object, candidates: object, line: Mapping[str, Any]) -> str:
+    return (
+        f"{name:34} {queries:>7} {candidates:>5} {100 * line['p_at_1']:6.1f} {100 * line['hit_at_10']:6.1f} "
+        f"{100 * line['chance']:6.1f} {100 * line['untrained_p_at_1']:9.1f}"
+    )
+
+
+def _line(task: Task, trained: Score, untrained: Score) -> dict[str, Any]:
+    return {
+        "meta_task": task.meta_task,
+        "split": task.split,
+        "queries": trained.queries,
+        "candidates": trained.candidates,
+        "p_at_1": trained.p_at_1,
+        "hit_at_10": trained.hit_at_10,
+        "chance": trained.chance,
+        "ties": trained.ties,
+        "argmax_p_at_1": trained.argmax_p_at_1,
+        "untrained_p_at_1": untrained.p_at_1,
+    }
+
+
+def _write(path: Path, results: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(results, indent=1))
+    os.replace(aside, path)

@@ -1,0 +1,135 @@
+"""Precision@1 and hit@10 by cosine, in numpy, from embeddings of unit length."""
+
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+TIE = 1e-7  # cosines closer than this are equal: float32 resolves 6e-8 near 1
+UNIT_TOLERANCE = 1e-3
+CHUNK = 2**21  # cosines held at once (16 MiB)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a task's embeddings reach; rates are in [0, 1].
+
+    `p_at_1` and `hit_at_10` count a tie between right and wrong as wrong; `ties` is how many queries have such a tie at
+    the top; `argmax_p_at_1` gives them the benefit of the doubt, as argmax does where the right candidate is listed
+    first; `chance` is the p_at_1 of guessing.
+    """
+
+    p_at_1: float
+    hit_at_10: float
+    ties: int
+    chance: float
+    queries: int
+    candidates: int
+    argmax_p_at_1: float
+
+
+class EmbeddingError(ValueError):
+    """Embeddings that cannot be scored."""
+
+
+def score(
+    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"], relevant: Sequence[AbstractSet[int]]
+) -> Score:
+    """Ranks all candidates for every query by cosine.
+
+    Candidates must be distinct contents; `relevant[q]` holds the indices of those right for query q, at least one.
+    Memory: CHUNK cosines.
+
+    Raises:
+        EmbeddingError: rows that are not finite or not of unit length, or widths that differ.
+        ValueError: `relevant` does not fit the queries and candidates.
+    """
+    queries, candidates = _checked(queries, candidates)
+    count = len(candidates)
+    if len(relevant) != len(queries):
+        raise ValueError(f"{len(relevant)} sets of right candidates for {len(queries)} queries: give one a query")
+    for index, right in enumerate(relevant):
+        if not right or min(right) < 0 or max(right) >= count:
+            raise ValueError(
+                f"right candidates of query {index} are {sorted(right)}: give at least one, each below {count}"
+            )
+    first = near = tied = 0
+    for start, cosines in _chunks(queries, candidates):
+        mask = np.zeros(cosines.shape, bool)
+        for row in range(len(cosines)):
+            mask[row, list(relevant[start + row])] = True
+        best = np.where(mask, cosines, -np.inf).max(axis=1, keepdims=True)
+        above = (~mask & (cosines > best + TIE)).sum(axis=1)
+        level = (~mask & (cosines >= best - TIE)).sum(axis=1)  # the wrong candidates that are above or tie
+        first += int((level == 0).sum())
+        near += int((level < 10).sum())
+        tied += int(((above == 0) & (level > 0)).sum())
+    total = len(queries)
+    return Score(
+        p_at_1=first / total,
+        hit_at_10=near / total,
+        ties=tied,
+        chance=sum(len(right) for right in relevant) / (count * total),
+        queries=total,
+        candidates=count,
+        argmax_p_at_1=(first + tied) / total,
+    )
+
+
+def nearest(
+    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"], k: int
+) -> tuple[Int[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
+    """The k nearest candidates of every query and their cosines, nearest first; ties by the lower index.
+
+    Raises:
+        EmbeddingError: as `score`.
+        ValueError: k is not in 1 .. C.
+    """
+    queries, candidates = _checked(queries, candidates)
+    if not 1 <= k <= len(candidates):
+        raise ValueError(f"k is {k}, there are {len(candidates)} candidates: choose k from 1 to that")
+    indices = np.empty((len(queries), k), np.int64)
+    cosines = np.empty((len(queries), k), np.float64)
+    for start, block in _chunks(queries, candidates):
+        order = np.argsort(-block, axis=1, kind="stable")[:, :k]
+        indices[start : start + len(block)] = order
+        cosines[start : start + len(block)] = np.take_along_axis(block, order, axis=1)
+    return indices, cosines
+
+
+def _checked(
+    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"]
+) -> tuple[Float[np.ndarray, "Q D"], Float[np.ndarray, "C D"]]:
+    wide = []
+    for name, rows in (("queries", queries), ("candidates", candidates)):
+        if rows.ndim != 2 or not len(rows):
+            raise EmbeddingError(f"{name} have shape {rows.shape}: give at least one row, as [rows, width]")
+        rows = rows.astype(np.float64)
+        bad = int((~np.isfinite(rows).all(axis=1)).sum())
+        if bad:
+            raise EmbeddingError(
+                f"{bad} of {len(rows)} {name} are not finite: the model diverged or its input was broken"
+            )
+        length = np.linalg.norm(rows, axis=1)
+        bad = int((np.abs(length - 1) > UNIT_TOLERANCE).sum())
+        if bad:
+            raise EmbeddingError(
+                f"{bad} of {len(rows)} {name} are not of unit length (from {length.min():.4g} to {length.max():.4g}, "
+                f"allowed 1 +- {UNIT_TOLERANCE}): normalise them"
+            )
+        wide.append(rows / length[:, None])
+    if wide[0].shape[1] != wide[1].shape[1]:
+        raise EmbeddingError(
+            f"queries have width {wide[0].shape[1]}, candidates {wide[1].shape[1]}: embed both with one model"
+        )
+    return wide[0], wide[1]
+
+
+def _chunks(
+    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"]
+) -> Iterator[tuple[int, Float[np.ndarray, "q C"]]]:
+    rows = max(1, CHUNK // len(candidates))
+    for start in range(0, len(queries), rows):
+        yield start, queries[start : start + rows] @ candidates.T

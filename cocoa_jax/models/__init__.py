@@ -1,0 +1,1 @@
+"""The backbones, in Flax NNX, over explicit spans."""

@@ -1,0 +1,120 @@
+"""The few building blocks that both towers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias``, computed in the type of ``x``; kernel [in, out], stored in float32 at birth."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs)) * inputs**-0.5)
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        # As one matrix: XLA on CPUs runs the backward pass of a product of higher rank at half the speed.
+        y = (x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table [V, D] that is read by row, and serves as the output map where the head is tied."""
+
+    def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs):
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (rows, width)) * 0.02)
+
+    def __call__(self, ids: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B D"]:
+        return jnp.take(self.table[...], ids, axis=0).astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm; statistics in float32, the scale applied in the type of ``x`` as Hugging Face does."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with bias, in float32."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool, rngs: nnx.Rngs):
+        self.gate_proj = Linear(width, hidden, bias=bias, rngs=rngs)
+        self.up_proj = Linear(width, hidden, bias=bias, rngs=rngs)
+        self.down_proj = Linear(hidden, width, bias=bias, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class QuickMLP(nnx.Module):
+    """``fc2(quick_gelu(fc1(x)))``, where quick_gelu(x) is ``x * sigmoid(1.702 x)``."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(width, hidden, bias=True, rngs=rngs)
+        self.fc2 = Linear(hidden, width, bias=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        x = self.fc1(x)
+        return self.fc2(x * jax.nn.sigmoid(1.702 * x))
+
+
+def stacked(make: Callable[[nnx.Rngs], Module], layers: int, rngs: nnx.Rngs) -> Module:
+    """``layers`` modules of one kind with their parameters stacked on a leading axis L."""
+    return nnx.vmap(make)(rngs.fork(split=layers))
+
+
+def scan_layers(
+    stack: Module, x: Array, call: Callable[[Module, Array, Array], Array], flags: Array, *, remat: str
+) -> tuple[Array, Array]:
+    """Run a stack by ``lax.scan``: one compiled body whatever the depth.
+
+    Args:
+        stack: a module made by ``stacked``.
+        x: what the layers hand on.
+        call: ``(layer, x, flag) -> x``.
+        flags: [L, ...], what differs between layers beside their parameters.
+        remat: ``none`` keeps every activation, ``full`` recomputes each layer in the backward pass.
+
+    Returns:
+        What the last layer gives, and [L, ...] of what entered each layer (free unless it is used).
+    """
+    graph, params = nnx.split(stack)
+
+    def body(carry: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, Array]:
+        state, flag = layer
+        return call(nnx.merge(graph, state), carry, flag), carry
+
+    policies = {"none": body, "full": jax.checkpoint(body)}
+    if remat not in policies:
+        raise ValueError(f"remat policy {remat!r} does not exist: choose one of {sorted(policies)}")
+    return jax.lax.scan(policies[remat], x, (params, flags))

@@ -1,0 +1,1 @@
+"""The three stages' losses as pure functions of a model and a batch."""

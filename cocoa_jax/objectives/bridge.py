@@ -1,0 +1,21 @@
+"""Stage 2: rebuild block B from what the bridge token holds of block A."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxtyping import Array, Float
+
+from cocoa_jax.models.inputs import Inputs
+from cocoa_jax.models.qwen2_vl import Qwen2VL
+from cocoa_jax.objectives.masked_text import masked_text_loss
+
+
+def bridge_loss(model: Qwen2VL, batch: Mapping[str, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Cross-entropy of the masked tokens of block B; the truncated attention is in the batch's spans.
+
+    Source: CoCoA, arXiv 2603.01471, stage 2.
+    """
+    hidden = model(Inputs.from_batch(batch))
+    loss, metrics = masked_text_loss(model, hidden, batch["predict_at"], batch["predict_id"])
+    return loss, {"bridge": loss, **metrics}

@@ -1,0 +1,84 @@
+"""Stage 3: contrastive learning on the embedding at the bridge token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cocoa_jax.models.inputs import Inputs
+from cocoa_jax.models.qwen2_vl import Qwen2VL
+
+NEVER = -1e30  # a score that no softmax sees; finite, so that its gradient is zero and not NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveConfig:
+    """InfoNCE: ``temperature`` divides the cosines; ``symmetric`` adds the target -> query direction (ours)."""
+
+    temperature: float = 0.02
+    symmetric: bool = False
+
+
+def embed_examples(model: Qwen2VL, batch: Mapping[str, Array]) -> Float[Array, "X W"]:
+    """Unit-length embeddings of the batch's examples in the batch's order, float32.
+
+    The K bridge tokens of an example are normalised one by one and concatenated, so W = K D and the
+    cosine of two embeddings is the mean cosine of their tokens; K = 1 is the paper.
+    """
+    hidden = model(Inputs.from_batch(batch)).astype(jnp.float32)
+    B, E, K = batch["pool"].shape
+    columns = jnp.maximum(batch["pool"].reshape(B, E * K), 0)
+    pooled = jnp.take_along_axis(hidden, columns[..., None], axis=1)
+    # An unused slot reads some state or other and is never taken; the guard keeps a zero state finite.
+    squares = jnp.sum(jnp.square(pooled), axis=-1, keepdims=True)
+    unit = pooled * jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) / K**0.5
+    return jnp.take(unit.reshape(B * E, -1), batch["example"], axis=0)
+
+
+def contrastive_loss(
+    model: Qwen2VL, batch: Mapping[str, Array], config: ContrastiveConfig
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """InfoNCE over the whole global batch.
+
+    Source: CoCoA, arXiv 2603.01471, stage 3.
+    """
+    N = batch["target_key"].shape[0]
+    embeddings = embed_examples(model, batch)
+    return info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config)
+
+
+def info_nce(
+    queries: Float[Array, "N W"],
+    targets: Float[Array, "S W"],
+    target_key: Int[Array, " N"],
+    config: ContrastiveConfig,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean of -log softmax of each query's own target among all targets and hard negatives.
+
+    Args:
+        queries: unit length.
+        targets: unit length; the first N belong to the queries in order, the rest are hard negatives.
+        target_key: two targets of equal key show the same thing and are no negatives of each other.
+    """
+    N, S = queries.shape[0], targets.shape[0]
+    cosines = queries @ targets.T
+    same = (target_key[:, None] == target_key[None, :]) & ~jnp.eye(N, dtype=bool)
+    excluded = jnp.pad(same, ((0, 0), (0, S - N)))
+    scores = jnp.where(excluded, NEVER, cosines / config.temperature)
+    own = jnp.diagonal(scores)
+    loss = jnp.mean(jax.nn.logsumexp(scores, axis=1) - own)
+    if config.symmetric:
+        loss = (loss + jnp.mean(jax.nn.logsumexp(scores[:, :N], axis=0) - own)) / 2
+    others = jnp.where(excluded | jnp.eye(N, S, dtype=bool), -1.0, cosines)
+    hardest = jnp.max(others, axis=1)
+    positive = jnp.diagonal(cosines)
+    return loss, {
+        "contrastive": loss,
+        "batch_accuracy": jnp.mean(positive > hardest),
+        "positive_cosine": jnp.mean(positive),
+        "hardest_cosine": jnp.mean(hardest),
+    }

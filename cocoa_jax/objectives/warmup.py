@@ -1,0 +1,65 @@
+"""Stage 1: rebuild masked words and masked picture units under bidirectional attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from cocoa_jax.models.inputs import Inputs
+from cocoa_jax.models.mae import ImageDecoder
+from cocoa_jax.models.qwen2_vl import Qwen2VL
+from cocoa_jax.objectives.masked_text import masked_text_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupConfig:
+    """``mae_weight`` scales the picture loss beside the text loss (0.5 in the paper)."""
+
+    mae_weight: float = 0.5
+
+
+def warmup_loss(
+    model: Qwen2VL, decoder: ImageDecoder, batch: Mapping[str, Array], config: WarmupConfig
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """``mntp + mae_weight * mae`` of a batch whose text is masked already and whose pictures are not.
+
+    Source: CoCoA, arXiv 2603.01471, stage 1.
+    """
+    inputs = Inputs.from_batch(batch)
+    shown = hide_units(inputs.patches, batch["hidden_unit"], batch["unit_seed"])
+    hidden = model(dataclasses.replace(inputs, patches=shown))
+    text, metrics = masked_text_loss(model, hidden, batch["predict_at"], batch["predict_id"])
+    image = picture_loss(decoder, hidden, inputs, batch["hidden_unit"])
+    return text + config.mae_weight * image, {"mntp": text, "mae": image, **metrics}
+
+
+def hide_units(
+    patches: Float[Array, "B P C"], hidden_unit: Bool[Array, "B U"], unit_seed: UInt32[Array, "B U"]
+) -> Float[Array, "B P C"]:
+    """Put standard normal noise, drawn from each unit's own seed, in the place of the pixels of chosen units."""
+    B, P, C = patches.shape
+    units = patches.reshape(*hidden_unit.shape, -1)
+    draw = jax.vmap(jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), units.shape[2:])))
+    return jnp.where(hidden_unit[..., None], draw(unit_seed), units).astype(patches.dtype).reshape(B, P, C)
+
+
+def picture_loss(
+    decoder: ImageDecoder, hidden: Float[Array, "B T D"], inputs: Inputs, hidden_unit: Bool[Array, "B U"]
+) -> Float[Array, ""]:
+    """Mean squared error of the rebuilt pixels over the chosen units of the whole batch."""
+    drawn = decoder(hidden, inputs.positions, inputs.spans, token_of_unit(inputs.unit, hidden_unit.shape[1]))
+    true = inputs.patches.reshape(*hidden_unit.shape, -1)
+    errors = jnp.mean(jnp.square(drawn.astype(jnp.float32) - true), axis=-1)
+    return jnp.sum(jnp.where(hidden_unit, errors, 0.0)) / jnp.maximum(jnp.sum(hidden_unit), 1)
+
+
+def token_of_unit(unit: Int[Array, "B T"], units: int) -> Int[Array, "B U"]:
+    """The column that shows each unit: the inverse of ``unit``; 0 for units that nobody shows."""
+    B, T = unit.shape
+    place = jnp.where(unit >= 0, unit, units)  # out of bounds: dropped
+    columns = jnp.broadcast_to(jnp.arange(T, dtype=unit.dtype), (B, T))
+    return jnp.zeros((B, units), unit.dtype).at[jnp.arange(B)[:, None], place].set(columns, mode="drop")

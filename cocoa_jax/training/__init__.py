@@ -1,0 +1,1 @@
+"""From a config to a trained stage: mesh, shardings, optimizer, step and loop."""

@@ -1,0 +1,189 @@
+"""The trainer of all three stages, read from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.checkpoints.orbax import Restored, StageCheckpoints, carry_backbone
+from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
+from cocoa_jax.data.pairs import picture_source
+from cocoa_jax.data.pipeline import stage_batches
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.sources import load_pictures
+from cocoa_jax.training.mesh import batch_shards, make_mesh
+from cocoa_jax.training.metrics import MetricsWriter
+from cocoa_jax.training.optimizer import make_optimizer
+from cocoa_jax.training.place import place
+from cocoa_jax.training.stages import stage_program
+from cocoa_jax.training.state import TrainState, abstract_state, first_state
+from cocoa_jax.training.step import make_step
+
+STOPPED = 75  # the exit status of a run that was asked to stop and saved first: "try again" to launchers
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM), saved its state and can be continued by the same command."""
+
+
+class Diverged(RuntimeError):
+    """A loss that is no number; the message names the step and where the state before it is."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Run one stage, or continue it where it was; returns its folder.
+
+    Raises:
+        SettingsError: settings that contradict each other, the machine, or an earlier run in the same folder.
+        Diverged: the loss is NaN or infinite.
+        Stopped: SIGTERM arrived.
+    """
+    # ------------------------------------------------------------------ what is asked for, checked before any work
+    output = Path(config.output)
+    backbone = open_backbone(config.checkpoint)
+    mesh = make_mesh(config.mesh)
+    _check_rows(config, mesh)
+    processor = Processor.load(backbone.side_files, backbone.config, config.data.processor)
+    optimizer = make_optimizer(config.optimizer, config.loop.steps)
+    program = stage_program(config, backbone.config)
+    wanted = abstract_state(program.shapes, optimizer, mesh)
+    batches = iter(_batches(config, processor))
+
+    # --------------------------------------------------------------------------------- the state: continued or new
+    output.mkdir(parents=True, exist_ok=True)
+    _check_settings(output / "config.json", to_dict(config))
+    carry_backbone(backbone.side_files, output)
+    with StageCheckpoints(output, config.loop.keep) as checkpoints, _stop_requests() as stopping:
+        restored = checkpoints.restore_latest(_trees(wanted))
+        if restored is None:
+            params = backbone.load(wanted.params["backbone"])
+            state = first_state({"backbone": params, "head": program.init_head(params)}, optimizer, wanted)
+        else:
+            state = _state(restored)
+            batches.set_state(restored.loop["batches"])
+        start = int(state.step)
+        if start >= config.loop.steps:
+            return output
+
+        # ------------------------------------------------------------------------------------------------ the loop
+        step_function = make_step(program.loss, optimizer, wanted)
+        metadata = {"stage": config.stage, "config": to_dict(config), "parent": backbone.origin()}
+        pending: tuple[int, dict[str, Any], int] | None = None
+        with MetricsWriter(output, config.stage, start, config.loop.steps) as writer:
+            for step in range(start, config.loop.steps):
+                batch = next(batches)
+                stats = batch.pop("stats")
+                pictures = count_pictures(batch)
+                state, metrics = step_function(state, place(batch, mesh))
+                # Read one step late, so that the device never waits for the host.
+                if pending is not None:
+                    _record(writer, pending, output)
+                pending = (step, metrics | {"rows": stats[1], "dropped_masks": stats[-1]}, pictures)
+                last = step + 1 == config.loop.steps
+                if last or stopping() or (step + 1) % config.loop.checkpoint_every == 0:
+                    _record(writer, pending, output)  # a state that diverged is never saved
+                    pending = None
+                    checkpoints.save(
+                        step + 1,
+                        params=state.params["backbone"],
+                        head=state.params["head"],
+                        optimizer=state.optimizer,
+                        loop={"step": step + 1, "batches": batches.get_state()},
+                        metadata=metadata,
+                    )
+                if stopping() and not last:
+                    raise Stopped(f"stopped at step {step + 1} of {config.loop.steps}: the same command continues")
+    return output
+
+
+def count_pictures(batch: Mapping[str, np.ndarray]) -> int:
+    """How many pictures the rows of a batch show: patches that are the first of their span."""
+    start, end = batch["patch_start"], batch["patch_end"]
+    return int(np.sum((end > start) & (start == np.arange(start.shape[1]))))
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+
+
+def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    shards = batch_shards(mesh)
+    for rows in config.data.rows.rows:
+        if rows % shards:
+            raise SettingsError(f"data.rows.rows has {rows}, no multiple of {shards} devices: change it or the mesh")
+
+
+def _batches(config: TrainConfig, processor: Processor) -> Any:
+    pictures = load_pictures(config.data.split)
+    sources = {kind: picture_source(kind, pictures, config.data.mirror) for kind in config.data.kinds}
+    return stage_batches(
+        config.batches(),
+        sources,
+        config.data.kinds,
+        processor,
+        seed=config.seed,
+        steps=config.loop.steps,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.threads,
+        workers=config.data.workers,
+    )
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """A folder belongs to one run: refuse to continue it with other settings, naming them."""
+    if path.exists():
+        changed = differences(json.loads(path.read_text()), settings)
+        if changed:
+            raise SettingsError(
+                f"{path.parent} was made with other settings ({'; '.join(changed)}): give another output or remove it"
+            )
+    else:
+        aside = path.with_suffix(".partial")
+        aside.write_text(json.dumps(settings, indent=1))
+        os.replace(aside, path)
+
+
+def _trees(wanted: TrainState) -> dict[str, Any]:
+    return {"params": wanted.params["backbone"], "head": wanted.params["head"], "optimizer": wanted.optimizer}
+
+
+def _state(restored: Restored) -> TrainState:
+    params = {"backbone": restored.params, "head": restored.head}
+    return TrainState(jax.numpy.int32(restored.step), params, restored.optimizer)
+
+
+def _record(writer: MetricsWriter, pending: tuple[int, dict[str, Any], int], output: Path) -> None:
+    step, metrics, pictures = pending
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not np.isfinite(values["loss"]):
+        raise Diverged(
+            f"loss is {values['loss']} at step {step}: the last checkpoint in {output} is before it; lower "
+            "optimizer.learning_rate or raise optimizer.warmup_steps"
+        )
+    writer.write(step, values, pictures)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Any]:
+    """Turn SIGTERM, which announces a preemption, into a question that the loop asks once a step."""
+    asked = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,54 @@
+"""The device mesh of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))  # rows are spread over both; parameters over fsdp and tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 on one of them takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over all devices of all hosts.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = [getattr(config, axis) for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh {config}: sizes are positive, and at most one is -1")
+    if -1 in sizes and devices % fixed == 0:
+        sizes[sizes.index(-1)] = devices // fixed
+    if math.prod(sizes) != devices:
+        raise ValueError(f"mesh {config} asks for {fixed} devices at least, there are {devices}: change mesh.data")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many equal parts the rows of a batch are cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the batch axes, everything else whole."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())

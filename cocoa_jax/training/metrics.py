@@ -1,0 +1,71 @@
+"""Where a run's numbers go: JSON lines, TensorBoard and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class MetricsWriter:
+    """Writes one line a step to ``metrics.jsonl``, the same to TensorBoard, and moves the bar of the stage.
+
+    Args:
+        output: folder of the stage.
+        stage: its name, shown on the bar.
+        first: the step that comes next; lines of later steps, written before a kill, are dropped.
+        steps: length of the whole run.
+    """
+
+    def __init__(self, output: Path, stage: str, first: int, steps: int):
+        self._path = output / "metrics.jsonl"
+        _truncate(self._path, first)
+        self._lines = self._path.open("a")
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first)
+        self._bar = tqdm(total=steps, initial=first, desc=stage, unit="step", dynamic_ncols=True)
+        self._last = time.perf_counter()
+
+    def write(self, step: int, metrics: Mapping[str, float], pictures: int) -> None:
+        """Record what step ``step`` (from 0) measured; ``pictures`` is how many it saw."""
+        now = time.perf_counter()
+        rate = pictures / (now - self._last)
+        self._last = now
+        self._lines.write(json.dumps({"step": step, **metrics, "pictures_per_second": round(rate, 1)}) + "\n")
+        self._lines.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:.0f} pictures/s", refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._board.close()
+        self._lines.close()
+
+
+def _truncate(path: Path, first: int) -> None:
+    """Keep the lines of steps before ``first``; a torn last line is dropped too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] < first:
+            kept.append(line + "\n")
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)

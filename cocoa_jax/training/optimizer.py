@@ -1,0 +1,65 @@
+"""AdamW and its schedule from a config."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as in the paper: no decay, gradients clipped to a global norm.
+
+    ``schedule`` is what follows the linear warm-up: ``linear`` or ``cosine`` down to zero, or ``constant``.
+    """
+
+    learning_rate: float = 2e-5
+    schedule: str = "linear"
+    warmup_steps: int = 100
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step.
+
+    Raises:
+        ValueError: an unknown schedule, or a warm-up that does not end before the run does.
+    """
+    if config.warmup_steps >= steps:
+        raise ValueError(f"optimizer.warmup_steps is {config.warmup_steps} of {steps} steps: it must be smaller")
+    rate, rest = config.learning_rate, steps - config.warmup_steps
+    tails = {
+        "linear": optax.linear_schedule(rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(rate, rest),
+        "constant": optax.constant_schedule(rate),
+    }
+    if config.schedule not in tails:
+        raise ValueError(f"optimizer.schedule is {config.schedule!r}: choose one of {sorted(tails)}")
+    warmup = optax.linear_schedule(0.0, rate, config.warmup_steps)
+    return optax.join_schedules([warmup, tails[config.schedule]], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping and AdamW; only maps decay, never norms, biases or the embedding."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            make_schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=_decays,
+        ),
+    )
+
+
+def _decays(params: Any) -> Any:
+    return jax.tree.map_with_path(lambda keys, _: keys[-1].key == "kernel", params)

@@ -1,0 +1,41 @@
+"""What a train step reads and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from cocoa_jax.training.mesh import replicated
+from cocoa_jax.training.sharding import param_shardings, state_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """``step`` counts updates done; ``params`` is {"backbone": ..., "head": ...}; ``optimizer`` is optax's."""
+
+    step: Array
+    params: Any
+    optimizer: Any
+
+
+def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the whole state, from the shapes of the parameters."""
+    shapes = jax.eval_shape(optimizer.init, params)
+    plan = TrainState(replicated(mesh), param_shardings(params, mesh), state_shardings(shapes, params, mesh))
+    whole = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, shapes)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), whole, plan)
+
+
+def first_state(params: Any, optimizer: optax.GradientTransformation, wanted: TrainState) -> TrainState:
+    """A fresh state whose parts lie where ``wanted`` says; ``params`` may be on the host."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    params = jax.tree.map(jax.device_put, params, places.params)
+    moments = jax.jit(optimizer.init, out_shardings=places.optimizer)(params)
+    return TrainState(jax.device_put(jnp.int32(0), places.step), params, moments)

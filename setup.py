@@ -1,0 +1,66 @@
+"""Packaging; settings of the tools are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="cocoa-jax",
+    version="0.1.0",
+    description="CoCoA multimodal embedding models in JAX and Flax for TPU pods",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["cocoa_jax", "cocoa_jax.*"]), "cocoa_jax.configs"],
+    # The YAML files stay at the top level, where people look for them, and travel with the wheel.
+    package_dir={"cocoa_jax.configs": "configs"},
+    package_data={
+        "cocoa_jax": ["data/pictures/*", "data/pictures/*/*", "evaluation/*.css"],
+        "cocoa_jax.configs": ["*/*.yaml"],
+    },
+    entry_points={"console_scripts": ["cocoa = cocoa_jax.cli:main"]},
+    # Lower bounds are the versions that were tried together. Upper bounds have their reasons beside them.
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        # The v1 API lives under `experimental` and may move between minor versions.
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "grain>=0.2.18",
+        # Its PIL image processor is imported by its module path, which a next major version may rename.
+        "transformers>=5.23,<6",
+        "tokenizers>=0.23",
+        "tensorflow-datasets>=4.9.10",
+        "array-record>=0.8.3",
+        "absl-py>=2",
+        "numpy>=2.1",
+        "pillow>=11",
+        "safetensors>=0.6",
+        "jaxtyping>=0.3.3",
+        "jsonargparse>=4.40",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+        "tensorboardX>=2.6.2",
+        "etils>=1.13",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        # Only to build the embedded pictures again from their table.
+        "data": ["pyarrow>=18"],
+        "test": [
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.120",
+            # Exactly this one: newer builds for CPUs were not compared.
+            "torch==2.13.0",
+            "pyarrow>=18",
+            "ruff>=0.14",
+            "mypy>=1.18",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+    },
+)

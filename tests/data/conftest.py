@@ -1,0 +1,129 @@
+"""A tiny checkpoint folder (tokenizer, picture settings, config) and pictures to feed through it."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from cocoa_jax.data.processor import Processor, ProcessorConfig
+from cocoa_jax.data.sources import Image
+from cocoa_jax.models.config import Qwen2VLConfig, parse_config
+
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|mask|>",
+]
+WORDS = ["a kiwi fruit", "the red car on a green hill", "face with tears of joy", "two small boats", "dark skin tone"]
+
+
+def config_values(family: str) -> dict:
+    """A config.json of the hub's flat form, tiny but with patches of 14 pixels."""
+    vision = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    if family == "2":
+        vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    else:
+        vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 56}
+        vision |= {"fullatt_block_indexes": [1], "tokens_per_second": 2}
+    ids = {name: SPECIAL.index(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    return {
+        "model_type": "qwen2_vl" if family == "2" else "qwen2_5_vl",
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "tie_word_embeddings": True,
+        "image_token_id": SPECIAL.index("<|image_pad|>"),
+        "video_token_id": SPECIAL.index("<|video_pad|>"),
+        **{f"{name}_token_id": number for name, number in ids.items()},
+        "vision_config": vision,
+    }
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder without weights."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(WORDS * 10, trainer)
+    # Real Qwen2.5 checkpoints have added tokens that are not special; transformers never splits those.
+    tokenizer.add_tokens(["<tool_call>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    write = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "pad_token": "<|endoftext|>",
+            "eos_token": "<|im_end|>",
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "min_pixels": 784,
+            "max_pixels": 50176,
+            "patch_size": 14,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        },
+        "config.json": config_values("2"),
+    }
+    for name, values in write.items():
+        (path / name).write_text(json.dumps(values))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_config() -> Callable[[str], Qwen2VLConfig]:
+    return lambda family: parse_config(config_values(family))
+
+
+@pytest.fixture(scope="session")
+def processors(folder: Path, model_config: Callable[[str], Qwen2VLConfig]) -> dict[str, Processor]:
+    """One processor per family; at most 16 visual tokens a picture, 24 text tokens."""
+    settings = ProcessorConfig(min_pixels=784, max_pixels=16 * 784, max_text_tokens=24)
+    return {family: Processor.load(folder, model_config(family), settings) for family in ("2", "2.5")}
+
+
+def encode(picture: PIL.Image.Image, name: str = "picture", form: str = "PNG", **options) -> Image:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return Image(data=buffer.getvalue(), width=picture.width, height=picture.height, name=name)
+
+
+@pytest.fixture(scope="session")
+def encoded() -> Callable[..., Image]:
+    return encode
+
+
+@pytest.fixture(scope="session")
+def noise() -> Callable[..., Image]:
+    """A picture of random pixels: noise(width, height, seed)."""
+
+    def make(width: int, height: int, seed: int = 0, **options) -> Image:
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return encode(PIL.Image.fromarray(pixels), f"noise-{width}x{height}-{seed}", **options)
+
+    return make

@@ -1,0 +1,89 @@
+"""Which tokens and units are hidden: ratios, guarantees, and independence from everything but (seed, step, example)."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cocoa_jax.data.masking import (
+    MaskingConfig,
+    Purpose,
+    choose_tokens,
+    choose_units,
+    example_rng,
+    within_budget,
+)
+
+allowed_tokens = st.lists(st.booleans(), max_size=40).map(lambda values: np.array(values, bool))
+ratios = st.floats(0, 1)
+
+
+@given(allowed=allowed_tokens, ratio=ratios, shift=st.booleans(), one=st.booleans(), seed=st.integers(0, 10))
+def test_only_allowed_tokens_are_chosen(allowed, ratio, shift, one, seed):
+    choice = choose_tokens(allowed, example_rng(seed, 0, 0, Purpose.TOKENS), ratio, shift, one)
+    able = allowed.copy()
+    if shift:
+        able[:1] = False
+    assert able[choice.index].all() and (np.diff(choice.index) > 0).all()
+    assert len(choice.index) >= (one and able.any())
+    if ratio == 1:
+        assert len(choice.index) == able.sum()
+    if ratio == 0:
+        assert len(choice.index) == (one and able.any())
+
+
+def test_the_first_token_can_be_chosen_without_the_shift():
+    choice = choose_tokens(np.ones(3, bool), example_rng(0, 0, 0, Purpose.TOKENS), 1.0, False, False)
+    assert choice.index.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.7])
+def test_the_ratio_holds(ratio):
+    """40,000 draws: five standard deviations are 0.0115 at most."""
+    allowed = np.ones(400, bool)
+    hits = [
+        len(choose_tokens(allowed, example_rng(3, 1, i, Purpose.TOKENS), ratio, False, False).index) for i in range(100)
+    ]
+    assert abs(np.sum(hits) / 40_000 - ratio) < 0.0115
+    hidden = [choose_units(400, example_rng(3, 1, i, Purpose.UNITS), ratio)[0].sum() for i in range(100)]
+    assert abs(np.sum(hidden) / 40_000 - ratio) < 0.0115
+
+
+def test_draws_depend_on_seed_step_example_and_purpose():
+    draws = [
+        example_rng(*key).random() for key in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    ]
+    assert len(set(draws)) == 5 and draws[0] == example_rng(0, 0, 0, Purpose.RECORD).random()
+
+
+def test_units_have_seeds_of_their_own():
+    hidden, seeds = choose_units(64, example_rng(0, 0, 0, Purpose.UNITS), 0.5)
+    again = choose_units(64, example_rng(0, 0, 0, Purpose.UNITS), 0.9)
+    assert seeds.dtype == np.uint32 and len(set(seeds.tolist())) == 64
+    np.testing.assert_array_equal(seeds, again[1])
+    assert (again[0] >= hidden).all()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    spare=st.integers(0, 20),
+    ratio=ratios,
+    seed=st.integers(0, 5),
+)
+def test_the_budget_un_chooses_the_fewest_and_no_example_s_only_token(sizes, spare, ratio, seed):
+    choices = [
+        choose_tokens(np.ones(n, bool), example_rng(seed, 0, i, Purpose.TOKENS), ratio, False, True)
+        for i, n in enumerate(sizes)
+    ]
+    budget = len(sizes) + spare
+    kept, dropped = within_budget(choices, budget)
+    total = sum(len(choice.index) for choice in choices)
+    assert dropped == max(0, total - budget) and sum(map(len, kept)) == total - dropped
+    for mine, choice in zip(kept, choices, strict=True):
+        assert len(mine) >= 1 and set(mine) <= set(choice.index) and (np.diff(mine) > 0).all()
+
+
+@pytest.mark.parametrize("change", [{"text_ratio": 1.5}, {"image_ratio": -0.1}, {"text_ratio": float("nan")}])
+def test_ratios_are_probabilities(change):
+    with pytest.raises(ValueError, match=r"lies in 0..1"):
+        MaskingConfig(**{"text_ratio": 0.2, "image_ratio": 0.5} | change)
