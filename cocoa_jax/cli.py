@@ -11,7 +11,14 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-EPILOG = "Every setting of a config file can be given on the command line too: --section.field=value."
+EXAMPLES = {
+    "demo": "cocoa demo --output runs/demo --scale standard",
+    "init": "cocoa init --config configs/demo/backbone.yaml --output runs/backbone",
+    "train": "cocoa train --config configs/demo/1-warmup.yaml --checkpoint=runs/backbone --loop.steps=200",
+    "evaluate": "cocoa evaluate --checkpoint runs/demo/3-contrastive --output runs/demo/evaluation",
+    "embed": "cocoa embed --checkpoint runs/demo/3-contrastive --input items.jsonl --output out.npz",
+}
+CONFIG_HELP = "YAML file of settings, in this folder or installed; a setting on the command line comes before it"
 
 
 class Parser(ArgumentParser):
@@ -28,7 +35,7 @@ class Parser(ArgumentParser):
 def build_parser() -> ArgumentParser:
     """All sub-commands and their settings."""
     # Settings pull in JAX; they are imported when somebody calls, not when somebody imports this module.
-    from cocoa_jax.config import EvaluateConfig, InitConfig, TrainConfig
+    from cocoa_jax.config import InitConfig, TrainConfig
 
     parser = Parser(prog="cocoa", description="CoCoA multimodal embedding models in JAX.")
     commands = parser.add_subcommands(dest="command", metavar="COMMAND")
@@ -60,22 +67,14 @@ def build_parser() -> ArgumentParser:
     embed.add_argument("--input", required=True, help='lines like {"text": "a kiwi", "image": "kiwi.png"}')
     embed.add_argument("--output", required=True, help="npz file with embeddings [n, D], float32")
     commands.add_subcommand("embed", embed, help=embed.description)
-    del EvaluateConfig
     return parser
 
 
 def _command(name: str, description: str, config: bool = False) -> ArgumentParser:
-    example = {
-        "demo": "cocoa demo --output runs/demo --scale standard",
-        "init": "cocoa init --config configs/demo/backbone.yaml --output runs/backbone",
-        "train": "cocoa train --config configs/demo/1-warmup.yaml --checkpoint=runs/backbone --loop.steps=200",
-        "evaluate": "cocoa evaluate --checkpoint runs/demo/3-contrastive --output runs/demo/evaluation",
-        "embed": "cocoa embed --checkpoint runs/demo/3-contrastive --input items.jsonl --output out.npz",
-    }[name]
-    parser = Parser(description=description, epilog=f"example: {example}")
+    parser = Parser(description=description, epilog=f"example: {EXAMPLES[name]}")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     if config:
-        parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; " + EPILOG)
+        parser.add_argument("--config", action=ActionConfigFile, help=CONFIG_HELP)
     return parser
 
 
@@ -84,8 +83,10 @@ def run(arguments: Namespace, parser: ArgumentParser) -> None:
     chosen = arguments[arguments.command]
     if arguments.command == "demo":
         from cocoa_jax.demo import run_demo
+        from cocoa_jax.evaluation.run import read_results, summary
 
-        run_demo(chosen.output, chosen.scale, chosen.seed)
+        report = run_demo(chosen.output, chosen.scale, chosen.seed)
+        sys.stdout.write(f"{summary(read_results(chosen.output))}\n\nreport: {report}\n")
     elif arguments.command == "init":
         from cocoa_jax.demo import make_picture_backbone
 
@@ -109,6 +110,19 @@ def run(arguments: Namespace, parser: ArgumentParser) -> None:
         embed_file(chosen.checkpoint, chosen.input, chosen.output)
 
 
+def _installed(arguments: Sequence[str]) -> list[str]:
+    """``--config configs/...`` means the installed file where the folder holds none of that name."""
+    from cocoa_jax.config import find_config
+
+    found = list(arguments)
+    for place, argument in enumerate(found):
+        if argument.startswith("--config="):
+            found[place] = f"--config={find_config(argument.removeprefix('--config='))}"
+        elif place and found[place - 1] == "--config":
+            found[place] = str(find_config(argument))
+    return found
+
+
 def _fields(made: Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(made).items() if name not in ("config", "debug")}
 
@@ -121,12 +135,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from cocoa_jax.training.loop import STOPPED, Stopped
 
     parser = build_parser()
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args(_installed(sys.argv[1:] if arguments is None else arguments))
     try:
         run(parsed, parser)
     except Stopped as stopped:
         sys.stderr.write(f"cocoa: {stopped}\n")
         raise SystemExit(STOPPED) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("cocoa: interrupted; the same command continues from the last checkpoint\n")
+        raise SystemExit(130) from None
     except (ValueError, RuntimeError, OSError) as error:
         if parsed[parsed.command].debug:
             raise

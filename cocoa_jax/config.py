@@ -18,8 +18,6 @@ from cocoa_jax.data.processor import ProcessorConfig
 from cocoa_jax.models.qwen2_vl import Compute
 from cocoa_jax.objectives.contrastive import ContrastiveConfig
 from cocoa_jax.objectives.warmup import WarmupConfig
-from cocoa_jax.training.mesh import MeshConfig
-from cocoa_jax.training.optimizer import OptimizerConfig
 
 Config = TypeVar("Config")
 
@@ -56,6 +54,32 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 on one of them takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as in the paper: no decay, gradients clipped to a global norm.
+
+    ``schedule`` is what follows the linear warm-up: ``linear`` or ``cosine`` down to zero, or ``constant``.
+    """
+
+    learning_rate: float = 2e-5
+    schedule: str = "linear"
+    warmup_steps: int = 100
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class LoopConfig:
     """Length of a run and what it leaves behind: a checkpoint every so many steps, of which ``keep`` are kept."""
 
@@ -84,8 +108,8 @@ class TrainConfig:
     compute: Compute = Compute()  # noqa: RUF009
     warmup: WarmupConfig = WarmupConfig()  # noqa: RUF009
     contrastive: ContrastiveConfig = ContrastiveConfig()  # noqa: RUF009
-    optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009
-    mesh: MeshConfig = MeshConfig()  # noqa: RUF009
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def batches(self) -> BatchConfig:
         """What the batches of this stage depend on."""
@@ -100,7 +124,7 @@ class EvaluateConfig:
     rows: RowsConfig
     visibility: VisibilityConfig = VisibilityConfig()  # noqa: RUF009
     compute: Compute = Compute()  # noqa: RUF009
-    mesh: MeshConfig = MeshConfig()  # noqa: RUF009
+    mesh: MeshConfig = MeshConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,18 +169,28 @@ def load_config(kind: type[Config], path: str | Path) -> Config:
 
 
 def named_config(name: str) -> Path:
-    """A file of the installed ``configs`` folder, such as ``demo/1-warmup.yaml``.
+    """A file of the ``configs`` folder that came with the package, such as ``demo/1-warmup.yaml``.
 
     Raises:
         SettingsError: there is none of that name.
     """
-    package = Path(__file__).parent
-    # An installed package carries the folder inside; in a source checkout it stands beside the package.
-    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-    path = folder / name
+    path = _configs() / name
     if not path.is_file():
         raise SettingsError(f"configs/{name} is not installed: reinstall the package")
     return path
+
+
+def find_config(path: str) -> Path:
+    """``path`` itself, or, where there is no such file, the one of that name that came with the package."""
+    own = Path(path)
+    ours = _configs().parent / path
+    return ours if not own.exists() and own.parts[:1] == ("configs",) and ours.is_file() else own
+
+
+def _configs() -> Path:
+    package = Path(__file__).parent
+    # An installed package carries the folder inside; in a source checkout it stands beside the package.
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from cocoa_jax.checkpoints.scratch import ScratchConfig, make_backbone
 from cocoa_jax.config import InitConfig, TrainConfig, load_config, named_config
 from cocoa_jax.data.prompts import INSTRUCTIONS, plain
 from cocoa_jax.data.sources import load_pictures
-from cocoa_jax.evaluation.run import evaluate
+from cocoa_jax.evaluation.collect import build_report
 from cocoa_jax.models.qwen2_vl import abstract_params
 from cocoa_jax.training.loop import train
 
 STAGES = ("1-warmup", "2-bridge", "3-contrastive")
-SCALES = {"small": 0.2, "standard": 1.0}  # of the steps in the config files
+# Steps of each stage; a fixed number, so that a run can be repeated and continued.
+SCALES = {"small": (12, 12, 72), "standard": (60, 60, 240)}
 
 
 def make_picture_backbone(folder: str | Path, settings: ScratchConfig) -> None:
@@ -35,8 +36,8 @@ def make_picture_backbone(folder: str | Path, settings: ScratchConfig) -> None:
 def stage_config(stage: str, output: Path, scale: str, seed: int) -> TrainConfig:
     """The config file of a demo stage with its folders under ``output`` and its steps scaled."""
     config = load_config(TrainConfig, named_config(f"demo/{stage}.yaml"))
-    before = ("backbone", *STAGES)[STAGES.index(stage)]
-    steps = max(2, round(config.loop.steps * SCALES[scale]))
+    number = STAGES.index(stage)
+    before, steps = ("backbone", *STAGES)[number], SCALES[scale][number]
     return dataclasses.replace(
         config,
         checkpoint=str(output / before),
@@ -54,5 +55,4 @@ def run_demo(output: str | Path, scale: str, seed: int) -> Path:
         make_picture_backbone(folder / "backbone", load_config(InitConfig, named_config("demo/backbone.yaml")).backbone)
     for stage in STAGES:
         train(stage_config(stage, folder, scale, seed))
-    evaluate(folder / STAGES[-1], folder)
-    return folder
+    return build_report(folder, STAGES)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from pathlib import Path
 
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.huggingface import read_folder
-from cocoa_jax.checkpoints.orbax import backbone_folder, load_params, read_metadata
+from cocoa_jax.checkpoints.orbax import backbone_folder, fingerprint, load_params, read_metadata
 from cocoa_jax.models.config import Qwen2VLConfig, read_config
 from cocoa_jax.models.qwen2_vl import Params, abstract_params
+
+_BLOCK = 2**24  # bytes of a file held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,17 @@ class Backbone:
         """
         described = abstract_params(self.config) if wanted is None else wanted
         return load_params(self.path, described) if self.trained else read_folder(self.path, described)
+
+    def fingerprint(self) -> str:
+        """Eight hex digits that tell these weights from others, whatever folder they lie in."""
+        if self.trained:
+            return fingerprint(self.path)
+        total = 0
+        for path in sorted(self.path.glob("*.safetensors")):
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    total = zlib.crc32(block, total)
+        return f"{total:08x}"
 
     def origin(self) -> dict[str, object]:
         """What the next stage writes down about where it came from."""

@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,15 @@ def load_params(stage_dir: str | Path, abstract_params: Tree) -> Tree:
     Raises:
         CheckpointError: no checkpoint, none that can be read, or one that holds other arrays than those described.
     """
+    return load_trees(stage_dir, {"params": abstract_params})["params"]
+
+
+def load_trees(stage_dir: str | Path, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Any of params, head and optimizer, all from the newest checkpoint that is good; else as ``load_params``."""
     directory = _directory(stage_dir)
     for step in _newest_first(directory):
         try:
-            return _read(directory / str(step), {"params": abstract_params}, same_dtype=False)[0]["params"]
+            return _read(directory / str(step), abstract, same_dtype=False)[0]
         except DamagedCheckpointError as error:
             _log.warning("%s; trying the one before", error)
     raise DamagedCheckpointError(f"all checkpoints in {directory} are damaged: train this stage again")
@@ -183,10 +189,24 @@ def read_metadata(stage_dir: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no checkpoint, or none that can be read.
     """
+    return _newest_records(stage_dir)["metadata"]
+
+
+def fingerprint(stage_dir: str | Path) -> str:
+    """Eight hex digits that tell the backbone in a stage's newest readable checkpoint from any other; fast.
+
+    Raises:
+        CheckpointError: no checkpoint, or none that can be read.
+    """
+    contents = _newest_records(stage_dir)["contents"]["params"]
+    return f"{zlib.crc32(json.dumps(contents, sort_keys=True).encode()):08x}"
+
+
+def _newest_records(stage_dir: str | Path) -> dict[str, Any]:
     directory = _directory(stage_dir)
     for step in _newest_first(directory):
         try:
-            return _read_records(directory / str(step))["metadata"]
+            return _read_records(directory / str(step))
         except DamagedCheckpointError as error:
             _log.warning("%s; trying the one before", error)
     raise DamagedCheckpointError(f"all checkpoints in {directory} are damaged: train this stage again")

@@ -36,7 +36,7 @@ _NOTES = {
     "losses": "One panel a stage: every step faintly, a smoothed course on top, and where it ended. "
     "Small lines: everything else that was measured.",
     "neighbours": "A query and the candidates nearest to it, nearest first, with their cosines. "
-    "✓ is a right answer, ✗ a wrong one.",
+    "✓ is a right answer, ✗ a wrong one. Queries are spread evenly over each task, not chosen by how they went.",
     "reconstructions": "Stage 1 hides units of a picture behind noise and asks for them back. "
     "Left to right: what the model saw, what its head drew, what it was.",
     "visibility": "Rows ask, columns answer: a filled cell is a key that the query sees. "

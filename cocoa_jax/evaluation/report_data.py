@@ -23,12 +23,13 @@ class Hit:
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """A query and its nearest candidates, nearest first."""
+    """A query and its nearest candidates, nearest first; `note` is a word about the outcome."""
 
     task: str
     query: str
     picture: bytes | None
     hits: tuple[Hit, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def _stage(place: int, curve: Curve) -> Element | None:
     title = element(
         "figcaption", {}, element("span", {"class": "eyebrow"}, f"Stage {place}"), element("strong", {}, curve.stage)
     )
-    title.append(element("span", {"class": "note"}, f"loss over {int(steps[-1]):,} steps"))
+    title.append(element("span", {"class": "note"}, f"loss over {int(steps[-1]) + 1:,} steps"))
     children: list[Child] = [title, curve_chart(steps, curve.values[_MAIN_VALUE][kept], f"loss of {curve.stage}")]
     if others:
         children.append(element("dl", {"class": "measures"}, *others))
@@ -69,6 +69,8 @@ def _gallery_row(row: GalleryRow) -> Element:
         ask.append(_picture(row.picture, f"query picture: {row.query}" if row.query else "query picture"))
     if row.query:
         ask.append(element("p", {}, row.query))
+    if row.note:
+        ask.append(element("span", {"class": "note"}, row.note))
     texts = all(hit.picture is None for hit in row.hits)
     return element(
         "article",
@@ -87,7 +89,7 @@ def _hit(place: int, hit: Hit) -> Element:
     mark = element("b", {"class": "mark", "title": word}, element("span", {"aria-hidden": "true"}, sign))
     mark.append(element("span", {"class": "sr"}, f"{word}, place {place}"))
     shown = element("div", {"class": "words"}, hit.label) if hit.picture is None else _picture(hit.picture, hit.label)
-    foot: list[Child] = [mark, element("span", {"class": "score", "title": "cosine"}, f"{hit.score:.2f}")]
+    foot: list[Child] = [mark, element("span", {"class": "score", "title": "cosine"}, f"{hit.score:.3f}")]
     children: list[Child] = [shown, element("div", {"class": "foot"}, *foot)]
     if hit.picture is not None:
         children.append(element("div", {"class": "name", "title": hit.label, "aria-hidden": "true"}, hit.label))

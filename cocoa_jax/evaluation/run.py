@@ -18,10 +18,11 @@ from cocoa_jax.config import EvaluateConfig, to_dict
 from cocoa_jax.data.prompts import instructions_hash
 from cocoa_jax.data.sources import Content
 from cocoa_jax.embedder import Embedder, default_settings
+from cocoa_jax.evaluation.embeddings import Embeddings, load_embeddings, save_embeddings
 from cocoa_jax.evaluation.scorer import Score, score
 from cocoa_jax.evaluation.tasks import Task, picture_tasks
 
-Embeddings = tuple[np.ndarray, np.ndarray]  # of a task's queries and candidates
+RESULTS, EMBEDDINGS = "results.json", "embeddings.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,11 @@ def evaluate(
 ) -> Evaluation:
     """Score a checkpoint on the picture tasks, beside the chance level and the model that training began with.
 
+    What an earlier call with the same weights and settings left in ``output`` is taken from there.
+
     Args:
         checkpoint: a trained stage or a Hugging Face folder.
-        output: where ``results.json`` goes.
+        output: where ``results.json`` goes, and ``embeddings.npz`` with what the trained model made of the tasks.
         splits: any of validation, test_seen, test_unseen.
         untrained: the model to compare with; by default the folder that the first stage started from.
         settings: how to read pixels and text; by default as in training.
@@ -53,24 +56,33 @@ def evaluate(
         ValueError: naming a split, folder or setting that does not exist, or embeddings that are not finite.
     """
     began = time.perf_counter()
+    output = Path(output)
     settings = default_settings(checkpoint) if settings is None else settings
     tasks = tuple(task for split in splits for task in picture_tasks(split))
     origin = first_ancestor(checkpoint) if untrained is None else Path(untrained)
-    trained = embed_tasks(Embedder(checkpoint, settings), tasks)
+    config = {
+        "checkpoint": str(checkpoint),
+        "untrained": str(origin),
+        "weights": [open_backbone(folder).fingerprint() for folder in (checkpoint, origin)],
+        "splits": list(splits),
+        "instructions": instructions_hash(),
+        **to_dict(settings),
+    }
+    trained = load_embeddings(output / EMBEDDINGS, tasks, config)
+    if trained is None:
+        trained = embed_tasks(Embedder(checkpoint, settings), tasks)
+        save_embeddings(output / EMBEDDINGS, trained, config)
+    elif (done := _read(output / RESULTS, config)) is not None:
+        return Evaluation(tasks, trained, done)
     first = trained if origin == Path(checkpoint) else embed_tasks(Embedder(origin, settings), tasks)
     scores = {task.name: score(*trained[task.name], task.relevant) for task in tasks}
     before = {task.name: score(*first[task.name], task.relevant) for task in tasks}
     results = {
         "tasks": {task.name: _line(task, scores[task.name], before[task.name]) for task in tasks},
         "seconds": round(time.perf_counter() - began, 1),
-        "config": {
-            "checkpoint": str(checkpoint),
-            "untrained": str(origin),
-            "instructions": instructions_hash(),
-            **to_dict(settings),
-        },
+        "config": config,
     }
-    _write(Path(output) / "results.json", results)
+    _write(output / RESULTS, results)
     return Evaluation(tasks, trained, results)
 
 
@@ -94,6 +106,12 @@ def first_ancestor(checkpoint: str | Path) -> Path:
     while open_backbone(folder).trained:
         folder = Path(read_metadata(folder)["parent"]["path"])
     return folder
+
+
+def read_results(output: str | Path) -> dict[str, Any]:
+    """What ``evaluate`` wrote into a folder."""
+    results: dict[str, Any] = json.loads((Path(output) / RESULTS).read_text())
+    return results
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -128,6 +146,15 @@ def _line(task: Task, trained: Score, untrained: Score) -> dict[str, Any]:
         "argmax_p_at_1": trained.argmax_p_at_1,
         "untrained_p_at_1": untrained.p_at_1,
     }
+
+
+def _read(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Results that were written with this very config, None where there are none."""
+    try:
+        results: dict[str, Any] = json.loads(path.read_text())
+        return results if results["config"] == config else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _write(path: Path, results: Mapping[str, Any]) -> None:

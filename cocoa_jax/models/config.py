@@ -178,7 +178,7 @@ def _vision(vision: _Fields, family: str) -> VisionConfig:
         temporal_patch_size=vision["temporal_patch_size"],
         merge_size=vision["spatial_merge_size"],
         # Hub files of Qwen2.5-VL spell it in_chans; transformers reads in_channels and defaults to 3.
-        channels=vision["in_channels"] if "in_channels" in vision else 3,
+        channels=vision.first("in_channels") if "in_channels" in vision else 3,
         window=vision["window_size"] if newer else 0,
         full_layers=tuple(vision["fullatt_block_indexes"]) if newer else (),
         tokens_per_second=float(vision["tokens_per_second"]) if newer else 1.0,

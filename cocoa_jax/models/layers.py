@@ -90,7 +90,7 @@ class QuickMLP(nnx.Module):
 
 def stacked(make: Callable[[nnx.Rngs], Module], layers: int, rngs: nnx.Rngs) -> Module:
     """``layers`` modules of one kind with their parameters stacked on a leading axis L."""
-    return nnx.vmap(make)(rngs.fork(split=layers))
+    return nnx.vmap(make)(rngs.split(layers))
 
 
 def scan_layers(

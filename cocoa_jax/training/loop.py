@@ -90,8 +90,8 @@ def train(config: TrainConfig) -> Path:
                 if pending is not None:
                     _record(writer, pending, output)
                 pending = (step, metrics | {"rows": stats[1], "dropped_masks": stats[-1]}, pictures)
-                last = step + 1 == config.loop.steps
-                if last or stopping() or (step + 1) % config.loop.checkpoint_every == 0:
+                last, stop = step + 1 == config.loop.steps, stopping()  # asked once: a stop is always saved first
+                if last or stop or (step + 1) % config.loop.checkpoint_every == 0:
                     _record(writer, pending, output)  # a state that diverged is never saved
                     pending = None
                     checkpoints.save(
@@ -102,7 +102,7 @@ def train(config: TrainConfig) -> Path:
                         loop={"step": step + 1, "batches": batches.get_state()},
                         metadata=metadata,
                     )
-                if stopping() and not last:
+                if stop and not last:
                     raise Stopped(f"stopped at step {step + 1} of {config.loop.steps}: the same command continues")
     return output
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cocoa_jax.config import MeshConfig
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))  # rows are spread over both; parameters over fsdp and tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis; -1 on one of them takes what the others leave."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -28,7 +20,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
         ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.device_count()
-    sizes = [getattr(config, axis) for axis in AXES]
+    sizes = [config.data, config.fsdp, config.tensor]
     fixed = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"mesh {config}: sizes are positive, and at most one is -1")

@@ -34,9 +34,11 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, float], pictures: int) -> None:
         """Record what step ``step`` (from 0) measured; ``pictures`` is how many it saw."""
         now = time.perf_counter()
-        rate = pictures / (now - self._last)
+        seconds = now - self._last
+        rate = pictures / seconds
         self._last = now
-        self._lines.write(json.dumps({"step": step, **metrics, "pictures_per_second": round(rate, 1)}) + "\n")
+        pace = {"seconds": round(seconds, 3), "pictures_per_second": round(rate, 1)}
+        self._lines.write(json.dumps({"step": step, **metrics, **pace}) + "\n")
         self._lines.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import optax
 
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW as in the paper: no decay, gradients clipped to a global norm.
-
-    ``schedule`` is what follows the linear warm-up: ``linear`` or ``cosine`` down to zero, or ``constant``.
-    """
-
-    learning_rate: float = 2e-5
-    schedule: str = "linear"
-    warmup_steps: int = 100
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
+from cocoa_jax.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
-from jaxtyping import Array
+from jax.sharding import Mesh, NamedSharding
 
 from cocoa_jax.training.mesh import replicated
 from cocoa_jax.training.sharding import param_shardings, state_shardings
@@ -20,7 +19,7 @@ from cocoa_jax.training.sharding import param_shardings, state_shardings
 class TrainState:
     """``step`` counts updates done; ``params`` is {"backbone": ..., "head": ...}; ``optimizer`` is optax's."""
 
-    step: Array
+    step: Any  # an array, or its description
     params: Any
     optimizer: Any
 
@@ -28,9 +27,15 @@ class TrainState:
 def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the whole state, from the shapes of the parameters."""
     shapes = jax.eval_shape(optimizer.init, params)
-    plan = TrainState(replicated(mesh), param_shardings(params, mesh), state_shardings(shapes, params, mesh))
-    whole = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, shapes)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), whole, plan)
+
+    def place(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    return TrainState(
+        step=place(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh)),
+        params=jax.tree.map(place, params, param_shardings(params, mesh)),
+        optimizer=jax.tree.map(place, shapes, state_shardings(shapes, params, mesh)),
+    )
 
 
 def first_state(params: Any, optimizer: optax.GradientTransformation, wanted: TrainState) -> TrainState:

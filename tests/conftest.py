@@ -1,0 +1,68 @@
+"""One CPU device for every test; programs for several devices run in a process of their own."""
+
+import os
+
+# Before JAX starts; processes that the tests start inherit it.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+# Examples that compile something take as long as they take; the suite has a timeout of its own.
+settings.register_profile("cocoa", deadline=None)
+settings.load_profile("cocoa")
+
+TEXTS = ["a kiwi fruit", "the red car on a green hill", "face with tears of joy", "two small boats", "dark skin tone"]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Files made by Hugging Face models, see make_golden.py beside them."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2-VL of 75 thousand parameters in Hugging Face form; not to be written to."""
+    from cocoa_jax.checkpoints.scratch import ScratchConfig, make_backbone
+    from cocoa_jax.models.qwen2_vl import abstract_params
+
+    sizes = {"width": 32, "layers": 2, "heads": 2, "mlp_width": 64}
+    vision = {"vision_width": 16, "vision_layers": 2, "vision_heads": 2, "vision_mlp_ratio": 2}
+    folder = tmp_path_factory.mktemp("tiny") / "backbone"
+    make_backbone(folder, ScratchConfig(vocab_size=384, **sizes, **vision), TEXTS * 20, abstract_params)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stage_settings() -> Callable[..., dict[str, Any]]:
+    """Settings of a short run of a stage on few, small pictures, as they stand in a YAML file."""
+
+    def make(stage: str, checkpoint: Path, output: Path, **more: Any) -> dict[str, Any]:
+        kinds = {"warmup": "warmup", "bridge": "bridge", "contrastive": "caption"}
+        rows = {"batch_size": 8, "tokens": 48, "patches": 32, "examples_per_row": 2, "masked_per_row": 8}
+        data = {
+            "kinds": {kinds[stage]: 1.0},
+            "split": "validation",
+            "processor": {"min_pixels": 784, "max_pixels": 8 * 784, "max_text_tokens": 16},
+            "rows": {**rows, "rows": [16] if stage == "contrastive" else [8]},
+        }
+        if stage != "contrastive":
+            data["masking"] = {"text_ratio": 0.5, "image_ratio": 0.5}
+        settings = {
+            "stage": stage,
+            "checkpoint": str(checkpoint),
+            "output": str(output),
+            "seed": 3,
+            "data": data,
+            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
+            "loop": {"steps": 10, "checkpoint_every": 2},
+        }
+        return {**settings, **more}
+
+    return make

@@ -1,0 +1,151 @@
+"""InfoNCE against plain numpy, who may be whose negative, and independence of the rows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cocoa_jax.objectives.contrastive import ContrastiveConfig, contrastive_loss, embed_examples, info_nce
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def case(seed: int, N=6, extra=0, W=7):
+    rng = np.random.default_rng(seed)
+    return unit(rng.standard_normal((N, W))), unit(rng.standard_normal((N + extra, W))), rng.integers(0, N, N)
+
+
+def plain(queries, targets, key, config) -> tuple[float, float]:
+    """Loss and accuracy, one query at a time, in float64."""
+    N, cosines = len(queries), np.float64(queries) @ np.float64(targets).T
+
+    def one(scores, own, kept):
+        return np.log(np.exp(scores[kept] / config.temperature).sum()) - scores[own] / config.temperature
+
+    losses, right = [], []
+    for q in range(N):
+        negatives = [t for t in range(len(targets)) if t != q and (t >= N or key[t] != key[q])]
+        losses.append(one(cosines[q], q, [q, *negatives]))
+        right.append(all(cosines[q, q] > cosines[q, t] for t in negatives))
+    if config.symmetric:
+        back = [one(cosines[:, t], t, [q for q in range(N) if q == t or key[q] != key[t]]) for t in range(N)]
+        return (np.mean(losses) + np.mean(back)) / 2, np.mean(right)
+    return np.mean(losses), np.mean(right)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("extra", [0, 4])
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), temperature=st.floats(0.02, 1))
+def test_against_numpy(symmetric, extra, seed, temperature):
+    config = ContrastiveConfig(temperature, symmetric)
+    queries, targets, key = case(seed, extra=extra)
+    loss, metrics = info_nce(queries, targets, key, config)
+    want, right = plain(queries, targets, key, config)
+    # float32 scores reach 1 / temperature = 50.
+    np.testing.assert_allclose(loss, want, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(metrics["batch_accuracy"], right, rtol=1e-6)
+    np.testing.assert_allclose(metrics["positive_cosine"], np.sum(queries * targets[:6], 1).mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_no_gradient_through_excluded_pairs(symmetric):
+    queries, targets, _ = case(1, N=4)
+    key = np.array([7, 8, 7, 9])
+    config = ContrastiveConfig(0.1, symmetric)
+
+    def through(cosines):
+        # With unit rows as queries the cosines are free inputs, so the gradient of each pair can be read off.
+        return info_nce(jnp.eye(4), cosines.T, key, config)[0]
+
+    gradient = np.asarray(jax.grad(through)(queries @ targets.T))
+    excluded = (key[:, None] == key) & ~np.eye(4, dtype=bool)
+    assert excluded.sum() == 2 and (gradient[excluded] == 0).all() and (gradient[~excluded] != 0).all()
+    assert (np.diagonal(gradient) < 0).all() and (gradient[~excluded & ~np.eye(4, dtype=bool)] > 0).all()
+
+
+def test_hard_negatives_count_for_every_query():
+    queries, targets, key = case(2, N=4, extra=1)
+    key = np.arange(4)
+    gradient = np.asarray(
+        jax.grad(lambda c: info_nce(jnp.eye(4), c.T, key, ContrastiveConfig(0.1, symmetric=True))[0])(
+            queries @ targets.T
+        )
+    )
+    assert (gradient[:, 4] > 0).all()
+
+
+def test_all_of_one_key_is_no_loss_and_no_nan():
+    queries, targets, _ = case(3, N=4)
+    loss, gradient = jax.value_and_grad(
+        lambda q: info_nce(q, targets, np.zeros(4), ContrastiveConfig(symmetric=True))[0]
+    )(queries)
+    assert abs(loss) < 1e-6 and np.isfinite(gradient).all()
+
+
+# ------------------------------------------------------------------------------------------- from rows to embeddings
+
+
+@dataclasses.dataclass(frozen=True)
+class Stub:
+    """A model whose state is the embedding of the token."""
+
+    table: np.ndarray
+
+    def __call__(self, inputs):
+        return jnp.take(jnp.asarray(self.table), inputs.tokens, axis=0)
+
+
+def rows_of(bridges: np.ndarray, layout: list[list[int]], per_row: int) -> dict[str, np.ndarray]:
+    """Rows in which each example is its bridge tokens behind two others; ``layout``: examples of each row."""
+    X, K = bridges.shape
+    B, T = len(layout), per_row * (K + 2)
+    batch = {"tokens": np.zeros((B, T), np.int32), "pool": np.full((B, per_row, K), -1, np.int32)}
+    batch["example"] = np.zeros(X, np.int32)
+    for row, members in enumerate(layout):
+        for slot, example in enumerate(members):
+            columns = slot * (K + 2) + 2 + np.arange(K)
+            batch["tokens"][row, columns], batch["pool"][row, slot] = bridges[example], columns
+            batch["example"][example] = row * per_row + slot
+    unused = {"positions": (B, T, 3), "token_start": (B, T), "token_end": (B, T), "unit": (B, T), "patches": (B, 0, 6)}
+    unused |= {"patch_positions": (B, 0, 2), "patch_start": (B, 0), "patch_end": (B, 0)}
+    return batch | {name: np.zeros(shape, np.int32) for name, shape in unused.items()}
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_embeddings_are_the_unit_states_of_the_bridge_in_the_order_of_examples(K):
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((30, 5)).astype(np.float32) * 10
+    bridges = rng.permutation(np.arange(1, 30))[: 6 * K].reshape(6, K)
+    got = embed_examples(Stub(table), rows_of(bridges, [[3, 0], [5], [1, 4, 2]], 3))
+    want = np.concatenate([unit(table[bridges[:, k]]) for k in range(K)], axis=1) / np.sqrt(K)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
+
+
+def test_the_loss_does_not_depend_on_how_examples_fell_into_rows():
+    rng = np.random.default_rng(0)
+    stub, bridges = Stub(rng.standard_normal((40, 5)).astype(np.float32)), np.arange(1, 11)[:, None]
+    key = {"target_key": np.array([0, 1, 0, 2])}  # 4 queries, their targets, and 2 hard negatives
+    layouts = ([[i] for i in range(10)], [[9, 0, 4], [1, 2], [8, 7, 3], [5, 6]], [[*range(10)]])
+    config = ContrastiveConfig(0.1, symmetric=True)
+    losses = [contrastive_loss(stub, rows_of(bridges, layout, 10) | key, config)[0] for layout in layouts]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+    other, _ = contrastive_loss(stub, rows_of(bridges[::-1], layouts[0], 10) | key, config)
+    assert abs(other - losses[0]) > 1e-3
+
+
+def test_a_state_of_zeros_gives_no_nan():
+    stub, bridges = Stub(np.zeros((40, 5), np.float32)), np.arange(1, 5)[:, None]
+    batch = rows_of(bridges, [[0, 1], [2, 3]], 2) | {"target_key": np.array([0, 1])}
+
+    def loss(table):
+        return contrastive_loss(dataclasses.replace(stub, table=table), batch, ContrastiveConfig())[0]
+
+    assert np.isfinite(jax.grad(loss)(jnp.asarray(stub.table))).all()

@@ -1,0 +1,64 @@
+"""Run in a process of its own by test_step: the losses of ten steps of every stage on one device and on eight."""
+
+import json
+import sys
+
+import jax
+from jax.sharding import Mesh
+
+from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.config import TrainConfig, parse
+from cocoa_jax.data.pairs import picture_source
+from cocoa_jax.data.pipeline import stage_dataset
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.sources import load_pictures
+from cocoa_jax.training.mesh import AXES, MeshConfig, batch_shards, make_mesh
+from cocoa_jax.training.optimizer import make_optimizer
+from cocoa_jax.training.place import place
+from cocoa_jax.training.stages import stage_program
+from cocoa_jax.training.state import abstract_state, first_state
+from cocoa_jax.training.step import make_step
+
+
+def one_device() -> Mesh:
+    return jax.make_mesh((1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
+def losses(config: TrainConfig, mesh: Mesh) -> dict[str, object]:
+    """Every loss, and how many devices hold a share of the largest parameter and of a batch."""
+    backbone = open_backbone(config.checkpoint)
+    processor = Processor.load(backbone.side_files, backbone.config, config.data.processor)
+    optimizer = make_optimizer(config.optimizer, config.loop.steps)
+    program = stage_program(config, backbone.config)
+    wanted = abstract_state(program.shapes, optimizer, mesh)
+    params = backbone.load(wanted.params["backbone"])
+    state = first_state({"backbone": params, "head": program.init_head(params)}, optimizer, wanted)
+    step = make_step(program.loss, optimizer, wanted)
+    pictures = load_pictures(config.data.split)
+    sources = {kind: picture_source(kind, pictures) for kind in config.data.kinds}
+    found = []
+    for batch in stage_dataset(config.batches(), sources, config.data.kinds, processor, seed=1, steps=10):
+        del batch["stats"]
+        batch = place(batch, mesh)
+        state, metrics = step(state, batch)
+        found.append(float(metrics["loss"]))
+    table, tokens = state.params["backbone"]["text"]["embed"]["table"], batch["tokens"]
+    shares = {
+        name: len({str(shard.index) for shard in x.addressable_shards})
+        for name, x in (("table", table), ("tokens", tokens))
+    }
+    return {"losses": found, "batch_shards": batch_shards(mesh), **shares}
+
+
+def main(settings: str) -> None:
+    assert jax.device_count() == 8
+    results = {}
+    for values in json.loads(settings):
+        config = parse(TrainConfig, values)
+        split = MeshConfig(fsdp=2, tensor=2) if config.stage == "contrastive" else MeshConfig()
+        results[config.stage] = {"one": losses(config, one_device()), "eight": losses(config, make_mesh(split))}
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

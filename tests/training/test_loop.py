@@ -1,0 +1,158 @@
+"""The trainer: killed or asked to stop, the same command gives the same run; errors name what is wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cocoa_jax import cli
+from cocoa_jax.checkpoints.orbax import read_metadata
+from cocoa_jax.config import SettingsError, TrainConfig, parse
+from cocoa_jax.training import loop
+from cocoa_jax.training.loop import STOPPED, Diverged, train
+from cocoa_jax.training.metrics import MetricsWriter
+
+STEPS = 8
+WORKER = Path(__file__).with_name("killed_run.py")
+
+
+@pytest.fixture(scope="module")
+def settings_in(backbone, stage_settings):
+    """Settings of a short stage 2 in a folder: settings_in(folder, **changes)."""
+
+    def make(folder: Path, **more):
+        given = stage_settings("bridge", backbone, folder)
+        return {**given, "loop": {"steps": STEPS, "checkpoint_every": 3}, **more}
+
+    return make
+
+
+def records(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "pictures_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(settings_in, tmp_path_factory):
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("finished") / "2-bridge"
+    assert train(parse(TrainConfig, settings_in(folder))) == folder
+    return folder
+
+
+def test_a_run_leaves_metrics_and_a_stage(finished, backbone):
+    lines = records(finished)
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    assert lines[0].keys() >= {"loss", "bridge", "masked_accuracy", "masked_tokens", "gradient_norm", "rows"}
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    metadata = read_metadata(finished)
+    assert metadata["stage"] == "bridge" and metadata["parent"]["path"] == str(backbone)
+    assert metadata["config"] == json.loads((finished / "config.json").read_text())
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir() if path.name.isdigit()) == ["6", "8"]
+    assert list((finished / "tensorboard").iterdir())
+
+
+def test_killed_in_the_middle_it_continues_bit_for_bit(finished, settings_in, tmp_path):
+    settings = settings_in(tmp_path / "run")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(WORKER), json.dumps(settings), "4"]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert text.endswith('{"step": 5') and text.count("\n") == 5
+    assert train(parse(TrainConfig, settings)) == tmp_path / "run"
+    assert records(tmp_path / "run") == records(finished)
+
+
+def test_sigterm_ends_with_75_and_the_same_command_continues(finished, settings_in, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings_in(tmp_path / "run")))
+    command = ["train", "--config", str(tmp_path / "run.yaml")]
+    write, handler = MetricsWriter.write, signal.getsignal(signal.SIGTERM)
+
+    def write_and_be_told(self, step, metrics, pictures):
+        write(self, step, metrics, pictures)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", write_and_be_told)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(command)
+    assert ended.value.code == STOPPED == 75
+    assert signal.getsignal(signal.SIGTERM) == handler
+    told = capsys.readouterr().err.splitlines()[-1]
+    done = int(re.fullmatch(rf"cocoa: stopped at step (\d) of {STEPS}: the same command continues", told)[1])
+    assert (tmp_path / "run" / "checkpoints" / str(done)).is_dir()  # saved before it stopped
+    assert [line["step"] for line in records(tmp_path / "run")] == list(range(done)) and done < STEPS
+    first = {}
+    place = loop.place
+    monkeypatch.setattr(loop, "place", lambda batch, mesh: first.setdefault("seen", True) and place(batch, mesh))
+    cli.main(command)
+    assert first and records(tmp_path / "run") == records(finished)
+
+
+def test_a_finished_stage_is_not_run_again(finished, settings_in, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("nothing is left to do")
+
+    monkeypatch.setattr(loop, "make_step", never)
+    before = (finished / "metrics.jsonl").stat().st_mtime_ns
+    assert train(parse(TrainConfig, settings_in(finished))) == finished
+    assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 4}, "seed: 3, 4"),
+        ({"optimizer": {"learning_rate": 2e-3, "warmup_steps": 2}}, "optimizer.learning_rate: 0.001, 0.002"),
+        ({"loop": {"steps": STEPS + 1, "checkpoint_every": 3}}, f"loop.steps: {STEPS}, {STEPS + 1}"),
+    ],
+    ids=str,
+)
+def test_other_settings_in_the_same_folder_are_refused_by_name(finished, settings_in, changes, named):
+    with pytest.raises(SettingsError, match=re.escape(f"({named})")) as caught:
+        train(parse(TrainConfig, settings_in(finished, **changes)))
+    assert "\n" not in str(caught.value) and str(finished) in str(caught.value)
+    assert json.loads((finished / "config.json").read_text())["seed"] == 3
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(settings_in, tmp_path):
+    wild = {"learning_rate": 1e30, "warmup_steps": 0, "clip": 1e30}
+    with pytest.raises(Diverged, match=r"loss is (nan|inf) at step \d+: .* lower optimizer.learning_rate"):
+        train(parse(TrainConfig, settings_in(tmp_path / "run", optimizer=wild)))
+    assert [line["step"] for line in records(tmp_path / "run")] == [0]
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_rows_that_devices_cannot_share_are_refused(settings_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "batch_shards", lambda mesh: 3)
+    with pytest.raises(SettingsError, match=r"rows has 8, no multiple of 3 devices"):
+        train(parse(TrainConfig, settings_in(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("checkpoint", ["nowhere", "empty"])
+def test_a_checkpoint_that_is_none_is_refused_before_anything_is_made(settings_in, tmp_path, checkpoint):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=checkpoint):
+        train(parse(TrainConfig, settings_in(tmp_path / "run", checkpoint=str(tmp_path / checkpoint))))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_next_stage_begins_where_this_one_ended(finished, stage_settings, tmp_path):
+    settings = stage_settings("contrastive", finished, tmp_path / "run", loop={"steps": 2, "checkpoint_every": 5})
+    settings["optimizer"] = {"warmup_steps": 1}
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    folder = train(parse(TrainConfig, settings))
+    parent = read_metadata(folder)["parent"]
+    assert (parent["path"], parent["stage"]) == (str(finished), "bridge")
+    assert parent["parent"]["stage"] is None

@@ -1,0 +1,61 @@
+"""Meshes: sizes that fit the machine, and clear words about those that do not. The machine here has one device."""
+
+import jax
+import pytest
+
+from cocoa_jax.training import mesh as module
+from cocoa_jax.training.mesh import MeshConfig, batch_shards, make_mesh, replicated, rows_sharding
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Pretend that there are n devices: what ``jax.make_mesh`` would be asked for."""
+
+    def pretend(n: int):
+        monkeypatch.setattr(module.jax, "device_count", lambda: n)
+        monkeypatch.setattr(
+            module.jax, "make_mesh", lambda sizes, names, axis_types: dict(zip(names, sizes, strict=True))
+        )
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("n", "asked", "got"),
+    [
+        (1, {}, (1, 1, 1)),
+        (8, {}, (8, 1, 1)),
+        (8, {"fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        (8, {"data": 1, "fsdp": -1}, (1, 8, 1)),
+        (8, {"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
+        (8, {"data": 2, "fsdp": 4}, (2, 4, 1)),
+    ],
+)
+def test_sizes(devices, n, asked, got):
+    devices(n)
+    assert tuple(make_mesh(MeshConfig(**asked)).values()) == got
+
+
+@pytest.mark.parametrize(
+    ("n", "asked", "message"),
+    [
+        (8, {"fsdp": 3}, "asks for 3 devices at least, there are 8"),
+        (8, {"data": 4}, "asks for 4 devices at least, there are 8"),
+        (8, {"data": 16}, "asks for 16 devices at least, there are 8"),
+        (8, {"fsdp": -1}, "at most one is -1"),
+        (8, {"fsdp": 0}, "sizes are positive"),
+        (8, {"tensor": -2}, "sizes are positive"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(devices, n, asked, message):
+    devices(n)
+    with pytest.raises(ValueError, match=message) as caught:
+        make_mesh(MeshConfig(**asked))
+    assert "\n" not in str(caught.value)
+
+
+def test_shardings_of_a_real_mesh():
+    mesh = make_mesh(MeshConfig())
+    assert mesh.axis_names == ("data", "fsdp", "tensor") and batch_shards(mesh) == 1
+    assert rows_sharding(mesh).spec == jax.sharding.PartitionSpec(("data", "fsdp"))
+    assert replicated(mesh).is_fully_replicated

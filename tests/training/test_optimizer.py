@@ -1,0 +1,65 @@
+"""Learning rates by step, and which parameters decay."""
+
+import jax
+import numpy as np
+import pytest
+
+from cocoa_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+
+@pytest.mark.parametrize(
+    ("schedule", "want"),
+    [
+        # By step: 0, half of the warm-up, its end, half of the rest, the end.
+        ("linear", [0, 0.5, 1, 0.5, 0]),
+        ("cosine", [0, 0.5, 1, 0.5, 0]),
+        ("constant", [0, 0.5, 1, 1, 1]),
+    ],
+)
+def test_schedules(schedule, want):
+    rate = make_schedule(OptimizerConfig(learning_rate=3.0, schedule=schedule, warmup_steps=4), 14)
+    np.testing.assert_allclose([rate(step) for step in (0, 2, 4, 9, 14)], 3 * np.array(want), atol=1e-6)
+
+
+def test_cosine_is_a_cosine():
+    rate = make_schedule(OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=0), 8)
+    want = (1 + np.cos(np.pi * np.arange(9) / 8)) / 2
+    np.testing.assert_allclose([rate(step) for step in range(9)], want, atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [10, 11])
+def test_a_warm_up_that_never_ends_is_refused(warmup):
+    with pytest.raises(ValueError, match=rf"warmup_steps is {warmup} of 10 steps: it must be smaller"):
+        make_schedule(OptimizerConfig(warmup_steps=warmup), 10)
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"'step'.*\['constant', 'cosine', 'linear'\]"):
+        make_schedule(OptimizerConfig(schedule="step", warmup_steps=1), 10)
+
+
+PARAMS = {"embed": {"table": 1.0}, "norm": {"scale": 1.0}, "map": {"kernel": 1.0, "bias": 1.0}}
+PARAMS = jax.tree.map(np.float32, PARAMS)
+
+
+def update(gradient: float, **settings):
+    config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, **settings)
+    optimizer = make_optimizer(config, 10)
+    return optimizer.update(jax.tree.map(lambda _: np.float32(gradient), PARAMS), optimizer.init(PARAMS), PARAMS)[0]
+
+
+def test_only_maps_decay():
+    moved = update(0.0, weight_decay=0.5)
+    np.testing.assert_allclose(moved["map"].pop("kernel"), -0.05)
+    assert not any(jax.tree.leaves(moved))
+
+
+def test_no_decay_by_default():
+    assert not any(jax.tree.leaves(update(0.0)))
+
+
+def test_gradients_are_clipped_to_a_global_norm():
+    # Adam divides by the size of the gradient, but not by eps: with a large eps the clipped size shows.
+    for clip, want in ((1.0, 0.5), (0.5, 0.25), (1e9, 100.0)):
+        moved = jax.tree.leaves(update(100.0, clip=clip, eps=1e6))
+        np.testing.assert_allclose(moved, [-0.1 * want / (1e6 + want)] * 4, rtol=1e-4)

@@ -1,0 +1,93 @@
+"""Every parameter of both families has its place on the mesh."""
+
+import json
+
+import jax
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from cocoa_jax.models.config import parse_config
+from cocoa_jax.models.mae import decoder_graph
+from cocoa_jax.models.qwen2_vl import abstract_params
+from cocoa_jax.training.mesh import MeshConfig, make_mesh
+from cocoa_jax.training.sharding import TABLE, param_shardings, path_of, spec_of, state_shardings
+
+FAMILIES = ("qwen2", "qwen2_5")
+
+
+@pytest.fixture(scope="module")
+def shapes(golden):
+    """Abstract parameters of a family with the stage-1 head; one with a tied head, one without."""
+    made = {}
+    for family in FAMILIES:
+        values = json.loads((golden / f"{family}.config.json").read_text())
+        config = parse_config({**values, "tie_word_embeddings": family == "qwen2"})
+        made[family] = {"backbone": abstract_params(config), "head": decoder_graph(config)[1]}
+    return made
+
+
+def by_path(tree):
+    return {path_of(keys): leaf for keys, leaf in jax.tree.leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_has_one_spec_of_its_rank(shapes, family):
+    for path, leaf in by_path(shapes[family]).items():
+        spec = spec_of(path)
+        assert len(spec) <= leaf.ndim, path
+        if path.endswith(("kernel", "table")):
+            assert len(spec) == leaf.ndim and spec != P(*[None] * leaf.ndim), f"{path} is large and on every device"
+        if "/layers/" in path:
+            assert not spec or spec[0] is None, f"{path}: layers are never split"
+        names = [name for name in spec if name is not None]
+        assert len(names) == len(set(names)) and set(names) <= {"fsdp", "tensor"}
+
+
+def test_no_line_of_the_table_is_idle_or_hidden_by_another(shapes):
+    import re
+
+    paths = {path for family in FAMILIES for path in by_path(shapes[family])}
+    for number, (pattern, _, spec) in enumerate(TABLE):
+        reached = [path for path in paths if re.search(rf"(^|/){pattern}$", path) and spec_of(path) == spec]
+        assert reached, f"line {number} of the table, {pattern}, is reached by no parameter"
+
+
+@pytest.mark.parametrize(
+    ("path", "spec"),
+    [
+        ("backbone/text/embed/table", P("tensor", "fsdp")),
+        ("backbone/text/head/kernel", P("fsdp", "tensor")),
+        ("backbone/text/layers/attention/q_proj/kernel", P(None, "fsdp", "tensor")),
+        ("backbone/text/layers/attention/k_proj/bias", P(None, "tensor")),
+        ("backbone/text/layers/attention/o_proj/kernel", P(None, "tensor", "fsdp")),
+        ("backbone/text/layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),
+        ("backbone/text/norm/scale", P()),
+        ("backbone/vision/patch_embed/kernel", P(None, "fsdp")),
+        ("backbone/vision/layers/mlp/fc1/kernel", P(None, "fsdp", "tensor")),
+        ("backbone/vision/layers/mlp/gate_proj/kernel", P(None, "fsdp", "tensor")),
+        ("backbone/vision/merger/fc2/kernel", P("tensor", "fsdp")),
+        ("head/layer/attention/q_proj/kernel", P("fsdp", "tensor")),
+        ("head/proj/kernel", P("fsdp", "tensor")),
+    ],
+)
+def test_specs(path, spec):
+    assert spec_of(path) == spec
+
+
+@pytest.mark.parametrize("path", ["backbone/text/embed/tables", "head/other/kernel", "backbone/vision/pos/table"])
+def test_an_unknown_parameter_is_refused(path):
+    with pytest.raises(KeyError, match=f"no sharding for parameter {path}"):
+        spec_of(path)
+
+
+def test_moments_lie_where_their_parameters_lie(shapes):
+    params, mesh = shapes["qwen2"], make_mesh(MeshConfig())
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    state = jax.eval_shape(optimizer.init, params)
+    placed = state_shardings(state, params, mesh)
+    want = jax.tree.map(lambda sharding: sharding.spec, param_shardings(params, mesh))
+    adam = placed[1][0]
+    for moments in (adam.mu, adam.nu):
+        assert jax.tree.map(lambda sharding: sharding.spec, moments) == want
+    assert adam.count.spec == P()

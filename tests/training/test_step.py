@@ -1,0 +1,88 @@
+"""The train step: the same on one device and on eight, and its state is used up."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cocoa_jax.training.mesh import MeshConfig, make_mesh
+from cocoa_jax.training.state import abstract_state, first_state
+from cocoa_jax.training.step import make_step
+
+STAGES = ("warmup", "bridge", "contrastive")
+WORKER = Path(__file__).with_name("many_devices.py")
+
+
+@pytest.fixture(scope="module")
+def runs(backbone, stage_settings, tmp_path_factory):
+    # A step size at which rounding is not blown up: what is compared is the gradient, not chaos.
+    gentle = {"optimizer": {"learning_rate": 1e-4, "warmup_steps": 2}, "contrastive": {"temperature": 0.1}}
+    settings = [stage_settings(stage, backbone, tmp_path_factory.mktemp(stage), **gentle) for stage in STAGES]
+    # Unoptimised code: most of the time of this test is compilation.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, str(WORKER), json.dumps(settings)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ten_losses_agree_on_one_device_and_on_eight(runs, stage):
+    one, eight = runs[stage]["one"], runs[stage]["eight"]
+    assert len(one["losses"]) == 10 and np.isfinite(one["losses"]).all() and len(set(one["losses"])) == 10
+    np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
+
+
+def test_rows_and_parameters_are_spread_as_the_mesh_says(runs):
+    keys = ("batch_shards", "tokens", "table")
+    found = {(stage, name): [run[key] for key in keys] for stage in STAGES for name, run in runs[stage].items()}
+    assert found == {
+        **{(stage, "one"): [1, 1, 1] for stage in STAGES},
+        ("warmup", "eight"): [8, 8, 1],
+        ("bridge", "eight"): [8, 8, 1],
+        ("contrastive", "eight"): [4, 4, 4],
+    }
+
+
+# ------------------------------------------------------------------------------------ the update itself, on a toy
+
+
+def toy():
+    params = {"backbone": {"text": {"norm": {"scale": np.float32([1, 2, 3])}}}, "head": {}}
+
+    def loss(params, batch):
+        scale = params["backbone"]["text"]["norm"]["scale"]
+        return jnp.sum(jnp.square(scale)) * batch["weight"], {"first": scale[0]}
+
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    wanted = abstract_state(jax.eval_shape(lambda: params), optimizer, make_mesh(MeshConfig()))
+    return make_step(loss, optimizer, wanted), first_state(params, optimizer, wanted), wanted
+
+
+def test_an_update_and_its_metrics():
+    step, state, _ = toy()
+    state, metrics = step(state, {"weight": jnp.float32(1)})
+    np.testing.assert_allclose(state.params["backbone"]["text"]["norm"]["scale"], [0.8, 1.6, 2.4], rtol=1e-6)
+    assert int(state.step) == 1
+    assert metrics["loss"] == 14 and metrics["first"] == 1
+    np.testing.assert_allclose(metrics["gradient_norm"], np.sqrt(4 * 14), rtol=1e-6)
+
+
+def test_the_state_is_donated_and_comes_out_where_it_went_in():
+    step, before, wanted = toy()
+    kept = jax.tree.leaves(before)
+    after, _ = step(before, {"weight": jnp.float32(1)})
+    assert all(leaf.is_deleted() for leaf in kept)
+    for leaf, want in zip(jax.tree.leaves(after), jax.tree.leaves(wanted), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (want.shape, want.dtype, want.sharding)
+    step(after, {"weight": jnp.float32(2)})
+    assert step._cache_size() == 1  # one compilation for one shape
