@@ -38,7 +38,8 @@ setup(
         "pillow>=11",
         "safetensors>=0.6",
         "jaxtyping>=0.3.3",
-        "jsonargparse>=4.40",
+        # Version 5 removes instantiate_classes.
+        "jsonargparse>=4.40,<5",
         "pyyaml>=6",
         "tqdm>=4.66",
         "tensorboardX>=2.6.2",

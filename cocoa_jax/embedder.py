@@ -98,9 +98,13 @@ def default_settings(folder: str | Path) -> EvaluateConfig:
     backbone = open_backbone(folder)
     if backbone.trained:
         return evaluate_config_of(read_metadata(folder)["config"])
-    # A row that holds one large picture, 1,280 visual tokens as transformers' own default allows.
-    rows = RowsConfig(batch_size=16, tokens=2048, patches=4 * 1280, rows=(1, 8), examples_per_row=16, masked_per_row=16)
-    return EvaluateConfig(ProcessorConfig(None, 1280 * 28 * 28, 512), rows)
+    # Pictures of up to 448 x 448 pixels, as the method trains on; dense attention over larger rows needs gigabytes.
+    units = 256
+    rows = RowsConfig(
+        batch_size=8, tokens=2 * units, patches=4 * units, rows=(1, 4), examples_per_row=16, masked_per_row=16
+    )
+    side = 28
+    return EvaluateConfig(ProcessorConfig(None, units * side**2, units - 8), rows)
 
 
 def read_item(item: Item, name: str) -> Content:

@@ -66,3 +66,22 @@ def stage_settings() -> Callable[..., dict[str, Any]]:
         return {**settings, **more}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(
+    backbone: Path, stage_settings: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a stage 3 as training leaves it, with the weights that it began with; not to be written to."""
+    from cocoa_jax.checkpoints.backbone import open_backbone
+    from cocoa_jax.checkpoints.orbax import StageCheckpoints, carry_backbone
+    from cocoa_jax.config import TrainConfig, parse, to_dict
+
+    folder = tmp_path_factory.mktemp("trained") / "3-contrastive"
+    origin = open_backbone(backbone)
+    config = to_dict(parse(TrainConfig, stage_settings("contrastive", backbone, folder)))
+    carry_backbone(backbone, folder)
+    metadata = {"stage": "contrastive", "config": config, "parent": origin.origin()}
+    with StageCheckpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(1, params=origin.load(), head={}, optimizer={}, loop={"step": 1}, metadata=metadata, wait=True)
+    return folder

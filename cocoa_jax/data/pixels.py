@@ -6,7 +6,6 @@ import dataclasses
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.ExifTags
@@ -14,10 +13,8 @@ import PIL.Image
 import PIL.ImageOps
 from jaxtyping import Float32
 
+from cocoa_jax.data.sources import Image
 from cocoa_jax.data.vision_plan import Grid
-
-if TYPE_CHECKING:
-    from cocoa_jax.data.sources import Image
 
 _MOST_PIXELS = 178_956_970  # Pillow's own line between a large picture and a decompression bomb
 _MOST_ELONGATED = 200

@@ -17,10 +17,26 @@ NEVER = -1e30  # a score that no softmax sees; finite, so that its gradient is z
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveConfig:
-    """InfoNCE: ``temperature`` divides the cosines; ``symmetric`` adds the target -> query direction (ours)."""
+    """InfoNCE: ``temperature`` divides the cosines; ``symmetric`` adds the target -> query direction (ours).
+
+    ``first_temperature`` (ours) is where a run begins; it falls to ``temperature`` geometrically. A model from
+    scratch needs it: while its embeddings say nothing, a small temperature rewards making them all alike.
+    """
 
     temperature: float = 0.02
+    first_temperature: float | None = None
     symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("temperature", self.temperature), ("first_temperature", self.first_temperature)):
+            if value is not None and value <= 0:
+                raise ValueError(f"contrastive.{name} is {value}: it must be positive")
+
+    def at(self, progress: Float[Array, ""] | float) -> Float[Array, ""] | float:
+        """The temperature when this share of the run, 0 to 1, is done."""
+        if self.first_temperature is None:
+            return self.temperature
+        return self.first_temperature ** (1 - progress) * self.temperature**progress
 
 
 def embed_examples(model: Qwen2VL, batch: Mapping[str, Array]) -> Float[Array, "X W"]:
@@ -40,15 +56,15 @@ def embed_examples(model: Qwen2VL, batch: Mapping[str, Array]) -> Float[Array, "
 
 
 def contrastive_loss(
-    model: Qwen2VL, batch: Mapping[str, Array], config: ContrastiveConfig
+    model: Qwen2VL, batch: Mapping[str, Array], config: ContrastiveConfig, progress: Float[Array, ""] | float = 1.0
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """InfoNCE over the whole global batch.
+    """InfoNCE over the whole global batch, when ``progress`` of the run (0 to 1) is done.
 
     Source: CoCoA, arXiv 2603.01471, stage 3.
     """
     N = batch["target_key"].shape[0]
     embeddings = embed_examples(model, batch)
-    return info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config)
+    return info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config, progress)
 
 
 def info_nce(
@@ -56,6 +72,7 @@ def info_nce(
     targets: Float[Array, "S W"],
     target_key: Int[Array, " N"],
     config: ContrastiveConfig,
+    progress: Float[Array, ""] | float = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean of -log softmax of each query's own target among all targets and hard negatives.
 
@@ -63,12 +80,13 @@ def info_nce(
         queries: unit length.
         targets: unit length; the first N belong to the queries in order, the rest are hard negatives.
         target_key: two targets of equal key show the same thing and are no negatives of each other.
+        progress: the share of the run that is done, which sets the temperature.
     """
     N, S = queries.shape[0], targets.shape[0]
     cosines = queries @ targets.T
     same = (target_key[:, None] == target_key[None, :]) & ~jnp.eye(N, dtype=bool)
     excluded = jnp.pad(same, ((0, 0), (0, S - N)))
-    scores = jnp.where(excluded, NEVER, cosines / config.temperature)
+    scores = jnp.where(excluded, NEVER, cosines / config.at(progress))
     own = jnp.diagonal(scores)
     loss = jnp.mean(jax.nn.logsumexp(scores, axis=1) - own)
     if config.symmetric:

@@ -70,14 +70,14 @@ def train(config: TrainConfig) -> Path:
             params = backbone.load(wanted.params["backbone"])
             state = first_state({"backbone": params, "head": program.init_head(params)}, optimizer, wanted)
         else:
-            state = _state(restored)
+            state = _state(restored, wanted)
             batches.set_state(restored.loop["batches"])
         start = int(state.step)
         if start >= config.loop.steps:
             return output
 
         # ------------------------------------------------------------------------------------------------ the loop
-        step_function = make_step(program.loss, optimizer, wanted)
+        step_function = make_step(program.loss, optimizer, wanted, config.loop.steps)
         metadata = {"stage": config.stage, "config": to_dict(config), "parent": backbone.origin()}
         pending: tuple[int, dict[str, Any], int] | None = None
         with MetricsWriter(output, config.stage, start, config.loop.steps) as writer:
@@ -158,17 +158,18 @@ def _trees(wanted: TrainState) -> dict[str, Any]:
     return {"params": wanted.params["backbone"], "head": wanted.params["head"], "optimizer": wanted.optimizer}
 
 
-def _state(restored: Restored) -> TrainState:
+def _state(restored: Restored, wanted: TrainState) -> TrainState:
     params = {"backbone": restored.params, "head": restored.head}
-    return TrainState(jax.numpy.int32(restored.step), params, restored.optimizer)
+    # The counter too lies where the step leaves it: elsewhere it would cost a second compilation.
+    return TrainState(jax.device_put(np.int32(restored.step), wanted.step.sharding), params, restored.optimizer)
 
 
 def _record(writer: MetricsWriter, pending: tuple[int, dict[str, Any], int], output: Path) -> None:
     step, metrics, pictures = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not np.isfinite(values["loss"]):
+    if not (np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])):
         raise Diverged(
-            f"loss is {values['loss']} at step {step}: the last checkpoint in {output} is before it; lower "
+            f"loss is {values['loss']} and gradient norm {values['gradient_norm']} at step {step}: the last checkpoint in {output} is before it; lower "
             "optimizer.learning_rate or raise optimizer.warmup_steps"
         )
     writer.write(step, values, pictures)

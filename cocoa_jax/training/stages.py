@@ -24,7 +24,7 @@ class Program:
 
     Args:
         shapes: abstract {"backbone": ..., "head": ...}.
-        loss: ``(params, batch) -> (loss, metrics)``.
+        loss: ``(params, batch, progress) -> (loss, metrics)``.
         init_head: the head's first weights from the backbone's; an empty dict where a stage has none.
     """
 
@@ -39,11 +39,11 @@ def stage_program(config: TrainConfig, backbone: Qwen2VLConfig) -> Program:
     if config.stage == "warmup":
         return _warmup(config, backbone, graph, shapes)
 
-    def loss(params: Any, batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def loss(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
         model = bind(graph, params["backbone"])
         if config.stage == "bridge":
             return bridge_loss(model, batch)
-        return contrastive_loss(model, batch, config.contrastive)
+        return contrastive_loss(model, batch, config.contrastive, progress)
 
     return Program({"backbone": shapes, "head": {}}, loss, lambda _: {})
 
@@ -51,7 +51,7 @@ def stage_program(config: TrainConfig, backbone: Qwen2VLConfig) -> Program:
 def _warmup(config: TrainConfig, backbone: Qwen2VLConfig, graph: Any, shapes: Params) -> Program:
     head_graph, head_shapes = decoder_graph(backbone)
 
-    def loss(params: Any, batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def loss(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
         model, decoder = bind(graph, params["backbone"]), bind(head_graph, params["head"])
         return warmup_loss(model, decoder, batch, config.warmup)
 

@@ -11,17 +11,19 @@ from jaxtyping import Array
 
 from cocoa_jax.training.state import TrainState
 
-Loss = Callable[[Any, Mapping[str, Array]], tuple[Array, dict[str, Array]]]
+Loss = Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
 Step = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, wanted: TrainState) -> Step:
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, wanted: TrainState, steps: int) -> Step:
     """The update of one batch.
 
     Args:
-        loss: ``(params, batch) -> (loss, metrics)``, a mean over the global batch.
+        loss: ``(params, batch, progress) -> (loss, metrics)``, a mean over the global batch; progress is the share
+            of the run that is done, 0 to 1.
         optimizer: as in the state.
         wanted: shapes and shardings of the state, which go in and come out.
+        steps: length of the run.
 
     Returns:
         ``(state, batch) -> (state, metrics)``; the state that goes in is used up.
@@ -29,7 +31,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, wanted: Train
     places = jax.tree.map(lambda leaf: leaf.sharding, wanted)
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
+        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, batch, state.step / steps)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": value, **metrics, "gradient_norm": optax.global_norm(gradients)}

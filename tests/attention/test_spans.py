@@ -56,6 +56,7 @@ def bridges(lengths: list[int], block: np.ndarray) -> Spans:
         inside = first + np.flatnonzero(block[first : first + length] == "e")
         start[first : first + length], end[first : first + length] = inside[0], inside[-1] + 1
         first += length
+    start[first:], end[first:] = start[0], end[0]  # what stands at padding must not matter
     return Spans(start, end)
 
 

@@ -44,7 +44,7 @@ def plain(queries, targets, key, config) -> tuple[float, float]:
 @settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), temperature=st.floats(0.02, 1))
 def test_against_numpy(symmetric, extra, seed, temperature):
-    config = ContrastiveConfig(temperature, symmetric)
+    config = ContrastiveConfig(temperature, symmetric=symmetric)
     queries, targets, key = case(seed, extra=extra)
     loss, metrics = info_nce(queries, targets, key, config)
     want, right = plain(queries, targets, key, config)
@@ -58,7 +58,7 @@ def test_against_numpy(symmetric, extra, seed, temperature):
 def test_no_gradient_through_excluded_pairs(symmetric):
     queries, targets, _ = case(1, N=4)
     key = np.array([7, 8, 7, 9])
-    config = ContrastiveConfig(0.1, symmetric)
+    config = ContrastiveConfig(0.1, symmetric=symmetric)
 
     def through(cosines):
         # With unit rows as queries the cosines are free inputs, so the gradient of each pair can be read off.
@@ -68,6 +68,23 @@ def test_no_gradient_through_excluded_pairs(symmetric):
     excluded = (key[:, None] == key) & ~np.eye(4, dtype=bool)
     assert excluded.sum() == 2 and (gradient[excluded] == 0).all() and (gradient[~excluded] != 0).all()
     assert (np.diagonal(gradient) < 0).all() and (gradient[~excluded & ~np.eye(4, dtype=bool)] > 0).all()
+
+
+def test_the_temperature_falls_geometrically_over_the_run():
+    config = ContrastiveConfig(0.02, first_temperature=0.5)
+    np.testing.assert_allclose([config.at(x) for x in (0.0, 0.5, 1.0)], [0.5, 0.1, 0.02], rtol=1e-6)
+    assert ContrastiveConfig(0.02).at(0.3) == 0.02
+    queries, targets, key = case(4)
+    for progress, temperature in ((0.0, 0.5), (0.5, 0.1), (1.0, 0.02)):
+        loss, _ = info_nce(queries, targets, key, config, progress)
+        want, _ = plain(queries, targets, key, ContrastiveConfig(temperature))
+        np.testing.assert_allclose(loss, want, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["temperature", "first_temperature"])
+def test_a_temperature_that_is_not_positive_is_refused(name):
+    with pytest.raises(ValueError, match=rf"contrastive\.{name} is 0: it must be positive"):
+        ContrastiveConfig(**{name: 0})
 
 
 def test_hard_negatives_count_for_every_query():

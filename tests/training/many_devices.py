@@ -33,7 +33,7 @@ def losses(config: TrainConfig, mesh: Mesh) -> dict[str, object]:
     wanted = abstract_state(program.shapes, optimizer, mesh)
     params = backbone.load(wanted.params["backbone"])
     state = first_state({"backbone": params, "head": program.init_head(params)}, optimizer, wanted)
-    step = make_step(program.loss, optimizer, wanted)
+    step = make_step(program.loss, optimizer, wanted, config.loop.steps)
     pictures = load_pictures(config.data.split)
     sources = {kind: picture_source(kind, pictures) for kind in config.data.kinds}
     found = []

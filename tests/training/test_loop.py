@@ -1,5 +1,6 @@
 """The trainer: killed or asked to stop, the same command gives the same run; errors name what is wrong."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,18 +10,42 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
+from jax.experimental.compilation_cache import compilation_cache
 
 from cocoa_jax import cli
 from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import SettingsError, TrainConfig, parse
 from cocoa_jax.training import loop
-from cocoa_jax.training.loop import STOPPED, Diverged, train
+from cocoa_jax.training.loop import STOPPED, Diverged, Stopped, train
 from cocoa_jax.training.metrics import MetricsWriter
 
 STEPS = 8
+CLOCK = ("seconds", "pictures_per_second")
 WORKER = Path(__file__).with_name("killed_run.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The same program runs again and again here, in other processes too: keep what was compiled."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    names = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        before = {name: getattr(jax.config, name) for name in names}
+        for name, value in names.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +62,7 @@ def settings_in(backbone, stage_settings):
 def records(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "pictures_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +117,19 @@ def test_sigterm_ends_with_75_and_the_same_command_continues(finished, settings_
     done = int(re.fullmatch(rf"cocoa: stopped at step (\d) of {STEPS}: the same command continues", told)[1])
     assert (tmp_path / "run" / "checkpoints" / str(done)).is_dir()  # saved before it stopped
     assert [line["step"] for line in records(tmp_path / "run")] == list(range(done)) and done < STEPS
-    first = {}
-    place = loop.place
-    monkeypatch.setattr(loop, "place", lambda batch, mesh: first.setdefault("seen", True) and place(batch, mesh))
+    made, make = [], loop.make_step
+    monkeypatch.setattr(loop, "make_step", lambda *parts: made.append(make(*parts)) or made[-1])
     cli.main(command)
-    assert first and records(tmp_path / "run") == records(finished)
+    assert records(tmp_path / "run") == records(finished)
+    assert [step._cache_size() for step in made] == [1]  # a continued run compiles once, as a new one does
+
+
+def test_a_stop_between_two_looks_is_saved_first(settings_in, tmp_path, monkeypatch):
+    answers = iter([False, True])
+    monkeypatch.setattr(loop, "_stop_requests", lambda: contextlib.nullcontext(lambda: next(answers)))
+    with pytest.raises(Stopped, match="stopped at step 2 of"):
+        train(parse(TrainConfig, settings_in(tmp_path / "run")))
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
 def test_a_finished_stage_is_not_run_again(finished, settings_in, monkeypatch):

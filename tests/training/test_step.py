@@ -23,7 +23,10 @@ WORKER = Path(__file__).with_name("many_devices.py")
 @pytest.fixture(scope="module")
 def runs(backbone, stage_settings, tmp_path_factory):
     # A step size at which rounding is not blown up: what is compared is the gradient, not chaos.
-    gentle = {"optimizer": {"learning_rate": 1e-4, "warmup_steps": 2}, "contrastive": {"temperature": 0.1}}
+    gentle = {
+        "optimizer": {"learning_rate": 1e-4, "warmup_steps": 2},
+        "contrastive": {"temperature": 0.1, "first_temperature": 0.5},
+    }
     settings = [stage_settings(stage, backbone, tmp_path_factory.mktemp(stage), **gentle) for stage in STAGES]
     # Unoptimised code: most of the time of this test is compilation.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -59,13 +62,13 @@ def test_rows_and_parameters_are_spread_as_the_mesh_says(runs):
 def toy():
     params = {"backbone": {"text": {"norm": {"scale": np.float32([1, 2, 3])}}}, "head": {}}
 
-    def loss(params, batch):
+    def loss(params, batch, progress):
         scale = params["backbone"]["text"]["norm"]["scale"]
-        return jnp.sum(jnp.square(scale)) * batch["weight"], {"first": scale[0]}
+        return jnp.sum(jnp.square(scale)) * batch["weight"], {"first": scale[0], "progress": progress}
 
     optimizer = optax.sgd(0.1, momentum=0.9)
     wanted = abstract_state(jax.eval_shape(lambda: params), optimizer, make_mesh(MeshConfig()))
-    return make_step(loss, optimizer, wanted), first_state(params, optimizer, wanted), wanted
+    return make_step(loss, optimizer, wanted, steps=4), first_state(params, optimizer, wanted), wanted
 
 
 def test_an_update_and_its_metrics():
@@ -75,6 +78,9 @@ def test_an_update_and_its_metrics():
     assert int(state.step) == 1
     assert metrics["loss"] == 14 and metrics["first"] == 1
     np.testing.assert_allclose(metrics["gradient_norm"], np.sqrt(4 * 14), rtol=1e-6)
+    assert metrics["progress"] == 0
+    _, metrics = step(state, {"weight": jnp.float32(1)})
+    assert metrics["progress"] == 0.25  # one of four steps is done
 
 
 def test_the_state_is_donated_and_comes_out_where_it_went_in():

@@ -1,0 +1,119 @@
+"""The command: help with an example, and one clear line for whatever is wrong."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from cocoa_jax import cli
+
+COMMANDS = ("demo", "init", "train", "evaluate", "embed")
+
+
+@pytest.fixture
+def call(capsys):
+    """call(*arguments) -> exit status, what went to stdout, what went to stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = 0
+        try:
+            cli.main([str(part) for part in arguments])
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def assert_one_line(outcome: tuple[int, str, str], *words: str) -> None:
+    status, said, told = outcome
+    assert status not in (0, None) and not said
+    assert told.count("\n") == 1 and told.startswith("cocoa: ") and "Traceback" not in told, told
+    for word in words:
+        assert word in told, told
+
+
+def test_help_names_every_command(call):
+    status, said, _ = call("--help")
+    assert status == 0 and all(command in said for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_says_what_it_does_with_an_example(call, command):
+    status, said, _ = call(command, "--help")
+    assert status == 0 and f"example: cocoa {command} --" in " ".join(said.split())
+    assert said.split("\n\n")[1].strip()[:1].isupper()  # a sentence before the options
+
+
+def test_the_command_as_it_is_installed(tmp_path):
+    command = [sys.executable, "-c", "from cocoa_jax.cli import main; main()", "embed", "--checkpoint", "nowhere"]
+    ended = subprocess.run([*command, "--input", "x", "--output", "y"], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode != 0 and "Traceback" not in ended.stderr
+    assert [line for line in ended.stderr.splitlines() if line.startswith("cocoa: ")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["command", "train", "embed"]),
+        (["teach"], ["teach"]),
+        (["demo", "--scale", "huge"], ["huge", "small", "standard"]),
+        (["demo", "--speed", "9"], ["--speed"]),
+        (["evaluate", "--output", "x"], ["checkpoint"]),
+        (["train", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["train", "--loop.stepps=3"], ["stepps"]),
+    ],
+    ids=str,
+)
+def test_bad_usage_is_one_line(call, arguments, words):
+    assert_one_line(call(*arguments), *words)
+
+
+def test_an_unknown_key_in_a_file_is_one_line(call, stage_settings, tmp_path):
+    settings = stage_settings("bridge", tmp_path, tmp_path / "run", colour="red")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert_one_line(call("train", "--config", tmp_path / "run.yaml"), "colour")
+
+
+def test_settings_of_a_file_can_be_overridden(call, stage_settings, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(stage_settings("bridge", tmp_path, tmp_path / "run")))
+    outcome = call("train", "--config", tmp_path / "run.yaml", f"--checkpoint={tmp_path / 'gone'}")
+    assert_one_line(outcome, "gone is not a folder")
+
+
+def test_an_error_shows_where_it_came_from_when_asked(stage_settings, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(stage_settings("bridge", tmp_path / "gone", tmp_path / "run")))
+    with pytest.raises(ValueError, match="gone is not a folder"):
+        cli.main(["train", "--config", str(tmp_path / "run.yaml"), "--debug"])
+
+
+@pytest.mark.parametrize("command", ["evaluate", "embed"])
+def test_a_checkpoint_that_is_none_is_one_line(call, tmp_path, command):
+    (tmp_path / "items.jsonl").write_text('{"text": "a"}\n')
+    more = {"embed": ["--input", tmp_path / "items.jsonl"], "evaluate": []}[command]
+    (tmp_path / "empty").mkdir()
+    for checkpoint, words in (("nowhere", "is not a folder"), ("empty", "config.json")):
+        assert_one_line(call(command, "--checkpoint", tmp_path / checkpoint, "--output", tmp_path / "o", *more), words)
+
+
+def test_a_split_that_is_none_is_one_line(call, trained, tmp_path):
+    outcome = call("evaluate", "--checkpoint", trained, "--output", tmp_path, "--splits", "test_seen,tomorrow")
+    assert_one_line(outcome, "tomorrow", "test_unseen")
+
+
+def test_a_taken_folder_is_one_line(call, tmp_path):
+    (tmp_path / "mine.txt").write_text("here")
+    assert_one_line(call("init", "--output", tmp_path, "--backbone.vocab_size=300"), str(tmp_path), "not empty")
+
+
+def test_embed(call, trained, tmp_path):
+    (tmp_path / "items.jsonl").write_text(json.dumps({"text": "a kiwi"}) + "\n" + json.dumps({"image": "gone.png"}))
+    command = ["embed", "--checkpoint", trained, "--input", tmp_path / "items.jsonl", "--output", tmp_path / "out.npz"]
+    assert_one_line(call(*command), "line 2", "gone.png")
+    (tmp_path / "items.jsonl").write_text(json.dumps({"text": "a kiwi"}))
+    status, _, told = call(*command)
+    assert status == 0, told
+    assert np.load(tmp_path / "out.npz")["embeddings"].shape == (1, 32)

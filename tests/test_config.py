@@ -1,0 +1,112 @@
+"""Settings: every file loads, nothing unknown passes, and a config survives being written down."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cocoa_jax.config import (
+    InitConfig,
+    SettingsError,
+    TrainConfig,
+    differences,
+    evaluate_config_of,
+    load_config,
+    named_config,
+    parse,
+    to_dict,
+)
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+def kind_of(path: Path):
+    return TrainConfig if "stage" in yaml.safe_load(path.read_text()) else InitConfig
+
+
+def test_there_are_files():
+    assert {path.stem for path in FILES} >= {"1-warmup", "2-bridge", "3-contrastive", "backbone"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_loads_and_survives_being_written_down(path):
+    config = load_config(kind_of(path), path)
+    written = json.loads(json.dumps(to_dict(config)))
+    assert parse(kind_of(path), written) == config
+    assert differences(written, to_dict(config)) == []
+    if isinstance(config, TrainConfig):
+        assert config.batches().stage == config.stage  # refuses settings that contradict each other
+        assert config.data.split == "train"
+        assert config.optimizer.warmup_steps < config.loop.steps
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_is_found_by_its_name(path):
+    assert named_config(str(path.relative_to(CONFIGS))).read_text() == path.read_text()
+
+
+def test_a_name_that_is_not_there_is_refused():
+    with pytest.raises(SettingsError, match=r"configs/demo/4\.yaml is not installed"):
+        named_config("demo/4.yaml")
+
+
+@pytest.fixture
+def values(stage_settings, tmp_path):
+    return stage_settings("bridge", tmp_path / "from", tmp_path / "to")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("", "stages", "bridge"),
+        ("data", "kind", {"bridge": 1.0}),
+        ("optimizer", "lr", 1e-3),
+        ("loop", "step", 3),
+        ("optimizer", "learning_rate", "fast"),
+        ("", "stage", "pretraining"),
+        ("data", "split", "test_unseen"),
+        ("loop", "steps", 1.5),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_refused_by_name(values, tmp_path, section, key, value):
+    place = values.setdefault(section, {}) if section else values
+    place[key] = value
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(SettingsError, match=key):
+        load_config(TrainConfig, tmp_path / "run.yaml")
+
+
+def test_a_field_that_is_required_is_named(values):
+    del values["loop"]["steps"]
+    with pytest.raises(SettingsError, match="steps"):
+        parse(TrainConfig, values)
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "- 1\n- 2"])
+def test_a_file_that_is_no_settings_is_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SettingsError):
+        load_config(TrainConfig, tmp_path / "run.yaml")
+
+
+def test_a_trained_stage_is_read_as_it_was_trained(values):
+    config = parse(TrainConfig, values)
+    read = evaluate_config_of(json.loads(json.dumps(to_dict(config))))
+    assert (read.processor, read.rows, read.visibility, read.compute) == (
+        config.data.processor,
+        config.data.rows,
+        config.data.visibility,
+        config.compute,
+    )
+
+
+def test_differences_name_fields_and_both_values(values):
+    one = parse(TrainConfig, values)
+    other = dataclasses.replace(one, seed=9, optimizer=dataclasses.replace(one.optimizer, clip=2.0))
+    assert differences(to_dict(one), to_dict(other)) == ["optimizer.clip: 1.0, 2.0", "seed: 3, 9"]
+    assert differences({"a": {"b": 1}}, {"a": {"c": 1}}) == ["a.b: 1, None", "a.c: None, 1"]
+    assert differences({"a": {"b": 1}}, {"a": 1}) == ["a: {'b': 1}, 1"]

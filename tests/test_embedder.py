@@ -1,0 +1,154 @@
+"""The object that users came for: every form of an item, and what a row may depend on."""
+
+import io
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import cocoa_jax
+from cocoa_jax.config import EvaluateConfig, parse
+from cocoa_jax.embedder import Embedder, ItemError, default_settings, embed_file
+
+TOLERANCE = 1e-5  # float32, summed in another order
+
+
+@pytest.fixture(scope="module")
+def embedder(trained):
+    return Embedder.load(trained)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """picture(seed): random pixels, 4 visual tokens."""
+
+    def make(seed: int = 0) -> PIL.Image.Image:
+        return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 56, 3), dtype=np.uint8))
+
+    return make
+
+
+def png(picture: PIL.Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def items(picture):
+    texts = [{"text": text} for text in ("a kiwi", "two small boats", "x", "the red car on a green hill")]
+    pictures = [{"image": picture(seed)} for seed in range(4)]
+    return [*texts, *pictures, {"text": "a kiwi", "image": picture(0)}, {"text": "a boat", "image": picture(0)}]
+
+
+def test_it_is_what_the_package_exports():
+    assert cocoa_jax.Embedder is Embedder
+    with pytest.raises(AttributeError, match="cocoa_jax has no attribute 'Embedding'"):
+        _ = cocoa_jax.Embedding
+
+
+def test_rows_are_of_unit_length_and_differ(embedder, items):
+    rows = embedder.embed(items)
+    assert rows.shape == (10, 32) and rows.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=TOLERANCE)
+    assert (rows @ rows.T)[~np.eye(10, dtype=bool)].max() < 1 - 1e-4
+
+
+def test_a_picture_may_be_a_path_bytes_or_pil(embedder, picture, tmp_path):
+    image = picture(1)
+    (tmp_path / "noise.png").write_bytes(png(image))
+    forms = [image, png(image), tmp_path / "noise.png", str(tmp_path / "noise.png"), image.convert("RGBA")]
+    rows = embedder.embed([{"image": form} for form in forms])
+    np.testing.assert_allclose(rows, np.broadcast_to(rows[0], rows.shape), atol=TOLERANCE)
+
+
+def test_order_and_company_do_not_matter(embedder, items):
+    want = embedder.embed(items)
+    np.testing.assert_allclose(embedder.embed(items[::-1])[::-1], want, atol=TOLERANCE)
+    alone = np.concatenate([embedder.embed([item]) for item in items])
+    np.testing.assert_allclose(alone, want, atol=TOLERANCE)
+    many = embedder.embed(items * 5, progress=True)
+    np.testing.assert_allclose(many, np.tile(want, (5, 1)), atol=TOLERANCE)
+
+
+def test_nothing_to_embed(embedder):
+    assert embedder.embed([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"words": "a kiwi"}, r"item 1: has the keys \['words'\], expected text, image or both"),
+        ({"text": "a", "label": "b"}, r"item 1: has the keys \['label', 'text'\]"),
+        ({}, r"item 1: has the keys \[\]"),
+        ({"text": ""}, r"item 1: its text is empty and it has no image"),
+        ({"text": 7}, r"item 1: text is a int, expected a string"),
+        ({"image": "nowhere.png"}, r"item 1: the image 'nowhere.png' cannot be read .*: give a picture file"),
+        ({"image": b"no picture"}, r"item 1: the image bytes cannot be read"),
+        ({"image": 7}, r"item 1: the image int cannot be read"),
+    ],
+    ids=str,
+)
+def test_a_bad_item_is_named(embedder, item, message):
+    with pytest.raises(ItemError, match=message) as caught:
+        embedder.embed([{"text": "fine"}, item])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_that_is_cut_short_is_named(embedder, picture):
+    with pytest.raises(ItemError, match="item 0: the image bytes cannot be read"):
+        embedder.embed([{"image": png(picture())[:2000]}])
+
+
+def test_settings_are_those_of_training(trained, embedder):
+    settings = default_settings(trained)
+    assert embedder.settings == settings
+    assert (settings.processor.max_pixels, settings.processor.max_text_tokens, settings.rows.tokens) == (6272, 16, 48)
+
+
+def test_a_hugging_face_folder_with_settings_of_ones_own(backbone, trained, embedder, items):
+    rows = {"batch_size": 4, "tokens": 64, "patches": 40, "rows": [2], "examples_per_row": 2, "masked_per_row": 2}
+    processor = {"min_pixels": 784, "max_pixels": 8 * 784, "max_text_tokens": 16}
+    settings = parse(EvaluateConfig, {"processor": processor, "rows": rows})
+    # The stage holds the same weights.
+    got = Embedder.load(backbone, settings).embed(items)
+    np.testing.assert_allclose(got, embedder.embed(items), atol=TOLERANCE)
+
+
+# ----------------------------------------------------------------------------------------------------- files
+
+
+def write(path, *lines) -> None:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+
+
+def test_a_file_of_items(trained, embedder, picture, tmp_path):
+    (tmp_path / "noise.png").write_bytes(png(picture(2)))
+    write(tmp_path / "items.jsonl", {"text": "a kiwi"}, "", {"image": "noise.png"}, {"text": "x", "image": "noise.png"})
+    embed_file(trained, tmp_path / "items.jsonl", tmp_path / "made" / "out.npz")
+    with np.load(tmp_path / "made" / "out.npz") as made:
+        assert made.files == ["embeddings"]
+        rows = made["embeddings"]
+    want = embedder.embed([{"text": "a kiwi"}, {"image": picture(2)}, {"text": "x", "image": picture(2)}])
+    np.testing.assert_allclose(rows, want, atol=TOLERANCE)
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["out.npz"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 3: no JSON"),
+        ("[1]", "line 3: a list, expected an object"),
+        ({"image": "nowhere.png"}, r"line 3: the image .*nowhere.png.* cannot be read"),
+        ({"image": "words.png"}, r"line 3: the image .*words.png.* cannot be read"),
+        ({"title": "x"}, r"line 3: has the keys \['title'\]"),
+    ],
+    ids=str,
+)
+def test_a_bad_line_is_named_and_nothing_is_written(trained, tmp_path, line, message):
+    (tmp_path / "words.png").write_text("not a picture")
+    write(tmp_path / "items.jsonl", {"text": "fine"}, "", line)
+    with pytest.raises(ItemError, match=message) as caught:
+        embed_file(trained, tmp_path / "items.jsonl", tmp_path / "out.npz")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out.npz").exists()
