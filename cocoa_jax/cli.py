@@ -43,7 +43,7 @@ def build_parser() -> ArgumentParser:
     demo = _command("demo", "Make a small Qwen2-VL and run all three stages on the embedded pictures, with a report.")
     demo.add_argument("--output", default="runs/demo", help="folder of everything that the run makes")
     demo.add_argument("--scale", choices=("small", "standard"), default="standard", help="number of steps of a stage")
-    demo.add_argument("--seed", type=int, default=0, help="added to the seeds of the stages")
+    demo.add_argument("--seed", type=int, default=0, help="added to the seeds of the backbone and the stages")
     commands.add_subcommand("demo", demo, help=demo.description)
 
     init = _command("init", "Make a small backbone in Hugging Face form from scratch.", config=True)

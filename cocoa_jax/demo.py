@@ -15,7 +15,7 @@ from cocoa_jax.training.loop import train
 
 STAGES = ("1-warmup", "2-bridge", "3-contrastive")
 # Steps of each stage; a fixed number, so that a run can be repeated and continued.
-SCALES = {"small": (10, 10, 70), "standard": (30, 30, 300)}
+SCALES = {"small": (10, 10, 60), "standard": (40, 40, 260)}
 
 
 def make_picture_backbone(folder: str | Path, settings: ScratchConfig) -> None:
@@ -52,7 +52,8 @@ def run_demo(output: str | Path, scale: str, seed: int) -> Path:
     """Backbone, three stages, evaluation and report; a part that is done is not done again. Returns the report."""
     folder = Path(output)
     if not (folder / "backbone").is_dir():
-        make_picture_backbone(folder / "backbone", load_config(InitConfig, named_config("demo/backbone.yaml")).backbone)
+        settings = load_config(InitConfig, named_config("demo/backbone.yaml")).backbone
+        make_picture_backbone(folder / "backbone", dataclasses.replace(settings, seed=settings.seed + seed))
     for stage in STAGES:
         train(stage_config(stage, folder, scale, seed))
     return build_report(folder, STAGES)

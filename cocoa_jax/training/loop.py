@@ -169,8 +169,8 @@ def _record(writer: MetricsWriter, pending: tuple[int, dict[str, Any], int], out
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not (np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])):
         raise Diverged(
-            f"loss is {values['loss']} and gradient norm {values['gradient_norm']} at step {step}: the last checkpoint in {output} is before it; lower "
-            "optimizer.learning_rate or raise optimizer.warmup_steps"
+            f"loss is {values['loss']} and gradient norm {values['gradient_norm']} at step {step}: the last checkpoint "
+            f"in {output} is before it; lower optimizer.learning_rate or raise optimizer.warmup_steps"
         )
     writer.write(step, values, pictures)
 
