@@ -254,7 +254,7 @@ class _BatchBuilder:
 
 
 def _examples(records: Sequence[Record], config: BatchConfig, processor: Processor) -> list[Example]:
-    """The examples of a batch in the contract's order: queries, targets, negatives.
+    """The examples of a batch in the order of ``example``: queries, targets, negatives.
 
     Raises:
         ExampleError, ImageError, PackingError: naming the record that cannot become an example.

@@ -1,4 +1,24 @@
-"""Examples -> the arrays of a batch: packed tokens, spans, patches and what is hidden in them."""
+"""Examples -> the arrays of a batch: packed tokens, spans, patches and what is hidden in them.
+
+A batch is a dict of arrays of fixed shape, the rows of this host. B rows, T token slots, P patch slots and U = P / 4
+visual units a row, C numbers a patch, E example slots, K bridge tokens, M hidden tokens at most; int32 unless said:
+
+    tokens                      B T    ids as the model sees them, hidden ones replaced; padding 0
+    positions                   B T 3  M-RoPE time, height, width, from 0 in every example
+    token_start, token_end      B T    the keys that each token sees, visibility of the stage applied
+    unit                        B T    the unit of the row that stands in the token's place, -1 for text
+    patches                     B P C  float32, normalised pixels, the patches of a unit adjacent
+    patch_positions             B P 2  row and column of each patch in its picture
+    patch_start, patch_end      B P    the keys that each patch sees in a full vision layer
+    window_start, window_end    B P    the same in a windowed layer; family 2.5 only
+    predict_at, predict_id      B M    stages 1, 2: the column whose state predicts, and the true id; -1 unused
+    hidden_unit, unit_seed      B U    stage 1: bool, which units are hidden; uint32, the seed of each one's noise
+    pool                        B E K  columns of each example's bridge tokens, -1 unused
+    example                     X      place in the flat [B E] slots of all hosts' rows of each example of the global
+                                       batch; in stage 3 queries first, then their targets, then negatives
+    target_key                  N      stage 3: equal numbers where two targets show the same thing
+    stats                       6      counts for the log, see ``pipeline.STATS``; not for the device
+"""
 
 from __future__ import annotations
 

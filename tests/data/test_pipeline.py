@@ -78,7 +78,7 @@ def assert_same(left: dict, right: dict, without: Sequence[str] = ()) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_shapes_and_types_are_the_contract_s(sources, processors, stage, family):
+def test_shapes_and_types_are_those_documented(sources, processors, stage, family):
     batch = dataset(stage, sources, processors[family])[0]
     b = len(batch["tokens"])
     assert b in ROWS.rows
