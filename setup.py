@@ -38,8 +38,7 @@ setup(
         "pillow>=13",
         "safetensors>=0.8",
         "jaxtyping>=0.3.11",
-        # Version 5 removes instantiate_classes.
-        "jsonargparse[signatures]>=4.53,<5",
+        "jsonargparse[signatures]>=4.53",
         "pyyaml>=6.0.3",
         "tqdm>=4.70",
         "tensorboardX>=2.6.5",

@@ -90,13 +90,13 @@ def run(arguments: Namespace, parser: ArgumentParser) -> None:
     elif arguments.command == "init":
         from cocoa_jax.demo import make_picture_backbone
 
-        made = parser.instantiate_classes(arguments).init
+        made = parser.instantiate(arguments).init
         make_picture_backbone(made.output, made.backbone)
     elif arguments.command == "train":
         from cocoa_jax.config import TrainConfig
         from cocoa_jax.training.loop import train
 
-        made = parser.instantiate_classes(arguments).train
+        made = parser.instantiate(arguments).train
         train(TrainConfig(**_fields(made)))
     elif arguments.command == "evaluate":
         from cocoa_jax.evaluation.run import evaluate, summary

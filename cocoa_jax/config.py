@@ -150,7 +150,7 @@ def parse(kind: type[Config], values: Mapping[str, Any]) -> Config:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "it")
     try:
-        return parser.instantiate_classes(parser.parse_object({"it": values})).it
+        return parser.instantiate(parser.parse_object({"it": values})).it
     except Exception as error:  # jsonargparse raises its own and argparse's
         raise SettingsError(str(error)) from error
 

@@ -34,7 +34,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, wanted: Train
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, batch, state.step / steps)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, **metrics, "gradient_norm": optax.global_norm(gradients)}
+        metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, params, moments), metrics
 
     # The batch arrives with its own shardings; the state's are pinned on both sides so that donation holds.

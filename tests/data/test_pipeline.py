@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -336,7 +337,8 @@ def test_threads_and_resuming_change_nothing(sources, processors, stage):
             next(fresh)
 
 
-def test_worker_processes_change_nothing(sources, processors):
+def test_worker_processes_change_nothing(sources, processors, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # workers inherit it, and import this file for its source
     batches = stage_batches(
         STAGES["bridge"], {"both": Worker("both", sources["both"].pictures)}, {"both": 1.0}, processors["2"],
         seed=5, steps=3, threads=0, workers=2,
