@@ -15,7 +15,7 @@ from cocoa_jax.training.loop import train
 
 STAGES = ("1-warmup", "2-bridge", "3-contrastive")
 # Steps of each stage; a fixed number, so that a run can be repeated and continued.
-SCALES = {"small": (10, 10, 80), "standard": (20, 20, 440)}
+SCALES = {"small": (10, 10, 80), "standard": (20, 20, 480)}
 
 
 def make_picture_backbone(folder: str | Path, settings: ScratchConfig) -> None:

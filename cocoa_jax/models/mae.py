@@ -54,4 +54,9 @@ def init_decoder(config: Qwen2VLConfig, backbone: Params, seed: int) -> Params:
     """A decoder whose layer is a copy of the middle layer of the language model, and a small random map."""
     params = nnx.to_pure_dict(nnx.state(ImageDecoder(config, rngs=nnx.Rngs(seed))))
     middle = config.text.layers // 2
-    return params | {"layer": jax.tree.map(lambda leaf: leaf[middle], backbone["text"]["layers"])}
+    # Small, so that the first drawings are grey rather than noise, whose error would drown the text loss.
+    kernel = params["proj"]["kernel"] * (0.02 * config.text.width**0.5)
+    return params | {
+        "proj": params["proj"] | {"kernel": kernel},
+        "layer": jax.tree.map(lambda leaf: leaf[middle], backbone["text"]["layers"]),
+    }
