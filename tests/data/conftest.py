@@ -11,21 +11,12 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from cocoa_jax.checkpoints.scratch import SPECIAL_TOKENS
 from cocoa_jax.data.processor import Processor, ProcessorConfig
 from cocoa_jax.data.sources import Image
 from cocoa_jax.models.config import Qwen2VLConfig, parse_config
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|mask|>",
-]
+SPECIAL = list(SPECIAL_TOKENS)
 WORDS = ["a kiwi fruit", "the red car on a green hill", "face with tears of joy", "two small boats", "dark skin tone"]
 
 
