@@ -14,8 +14,8 @@ from cocoa_jax.models.qwen2_vl import abstract_params
 from cocoa_jax.training.loop import train
 
 STAGES = ("1-warmup", "2-bridge", "3-contrastive")
-# Steps of each stage; a fixed number, so that a run can be repeated and continued.
-SCALES = {"small": (10, 10, 80), "standard": (20, 20, 480)}
+# Steps of each stage: fixed numbers, so that a run can be repeated and continued; None takes the config files' own.
+SCALES = {"small": (10, 10, 80), "standard": None}
 
 
 def make_picture_backbone(folder: str | Path, settings: ScratchConfig) -> None:
@@ -34,10 +34,11 @@ def make_picture_backbone(folder: str | Path, settings: ScratchConfig) -> None:
 
 
 def stage_config(stage: str, output: Path, scale: str, seed: int) -> TrainConfig:
-    """The config file of a demo stage with its folders under ``output`` and its steps scaled."""
+    """The config file of a demo stage with its folders under ``output`` and the steps of the scale."""
     config = load_config(TrainConfig, named_config(f"demo/{stage}.yaml"))
-    number = STAGES.index(stage)
-    before, steps = ("backbone", *STAGES)[number], SCALES[scale][number]
+    number, scaled = STAGES.index(stage), SCALES[scale]
+    before = ("backbone", *STAGES)[number]
+    steps = config.loop.steps if scaled is None else scaled[number]
     return dataclasses.replace(
         config,
         checkpoint=str(output / before),
