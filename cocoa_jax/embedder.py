@@ -137,7 +137,7 @@ def _read_image(source: Any, name: str) -> Image:
         decode(image)  # a damaged picture is named now, not in the middle of a batch
         return image
     except (OSError, ImageError, TypeError) as error:
-        what = repr(source) if isinstance(source, str | Path) else type(source).__name__
+        what = repr(str(source)) if isinstance(source, str | Path) else type(source).__name__
         raise ItemError(f"{name}: the image {what} cannot be read ({error}): give a picture file") from error
 
 
