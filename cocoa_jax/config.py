@@ -67,6 +67,8 @@ class OptimizerConfig:
     """AdamW as in the paper: no decay, gradients clipped to a global norm.
 
     ``schedule`` is what follows the linear warm-up: ``linear`` or ``cosine`` down to zero, or ``constant``.
+    ``head_rate`` multiplies the rate of what trains beside the backbone: a head that starts from nothing may need
+    more than a backbone that must not be shaken.
     """
 
     learning_rate: float = 2e-5
@@ -77,6 +79,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    head_rate: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

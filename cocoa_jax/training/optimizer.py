@@ -42,6 +42,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             weight_decay=config.weight_decay,
             mask=_decays,
         ),
+        optax.masked(optax.scale(config.head_rate), {"backbone": False, "head": True}),
     )
 
 

@@ -38,8 +38,8 @@ def test_an_unknown_schedule_is_refused():
         make_schedule(OptimizerConfig(schedule="step", warmup_steps=1), 10)
 
 
-PARAMS = {"embed": {"table": 1.0}, "norm": {"scale": 1.0}, "map": {"kernel": 1.0, "bias": 1.0}}
-PARAMS = jax.tree.map(np.float32, PARAMS)
+BACKBONE = {"embed": {"table": 1.0}, "norm": {"scale": 1.0}, "map": {"kernel": 1.0, "bias": 1.0}}
+PARAMS = jax.tree.map(np.float32, {"backbone": BACKBONE, "head": {"map": {"kernel": 1.0}}})
 
 
 def update(gradient: float, **settings):
@@ -50,7 +50,8 @@ def update(gradient: float, **settings):
 
 def test_only_maps_decay():
     moved = update(0.0, weight_decay=0.5)
-    np.testing.assert_allclose(moved["map"].pop("kernel"), -0.05)
+    np.testing.assert_allclose(moved["backbone"]["map"].pop("kernel"), -0.05)
+    np.testing.assert_allclose(moved["head"]["map"].pop("kernel"), -0.05)
     assert not any(jax.tree.leaves(moved))
 
 
@@ -60,6 +61,13 @@ def test_no_decay_by_default():
 
 def test_gradients_are_clipped_to_a_global_norm():
     # Adam divides by the size of the gradient, but not by eps: with a large eps the clipped size shows.
-    for clip, want in ((1.0, 0.5), (0.5, 0.25), (1e9, 100.0)):
+    for clip, norm in ((1.0, 1.0), (0.5, 0.5), (1e9, 100.0 * 5**0.5)):
+        want = norm / 5**0.5  # of each of the five numbers
         moved = jax.tree.leaves(update(100.0, clip=clip, eps=1e6))
-        np.testing.assert_allclose(moved, [-0.1 * want / (1e6 + want)] * 4, rtol=1e-4)
+        np.testing.assert_allclose(moved, [-0.1 * want / (1e6 + want)] * 5, rtol=1e-4)
+
+
+def test_the_head_may_learn_at_another_rate_than_the_backbone():
+    moved = update(1.0, head_rate=10.0)
+    np.testing.assert_allclose(jax.tree.leaves(moved["backbone"]), [-0.1] * 4, rtol=1e-5)
+    np.testing.assert_allclose(jax.tree.leaves(moved["head"]), [-1.0], rtol=1e-5)
