@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import Restored, StageCheckpoints, carry_backbone
@@ -45,7 +44,7 @@ def train(config: TrainConfig) -> Path:
     """Run one stage, or continue it where it was; returns its folder.
 
     Raises:
-        SettingsError: settings that contradict each other, the machine, or an earlier run in the same folder.
+        SettingsError, PackingError: settings that contradict each other, the machine, or an earlier run in the folder.
         Diverged: the loss is NaN or infinite.
         Stopped: SIGTERM arrived.
     """
@@ -53,7 +52,7 @@ def train(config: TrainConfig) -> Path:
     output = Path(config.output)
     backbone = open_backbone(config.checkpoint)
     mesh = make_mesh(config.mesh)
-    _check_rows(config, mesh)
+    config.data.rows.check_shared(batch_shards(mesh), "devices")
     processor = Processor.load(backbone.side_files, backbone.config, config.data.processor)
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
     program = stage_program(config, backbone.config)
@@ -114,13 +113,6 @@ def count_pictures(batch: Mapping[str, np.ndarray]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
-
-
-def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    shards = batch_shards(mesh)
-    for rows in config.data.rows.rows:
-        if rows % shards:
-            raise SettingsError(f"data.rows.rows has {rows}, no multiple of {shards} devices: change it or the mesh")
 
 
 def _batches(config: TrainConfig, processor: Processor) -> Any:
