@@ -108,7 +108,9 @@ def adapted_maps(params: Params, config: LoraConfig) -> dict[str, Any]:
     kernels = flatten_dict(params, sep=".")
     maps = {path.removesuffix(".kernel"): leaf for path, leaf in kernels.items() if path.endswith(".kernel")}
     reached = {target: [path for path in maps if re.fullmatch(target, path)] for target in config.targets}
-    problems = [f"target {target!r} fits no map: choose of {', '.join(maps)}" for target in reached if not reached[target]]
+    problems = [
+        f"target {target!r} fits no map: choose of {', '.join(maps)}" for target in reached if not reached[target]
+    ]
     wanted = {path for paths in reached.values() for path in paths}
     problems += [f"{path} cannot be adapted: leave it out" for path in sorted(wanted) if re.fullmatch(_NEVER, path)]
     _raise(problems)
@@ -205,8 +207,8 @@ def merge(base: Params, adapter: Params, config: LoraConfig, rows: tuple[int, ..
         name = "table" if path == _EMBED else "kernel"
         leaf = jnp.asarray(leaves[f"{path}.{name}"])
         write = _merge_rows(rows) if path == _EMBED else _merge_map(config.scale)
-        places = {"out_shardings": leaf.sharding}
-        leaves[f"{path}.{name}"] = jax.jit(write, donate_argnums=(0,) if donate else (), **places)(leaf, part)
+        run = jax.jit(write, donate_argnums=(0,) if donate else (), out_shardings=leaf.sharding)
+        leaves[f"{path}.{name}"] = run(leaf, jax.device_get(part))  # small; the weights say which devices work
     return unflatten_dict(leaves, sep=".")
 
 
@@ -238,7 +240,10 @@ class AdapterRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they stand in a stage's metadata."""
-        return {"config": {**dataclasses.asdict(self.config), "targets": list(self.config.targets)}, "rows": list(self.rows)}
+        return {
+            "config": {**dataclasses.asdict(self.config), "targets": list(self.config.targets)},
+            "rows": list(self.rows),
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> AdapterRecord:
