@@ -178,7 +178,7 @@ def load_params(stage_dir: str | Path, abstract_params: Tree) -> Tree:
 
 
 def load_trees(stage_dir: str | Path, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
-    """Any of params, adapter, head and optimizer, all from the newest checkpoint that is good; else as ``load_params``."""
+    """Any of params, adapter, head, optimizer, all from the newest checkpoint that is good; else as ``load_params``."""
     directory = _directory(stage_dir)
     for step in _newest_first(directory):
         try:

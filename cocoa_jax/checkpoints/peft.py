@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.errors import CheckpointError
-from cocoa_jax.checkpoints.huggingface import write_folder
 from cocoa_jax.checkpoints.hub_layout import hub_key, plan, raise_problems
+from cocoa_jax.checkpoints.huggingface import write_folder
 from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.models.config import Qwen2VLConfig
 from cocoa_jax.models.lora import AdapterRecord, LoraConfig, LoraError, adapted_maps, merge
@@ -38,25 +38,19 @@ _NAME = re.compile(
     rf"({re.escape(_PREFIX)})?(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector|(token_adapter\.)?{_ROWS})"
     r"(\.default)?(\.weight)?"
 )
-# Fields of adapter_config.json that change what an adapter computes, and the values that mean "it does not".
+# Fields of adapter_config.json that change what an adapter computes, and the values under which they do not.
+_OFF: tuple[Any, ...] = (None, False, {}, [])
+_ONLY_OFF = (
+    "rank_pattern alpha_pattern modules_to_save layer_replication target_parameters megatron_config arrow_config "
+    "layers_to_transform alora_invocation_tokens use_qalora use_bdlora kasa_config"
+)
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
     "lora_bias": (False,),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others change the base too
-    **dict.fromkeys(
-        (
-            "rank_pattern",
-            "alpha_pattern",
-            "modules_to_save",
-            "layer_replication",
-            "target_parameters",
-            "megatron_config",
-        )
-        + ("layers_to_transform", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
-        (None, False, {}, []),
-    ),
+    **dict.fromkeys(_ONLY_OFF.split(), _OFF),
 }
 
 

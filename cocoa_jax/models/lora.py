@@ -1,8 +1,8 @@
 """LoRA and DoRA on a backbone: which maps are adapted, the adapter's parameters, and merging them into the weights.
 
-An adapter is a tree of its own beside the frozen weights, nested as they are: ``a`` [L, I, r], ``b`` [L, r, O] and, with
-DoRA, ``magnitude`` [L, O] in the place of each adapted map (no L where a map is not stacked), and ``rows`` [n, D] in the
-place of the embedding. The layers find it in their own state, so that ``scan_layers`` scans it with the kernels.
+An adapter is a tree of its own beside the frozen weights, nested as they are: ``a`` [L, I, r], ``b`` [L, r, O] and,
+with DoRA, ``magnitude`` [L, O] in the place of each adapted map (no L where a map is not stacked), and ``rows`` [n, D]
+in the place of the embedding. The layers find it in their own state, so that ``scan_layers`` scans it with the kernels.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def adapted_graph(
         model = Qwen2VL(sizes, compute, rngs=nnx.Rngs(0))
         for path, kernel in maps.items():
             *stack, inputs, outputs = kernel.shape
-            functools.reduce(getattr, path.split("."), model).adapter = LowRank(
+            place: Any = functools.reduce(getattr, path.split("."), model)
+            place.adapter = LowRank(
                 tuple(stack),
                 inputs,
                 outputs,

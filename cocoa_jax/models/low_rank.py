@@ -54,7 +54,7 @@ class LowRank(nnx.Module):
         update = self.scale * jnp.matmul(kept @ a.astype(x.dtype), b.astype(x.dtype))
         if self.magnitude is None:
             return y + update
-        # The gain stays near 1, where bfloat16 has steps of 1/256: it multiplies in float32.
+        # The gain stays near 1, where bfloat16 has steps of 1/128: it multiplies in float32.
         gain = self.magnitude[...] / jax.lax.stop_gradient(column_norm(kernel, a, b, self.scale))
         whole = (y + update).astype(jnp.float32)
         if self.key is None or not self.weight_too:

@@ -14,7 +14,7 @@ from cocoa_jax.config import TrainConfig
 from cocoa_jax.models.config import Qwen2VLConfig
 from cocoa_jax.models.lora import AdapterRecord, adapted_graph, init_adapter, join
 from cocoa_jax.models.mae import decoder_graph, init_decoder
-from cocoa_jax.models.qwen2_vl import Params, Qwen2VL, bind, graph_of
+from cocoa_jax.models.qwen2_vl import Params, Qwen2VL, abstract_params, bind, graph_of
 from cocoa_jax.objectives.bridge import bridge_loss
 from cocoa_jax.objectives.contrastive import contrastive_loss
 from cocoa_jax.objectives.warmup import warmup_loss
@@ -59,18 +59,15 @@ def stage_program(config: TrainConfig, backbone: Qwen2VLConfig, special: tuple[i
     if config.lora is None:
         graph, shapes = graph_of(backbone, config.compute)
         return _with_loss(config, backbone, lambda params, _: bind(graph, params["backbone"]), {"backbone": shapes})
-    return _adapted(
-        config, backbone, AdapterRecord(config.lora, tuple(sorted(set(special))) if config.lora.tokens else ())
-    )
+    rows = tuple(sorted(set(special))) if config.lora.tokens else ()
+    return _adapted(config, backbone, AdapterRecord(config.lora, rows))
 
 
 def _adapted(config: TrainConfig, backbone: Qwen2VLConfig, adapter: AdapterRecord) -> Program:
     dropout = adapter.config.dropout > 0
     graph, trained = adapted_graph(backbone, config.compute, adapter.config, adapter.rows, dropout=dropout)
-    frozen = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(adapter.config.base_dtype)),
-        graph_of(backbone, config.compute)[1],
-    )
+    dtype = jnp.dtype(adapter.config.base_dtype)
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(backbone))
 
     def model(params: Params, batch: Mapping[str, Array]) -> Qwen2VL:
         # A function of (seed, step) alone, as a batch is: a run that is continued drops the same numbers.
