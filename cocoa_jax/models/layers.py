@@ -25,12 +25,15 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         # As one matrix: XLA on CPUs runs the backward pass of a product of higher rank at half the speed.
-        flat, kernel = x.reshape(-1, x.shape[-1]), self.kernel[...]
-        y = flat @ kernel.astype(x.dtype)
-        if self.adapter is not None:
-            y = self.adapter(flat, y, kernel)
-        y = y.reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        rows, kernel = x.reshape(-1, x.shape[-1]), self.kernel[...]
+        if self.bias is None and self.adapter is None:
+            y = rows @ kernel.astype(x.dtype)
+        else:  # rounded once, behind all that is added
+            y = jnp.matmul(rows, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+            if self.adapter is not None:
+                y = self.adapter(rows, y, kernel)
+            y = (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nnx.Module):

@@ -47,21 +47,26 @@ class LowRank(nnx.Module):
         self.magnitude = nnx.Param(jnp.zeros((*stack, outputs))) if dora else None
         self.key = DropoutKey(jnp.broadcast_to(jax.random.key(0), stack)) if rate else None
 
-    def __call__(self, x: Float[Array, "B I"], y: Float[Array, "B O"], kernel: Float[Array, "I O"]) -> Array:
-        """What the adapted map gives in the place of ``y = x @ kernel``, before any bias."""
+    def __call__(
+        self, x: Float[Array, "B I"], y: Float[Array, "B O"], kernel: Float[Array, "I O"]
+    ) -> Float[Array, "B O"]:
+        """What the adapted map gives in the place of ``y = x @ kernel``, before any bias.
+
+        Products are made in the type of ``x`` and summed in that of ``y``, float32: gains stay near 1, where bfloat16
+        has steps of 1/128.
+        """
         kept = x if self.key is None else dropped(x, self.key[...], self.rate)
         a, b = self.a[...], self.b[...]
-        update = self.scale * jnp.matmul(kept @ a.astype(x.dtype), b.astype(x.dtype))
+        inner = kept @ a.astype(x.dtype)
+        update = self.scale * jnp.matmul(inner, b.astype(x.dtype), preferred_element_type=y.dtype)
         if self.magnitude is None:
             return y + update
-        # The gain stays near 1, where bfloat16 has steps of 1/128: it multiplies in float32.
         gain = self.magnitude[...] / jax.lax.stop_gradient(column_norm(kernel, a, b, self.scale))
-        whole = (y + update).astype(jnp.float32)
         if self.key is None or not self.weight_too:
-            return (gain * whole).astype(y.dtype)
+            return gain * (y + update)
         # As PEFT: the frozen map itself sees every input, what training adds to it sees the kept ones.
-        seen = (kept @ kernel.astype(x.dtype)).astype(jnp.float32)
-        return (whole + (gain - 1) * (seen + update.astype(jnp.float32))).astype(y.dtype)
+        seen = jnp.matmul(kept, kernel.astype(x.dtype), preferred_element_type=y.dtype)
+        return y + update + (gain - 1) * (seen + update)
 
 
 def dropped(x: Float[Array, "*S"], key: Array, rate: float) -> Float[Array, "*S"]:
