@@ -17,6 +17,7 @@ from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.orbax import base_folder, load_params, read_metadata
 from cocoa_jax.checkpoints.peft import load_adapter
+from cocoa_jax.commands import training
 from cocoa_jax.config import SettingsError, TrainConfig, parse
 from cocoa_jax.embedder import Embedder
 from cocoa_jax.models.lora import AdapterRecord, LoraConfig, LoraError, init_adapter
@@ -177,7 +178,7 @@ def test_bad_settings_are_refused_before_anything_is_made(settings_in, tmp_path,
 
 def test_an_adapter_is_asked_for_on_the_command_line(settings_in, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(loop, "train", asked.append)
+    monkeypatch.setattr(training, "train", asked.append)
     values = settings_in(tmp_path / "run")
     del values["lora"]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
