@@ -117,8 +117,10 @@ def compare(options: argparse.Namespace) -> None:
             for name, side in sides.items():
                 began = time.perf_counter()
                 values[name, work] = side[work]()
+                took = time.perf_counter() - began
+                print(f"  round {round_}, {work}, {name}: {took:.2f} s", file=sys.stderr, flush=True)
                 if round_:  # the first compiles and warms up
-                    times.setdefault((name, work), []).append(time.perf_counter() - began)
+                    times.setdefault((name, work), []).append(took)
     for work in ("forward", "train step"):
         ours, theirs = (float(np.median(times[name, work])) for name in ("ours", "torch"))
         spread = ", ".join(f"{name} {min(times[name, work]):.2f} to {max(times[name, work]):.2f}" for name in SIDES)
@@ -141,7 +143,9 @@ def main() -> None:
         print(f"{options.memory}: peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
         return
     config = make_config(options.family, "middle")
-    print(f"{parameters(config) / 1e6:.0f}M parameters, {options.rows} x {options.tokens} tokens, {options.logits} logits")
+    print(
+        f"{parameters(config) / 1e6:.0f}M parameters, {options.rows} x {options.tokens} tokens, {options.logits} logits"
+    )
     compare(options)
     for name in SIDES:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--memory", name], check=True)

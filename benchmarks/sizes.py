@@ -82,11 +82,11 @@ def random_tensor(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return values * np.float32(0.1) + np.float32(norm)
 
 
-def random_params(config: Qwen2VLConfig, seed: int) -> dict[str, Any]:
-    """The parameter tree of these tensors, numpy arrays, float32."""
+def random_params(config: Qwen2VLConfig, seed: int, dtype: Any = np.float32) -> dict[str, Any]:
+    """The parameter tree of these tensors, numpy arrays."""
     vision, abstract = config.vision, abstract_params(config)
     patch = (vision.channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    leaves = {path: np.empty(leaf.shape, np.float32) for path, leaf in flatten_dict(abstract, sep=".").items()}
+    leaves = {path: np.empty(leaf.shape, dtype) for path, leaf in flatten_dict(abstract, sep=".").items()}
     for key, slot in plan(abstract, patch).items():
         slot.put(random_tensor(key, slot.shape, seed), leaves[slot.path])
     return unflatten_dict(leaves, sep=".")
