@@ -155,7 +155,7 @@ def _text(text: _Fields, top: _Fields) -> TextConfig:
     return TextConfig(
         vocab_size=text["vocab_size"],
         # Left out where it has transformers' default, like the tied head below.
-        max_positions=text["max_position_embeddings"] if "max_position_embeddings" in text else 32768,
+        max_positions=text.first("max_position_embeddings") if "max_position_embeddings" in text else 32768,
         width=text["hidden_size"],
         mlp_width=text["intermediate_size"],
         layers=text["num_hidden_layers"],

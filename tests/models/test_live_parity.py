@@ -195,7 +195,7 @@ def test_bfloat16_strays_no_further_than_hugging_face(family):
     assert not worse
 
 
-# -------------------------------------------------------------------------- what the tolerances above would not let pass
+# ------------------------------------------------------------------------- what the tolerances above would not let pass
 
 
 @pytest.mark.parametrize("family", FAMILIES)
