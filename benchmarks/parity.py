@@ -64,7 +64,7 @@ def table(head: list[str], columns: list[dict[str, str]]) -> str:
     """A Markdown table of named cells, one column of cells a dict; a dash where a column lacks the name."""
     names = list(dict.fromkeys(name for column in columns for name in column))
     lines = ["| " + " | ".join(["", *head]) + " |", "|---" * (len(head) + 1) + "|"]
-    lines += ["| " + " | ".join([name, *(column.get(name, "–") for column in columns)]) + " |" for name in names]
+    lines += ["| " + " | ".join([name, *(column.get(name, "-") for column in columns)]) + " |" for name in names]
     return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ def _problems(batch: Mapping[str, np.ndarray], config: Qwen2VLConfig) -> Iterato
             f"{vision.patch_size}x{vision.patch_size} = {vision.patch_values}: use the checkpoint's own preprocessor"
         )
     if slots % vision.unit_patches:
-        yield f"{slots} patch slots make no whole units of {vision.unit_patches}: make rows.patches a multiple of it"
+        yield f"{slots} patch slots make no whole units of {vision.unit_patches}: give rows.shapes a multiple of it"
     most = config.text.vocab_size
     for row, column in np.argwhere((tokens < 0) | (tokens >= most))[:1]:
         yield (

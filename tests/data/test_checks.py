@@ -11,7 +11,7 @@ from cocoa_jax.data.pipeline import embedding_rows
 from cocoa_jax.data.rows import VisibilityConfig
 from cocoa_jax.data.sources import Content
 
-ROWS = RowsConfig(batch_size=4, tokens=48, patches=64, rows=(2,), examples_per_row=3, masked_per_row=3)
+ROWS = RowsConfig(batch_size=4, shapes=((2, 48, 64),), examples_per_row=3, masked_per_row=3)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def other_patches(batch):
             r"row 0, column 3: position .*32768.*, the checkpoint was made for 0 to 32767 .*: shorten",
         ),
         (a_negative_position, r"row 0, column 3: position .*-1.*: shorten the text or lower max_pixels"),
-        (half_a_unit, r"62 patch slots make no whole units of 4: make rows.patches a multiple of it"),
+        (half_a_unit, r"62 patch slots make no whole units of 4: give rows.shapes a multiple of it"),
         (other_patches, r"patches hold 1000 numbers, config.json asks for 3x2x14x14 = 1176: use the checkpoint's own"),
     ],
 )

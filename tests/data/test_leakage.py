@@ -107,7 +107,7 @@ def test_no_picture_of_another_split_is_a_training_picture(split):
 # ------------------------------------------------------------------- what is hidden in stage 1 is no input of the model
 
 CAPTIONS = ("0123456789", "9753186420", "5555")  # a digit is a token
-ROWS = RowsConfig(batch_size=3, tokens=40, patches=64, rows=(3,), examples_per_row=1, masked_per_row=16)
+ROWS = RowsConfig(batch_size=3, shapes=((3, 40, 64),), examples_per_row=1, masked_per_row=16)
 WARMUP = BatchConfig("warmup", ROWS, masking=MaskingConfig(0.5, 0.5))
 
 

@@ -15,7 +15,7 @@ from cocoa_jax.data.rows import VisibilityConfig
 from cocoa_jax.data.sources import Content, Video
 from cocoa_jax.data.vision_plan import plan_image
 
-ROWS = RowsConfig(batch_size=2, tokens=64, patches=160, rows=(1,), examples_per_row=2, masked_per_row=2)
+ROWS = RowsConfig(batch_size=2, shapes=((1, 64, 160),), examples_per_row=2, masked_per_row=2)
 
 
 def video(frames: int, height: int, width: int, fps: float = 1.0) -> Video:
