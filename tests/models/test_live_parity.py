@@ -194,7 +194,7 @@ def strays(family: str, size: str, layouts: list[Layout]) -> tuple[dict[str, flo
 
 
 def assert_no_further(ours: dict[str, float], theirs: dict[str, float]) -> None:
-    assert 1e-3 < ours["hidden"]  # it is bfloat16
+    assert ours["hidden"] > 1e-3  # it is bfloat16
     # 1 %: the patch embedding is one product on both sides, and its last sums round this way or that.
     assert not {name: (ours[name], theirs[name]) for name in ours if ours[name] > 1.01 * theirs[name]}
     assert ours["hidden"] < theirs["hidden"]
@@ -207,7 +207,7 @@ def test_bfloat16_strays_no_further_than_hugging_face(family):
     assert_no_further(*strays(family, "tiny", [lay_out(config, rows, T, P, side="right", seed=s) for s in range(3)]))
 
 
-# ------------------------------------------------------------------------------------- 100M parameters, real head widths
+# ------------------------------------------------------------------------------------ 100M parameters, real head widths
 
 
 @pytest.mark.slow
