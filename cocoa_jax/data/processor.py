@@ -232,7 +232,7 @@ def _shortened(a: list[int], b: list[int], room: int | None) -> tuple[list[int],
 
 
 def _name(content: Content) -> str:
-    seen = (*content.images, *content.videos)
+    seen: tuple[Image | Video, ...] = (*content.images, *content.videos)
     return seen[0].name if seen else f"text {content.text[:40]!r}"
 
 
