@@ -16,7 +16,12 @@ EXAMPLES = {
     "init": "cocoa init --config configs/demo/backbone.yaml --output runs/backbone",
     "train": "cocoa train --config configs/demo/1-warmup.yaml --checkpoint=runs/backbone --loop.steps=200",
     "evaluate": "cocoa evaluate --checkpoint runs/demo/3-contrastive --output runs/demo/evaluation",
+    "convert": "cocoa convert orbax-to-hf runs/demo/3-contrastive runs/hub --dtype bfloat16",
     "embed": "cocoa embed --checkpoint runs/demo/3-contrastive --input items.jsonl --output out.npz",
+}
+CONVERSIONS = {
+    "hf-to-orbax": "Make a folder like a trained stage's out of a Hugging Face folder.",
+    "orbax-to-hf": "Make a Hugging Face folder out of a stage's newest checkpoint.",
 }
 CONFIG_HELP = "YAML file of settings, in this folder or installed; a setting on the command line comes before it"
 
@@ -67,6 +72,18 @@ def build_parser() -> ArgumentParser:
     embed.add_argument("--input", required=True, help='lines like {"text": "a kiwi", "image": "kiwi.png"}')
     embed.add_argument("--output", required=True, help="npz file with embeddings [n, D], float32")
     commands.add_subcommand("embed", embed, help=embed.description)
+
+    convert = _command("convert", "Turn a Hugging Face folder into a stage, or a stage into a Hugging Face folder.")
+    commands.add_subcommand("convert", convert, help=convert.description)
+    ways = convert.add_subcommands(dest="way", metavar="WAY")
+    for way, description in CONVERSIONS.items():
+        one = Parser(description=description)
+        one.add_argument("source", metavar="SRC", help="folder to read")
+        one.add_argument("destination", metavar="DST", help="folder to make; must not exist, or be empty")
+        if way == "orbax-to-hf":
+            one.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is stored")
+            one.add_argument("--max-shard-size", default="5GB", help="of one file, such as 500MB or 5GB")
+        ways.add_subcommand(way, one, help=description)
     return parser
 
 
@@ -108,6 +125,14 @@ def run(arguments: Namespace, parser: ArgumentParser) -> None:
         from cocoa_jax.embedder import embed_file
 
         embed_file(chosen.checkpoint, chosen.input, chosen.output)
+    elif arguments.command == "convert":
+        from cocoa_jax.checkpoints.convert import byte_count, hf_to_orbax, orbax_to_hf
+
+        way = chosen[chosen.way]
+        if chosen.way == "hf-to-orbax":
+            hf_to_orbax(way.source, way.destination)
+        else:
+            orbax_to_hf(way.source, way.destination, way.dtype, byte_count(way.max_shard_size))
 
 
 def _installed(arguments: Sequence[str]) -> list[str]:

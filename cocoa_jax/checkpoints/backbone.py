@@ -9,6 +9,7 @@ from pathlib import Path
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.huggingface import read_folder
 from cocoa_jax.checkpoints.orbax import backbone_folder, fingerprint, load_params, read_metadata
+from cocoa_jax.checkpoints.sharded import is_placed, read_onto
 from cocoa_jax.models.config import Qwen2VLConfig, read_config
 from cocoa_jax.models.qwen2_vl import Params, abstract_params
 
@@ -35,14 +36,16 @@ class Backbone:
         """The weights, in float32 where ``wanted`` does not say otherwise.
 
         Args:
-            wanted: shapes, types and shardings; a trained stage is read straight onto them, a Hugging Face
-                folder into host memory.
+            wanted: shapes, types and shardings, straight onto which the weights are read; a Hugging Face folder is
+                read into host memory where they name no shardings.
 
         Raises:
             CheckpointError: weights that are missing, damaged or of another shape.
         """
         described = abstract_params(self.config) if wanted is None else wanted
-        return load_params(self.path, described) if self.trained else read_folder(self.path, described)
+        if self.trained:
+            return load_params(self.path, described)
+        return read_onto(self.path, described) if is_placed(described) else read_folder(self.path, described)
 
     def fingerprint(self) -> str:
         """Eight hex digits that tell these weights from others, whatever folder they lie in."""
