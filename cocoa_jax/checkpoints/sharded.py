@@ -43,7 +43,8 @@ def read_onto(folder: str | Path, wanted: Tree) -> dict[str, Any]:
 def _place(sources: Sources, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-    def part(index: Index) -> np.ndarray:
+    def part(index: Index | None) -> np.ndarray:
+        index = index or ()
         bounds = tuple(one.indices(size)[:2] for one, size in zip(index, leaf.shape, strict=True))
         if bounds not in read:  # devices that hold the same part share one reading
             read[bounds] = read_part(sources, tuple(itertools.starmap(slice, bounds)), leaf.dtype)
