@@ -21,6 +21,7 @@ from cocoa_jax.attention.spans import Spans
 from cocoa_jax.attention.tiles import Blocks, Hulls, query_hulls
 
 BLOCKS = Blocks(256, 256)  # a tile of six heads fits into the second-level cache of a core; measured on a CPU
+OUT, LSE = "span_attention_out", "span_attention_lse"  # what a remat policy keeps: no second forward pass
 HIDDEN = -1e30  # score of a hidden key
 LOWEST = -1e29  # where the running maximum starts: above HIDDEN, so that hidden keys weigh exp(-9e29) = 0
 Tile = Callable[[Any, Array], Any]
@@ -51,8 +52,7 @@ def _attend(scale: float, blocks: Blocks, q: Array, k: Array, v: Array, start: A
 
 def _attend_forward(scale: float, blocks: Blocks, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
     out, lse = _batched(functools.partial(_forward, scale, blocks))(*arrays)
-    # Under remat with a policy that saves these two, the forward pass runs once.
-    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    out, lse = checkpoint_name(out, OUT), checkpoint_name(lse, LSE)
     return out, (*arrays, out, lse)
 
 
@@ -131,26 +131,28 @@ def _backward(
     def block(n: Array, written: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         at = (n // Q, n % Q)
         queries, grads = _queries(q, at, size, K), _queries(g, at, size, K)
-        inner = jnp.sum(_queries(out, at, size, K).astype(jnp.float32) * grads, -1, keepdims=True)
-        statistic = lse[at][..., None]
+        inner = jnp.sum(_queries(out, at, size, K).astype(jnp.float32) * grads, -1)[:, None]
+        statistic = lse[at][:, None]
         sees = functools.partial(_visible, _cut(start, at, size), _cut(end, at, size), blocks.key)
 
+        # Keys down and queries across: a product that sums over the rows of a tile takes XLA twice as long on a CPU,
+        # and this way round only that of the queries' gradient does, whose other side is small.
         def tile(j: Array, masked: bool, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = carry
             key, value = _keys(keys, at, j, blocks.key), _keys(values, at, j, blocks.key)
-            scores = _product("kmh,kch->kmc", queries, key) * scale
+            scores = _product("kch,kmh->kcm", key, queries) * scale
             if masked:
-                scores = _hide(scores, sees(j))
+                scores = _hide(scores, sees(j).T)
             weights = jnp.exp(scores - statistic)
-            change = weights * (_product("kmh,kch->kmc", grads, value) - inner)
+            change = weights * (_product("kch,kmh->kcm", value, grads) - inner)
             weights, change = weights.astype(q.dtype), change.astype(q.dtype)
-            dq = dq + _product("kmc,kch->kmh", change, key)
-            dk = _add(dk, _product("kmc,kmh->kch", change, queries), at, j, blocks.key)
-            return dq, dk, _add(dv, _product("kmc,kmh->kch", weights, grads), at, j, blocks.key)
+            dq = dq + _product("kch,kcm->khm", key, change)
+            dk = _add(dk, _product("kcm,kmh->kch", change, queries), at, j, blocks.key)
+            return dq, dk, _add(dv, _product("kcm,kmh->kch", weights, grads), at, j, blocks.key)
 
         dq, *rest = written
-        now, *rest = _visit(hulls, at, tile, (_full(queries.shape, 0, q), *rest))
-        return _put(dq, _tokens_first(now * scale, size), at, size), *rest
+        now, *rest = _visit(hulls, at, tile, (_full((K, H, queries.shape[1]), 0, q), *rest))
+        return _put(dq, _tokens_first(now.swapaxes(1, 2) * scale, size), at, size), *rest
 
     empty = (_full(q.shape, 0, q, q.dtype), _full(keys.shape, 0, q), _full(keys.shape, 0, q))
     dq, dk, dv = jax.lax.fori_loop(0, B * Q, block, empty)
@@ -213,11 +215,11 @@ def _visible(start: Array, end: Array, size: int, j: Array) -> Bool[Array, "M C"
     return (start <= key) & (key < end)
 
 
-def _hide(scores: Float[Array, "K M C"], sees: Bool[Array, "T C"]) -> Float[Array, "K M C"]:
-    """The mask is shared by the heads of a block, which lie side by side on the middle axis."""
-    K, M, C = scores.shape
-    by_head = scores.reshape(K, M // sees.shape[0], *sees.shape)
-    return jnp.where(sees, by_head, HIDDEN).reshape(K, M, C)
+def _hide(scores: Float[Array, "K X Y"], sees: Bool[Array, "_ _"]) -> Float[Array, "K X Y"]:
+    """Scores of hidden keys; the mask is shared by the heads of a block, which lie side by side on either axis."""
+    K, X, Y = scores.shape
+    x, y = sees.shape
+    return jnp.where(sees[:, None, :], scores.reshape(K, X // x, x, Y // y, y), HIDDEN).reshape(K, X, Y)
 
 
 def _heads_first(x: Float[Array, "B S K H"]) -> Float[Array, "B K S H"]:
