@@ -120,7 +120,7 @@ def _backward(
     g: Array,
 ) -> tuple[Array, Array, Array]:
     """The gradients of queries, keys and values from that of the output."""
-    B, T, N, H = q.shape
+    B, T, _, H = q.shape
     S, K = k.shape[1:3]
     size = blocks.query
     hulls, (start, end) = query_hulls(Spans(start, end), S, blocks), (_fill(x, size) for x in (start, end))
@@ -238,7 +238,7 @@ def _fill(x: Array, size: int) -> Array:
 
 
 def _batched(f: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
-    """``f`` over rows, of which ``jax.manual_axis_type.varyingp`` makes more: a mapped loop would wait for its longest row at each tile."""
+    """``f``, to which ``jax.vmap`` gives more rows: a mapped loop would wait for its longest row at every tile."""
     mapped = jax.custom_batching.custom_vmap(f)
 
     @mapped.def_vmap

@@ -49,7 +49,7 @@ def stage_program(config: TrainConfig, backbone: Qwen2VLConfig) -> Program:
 
 
 def _warmup(config: TrainConfig, backbone: Qwen2VLConfig, graph: Any, shapes: Params) -> Program:
-    head_graph, head_shapes = decoder_graph(backbone, config.compute)
+    head_graph, head_shapes = decoder_graph(backbone, config.compute.attention)
 
     def loss(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
         model, decoder = bind(graph, params["backbone"]), bind(head_graph, params["head"])
