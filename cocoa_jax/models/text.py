@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -25,6 +26,7 @@ class Attention(nnx.Module):
         self.v_proj = Linear(D, config.kv_heads * H, bias=True, rngs=rngs)
         self.o_proj = Linear(config.heads * H, D, bias=False, rngs=rngs)
 
+    @jax.named_scope("attention")
     def __call__(self, x: Float[Array, "B T D"], rotation: Rotation, spans: Spans) -> Float[Array, "B T D"]:
         B, T, _ = x.shape
         H = self.head_width
@@ -63,6 +65,7 @@ class TextModel(nnx.Module):
         """The angles of every token, shared by all layers."""
         return text_rotation(positions, self.config.head_width, self.config.rope_theta, self.config.mrope_sections)
 
+    @jax.named_scope("text")
     def states(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T 3"], spans: Spans, *, remat: str
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"]]:

@@ -37,6 +37,7 @@ class VisionAttention(nnx.Module):
         self.qkv = Linear(config.width, 3 * config.width, bias=True, rngs=rngs)
         self.proj = Linear(config.width, config.width, bias=True, rngs=rngs)
 
+    @jax.named_scope("attention")
     def __call__(self, x: Float[Array, "B P E"], rotation: Rotation, spans: Spans) -> Float[Array, "B P E"]:
         B, P, E = x.shape
         q, k, v = (part.reshape(B, P, self.heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1))
@@ -87,6 +88,7 @@ class VisionTower(nnx.Module):
         self.layers = stacked(lambda rngs: VisionLayer(config, attention=attention, rngs=rngs), config.layers, rngs)
         self.merger = Merger(config, rngs=rngs)
 
+    @jax.named_scope("vision")
     def states(
         self,
         patches: Float[Array, "B P C"],

@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> Path:
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
     program = stage_program(config, backbone.config, (processor.mask_id, *processor.bridge_ids))
     wanted = abstract_state(program.shapes, optimizer, mesh)
-    batches = iter(_batches(config, processor))
+    batches = iter(open_batches(config, processor))
 
     # --------------------------------------------------------------------------------- the state: continued or new
     output.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def count_pictures(batch: Mapping[str, np.ndarray]) -> int:
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def _batches(config: TrainConfig, processor: Processor) -> Any:
+def open_batches(config: TrainConfig, processor: Processor) -> Any:
     pictures = load_pictures(config.data.split)
     sources = {kind: picture_source(kind, pictures, config.data.mirror) for kind in config.data.kinds}
     return stage_batches(
