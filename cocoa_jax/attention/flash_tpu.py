@@ -69,7 +69,7 @@ def attend(
         sizes: block sizes; None takes them from the table of the device.
         interpret: run the kernels step by step on any device, for tests.
     """
-    B, T, N, H = q.shape
+    T, N, H = q.shape[1:]
     S, K = k.shape[1:3]
     kind = _device_kind()
     limits = device(kind)

@@ -14,10 +14,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from cocoa_jax.attention.flash_tpu_tiles import Words, masked, unmasked
-from cocoa_jax.attention.tiles import FIRST, LAST, Blocks
+from cocoa_jax.attention.tiles import LAST, Blocks
 
 LOG2_E = 1.4426950408889634
 LANES = 128
+ROWS = 32  # queries that are finished at once: few enough to stay in registers
 HIDDEN = -3e38  # a score that nobody sees
 LOWEST = -1e37  # where the running maximum starts: above HIDDEN, so that a hidden score weighs 0 from the first tile on
 
@@ -52,7 +53,7 @@ class Call:
 
 
 def product(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    """A matrix product in float32 over axis ``over[0]`` of ``a`` and ``over[1]`` of ``b``; float32 input stays exact."""
+    """A matrix product in float32 over axis ``over[0]`` of ``a`` and ``over[1]`` of ``b``; exact for float32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, (((over[0],), (over[1],)), ((), ())), precision, preferred_element_type=jnp.float32)
 
@@ -65,8 +66,8 @@ def _widen(column: Array, width: int) -> Array:
 
 
 def _kernel(call: Call, list_ref: Ref, q: Ref, k: Ref, v: Ref, spans: Ref, out: Ref, lse: Ref, *scratch: Ref) -> None:
-    """Scratch: running maximum, running sum and output of each head, then start and end of each query as columns."""
-    top, total, acc, start, end = scratch
+    """Scratch: of each head the running maximum, the running sum lane by lane, and the output; then the tile's mask."""
+    top, total, acc, hidden = scratch
     word = list_ref[pl.program_id(1)]
     bq, bk = call.blocks
 
@@ -76,31 +77,30 @@ def _kernel(call: Call, list_ref: Ref, q: Ref, k: Ref, v: Ref, spans: Ref, out: 
         total[...] = jnp.zeros(total.shape, jnp.float32)
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
-    @pl.when(word & FIRST != 0)
-    def _() -> None:
-        start[...] = jnp.broadcast_to(spans[0, 0:1], (LANES, bq)).T
-        end[...] = jnp.broadcast_to(spans[0, 1:2], (LANES, bq)).T
-
     def tile(hide: bool) -> None:
         keys, values = k[0, 0], v[0, 0]
-        if hide:
-            index = lax.broadcasted_iota(jnp.int32, (bq, bk), 1)
-            first = call.words.key(word) * bk
-            seen = (index >= _widen(start[...] - first, bk)) & (index < _widen(end[...] - first, bk))
         for g in range(call.heads):
             # The scale goes onto the float32 scores: onto a bfloat16 query it would round, and the units are idle.
             scores = product(q[0, g], keys, (1, 1)) * (call.scale * LOG2_E)
             if hide:
-                scores = jnp.where(seen, scores, HIDDEN)
+                scores = scores + hidden[...]
             before = top[g]
             now = jnp.maximum(before, scores.max(1, keepdims=True))
             weights = jnp.exp2(scores - _widen(now, bk))
             decay = jnp.exp2(before - now)
             top[g] = now
-            total[g] = decay * total[g] + weights.sum(1, keepdims=True)
+            total[g] = decay * total[g] + sum(weights[:, j : j + LANES] for j in range(0, bk, LANES))
             acc[g] = acc[g] * _widen(decay, acc.shape[-1]) + product(weights.astype(values.dtype), values, (1, 0))
 
-    pl.when(masked(word))(lambda: tile(True))
+    @pl.when(masked(word))
+    def _() -> None:
+        first = call.words.key(word) * bk
+        start, end = (jnp.broadcast_to(spans[0, i : i + 1] - first, (LANES, bq)).T for i in range(2))
+        index = lax.broadcasted_iota(jnp.int32, (bq, bk), 1)
+        seen = (index >= _widen(start, bk)) & (index < _widen(end, bk))
+        hidden[...] = jnp.where(seen, 0, HIDDEN)  # made once for all heads: adding it is cheaper than choosing
+        tile(True)
+
     pl.when(unmasked(word))(lambda: tile(False))
     pl.when(word & LAST != 0)(lambda: _finish(call, out, lse, top, total, acc))
 
@@ -108,20 +108,24 @@ def _kernel(call: Call, list_ref: Ref, q: Ref, k: Ref, v: Ref, spans: Ref, out: 
 def _finish(call: Call, out: Ref, lse: Ref, top: Ref, total: Ref, acc: Ref) -> None:
     """Normalise, write, and put the log-sum-exps of all heads side by side so that one transpose serves them."""
     bq = call.blocks.query
-    lane = lax.broadcasted_iota(jnp.int32, (bq, LANES), 1)
-    tops, totals = jnp.zeros((bq, LANES), jnp.float32), jnp.ones((bq, LANES), jnp.float32)
-    for g in range(call.heads):
-        if out.dtype == jnp.float32:
-            inverse = 1 / total[g]
-        else:  # one Newton step makes the fast reciprocal as good as float32
-            inverse = pl.reciprocal(total[g], approx=True)
-            inverse = inverse * (2 - total[g] * inverse)
-        sees = top[g] > LOWEST
-        out[0, g] = (acc[g] * _widen(jnp.where(sees, inverse, 0), acc.shape[-1])).astype(out.dtype)
-        here = (lane == g) & sees
-        tops, totals = jnp.where(here, top[g], tops), jnp.where(here, total[g], totals)
-        top[g] = jnp.full((bq, LANES), LOWEST, jnp.float32)
-    lse[0, 0] = (tops + jnp.log2(totals)).T[: call.heads]
+    lane = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
+    for at in range(0, bq, ROWS):
+        rows = pl.ds(at, ROWS)
+        sums = jnp.zeros((ROWS, LANES), jnp.float32)
+        for g in range(call.heads):
+            whole = jnp.broadcast_to(total[g, rows].sum(1, keepdims=True), (ROWS, LANES))
+            if out.dtype == jnp.float32:
+                inverse = 1 / whole
+            else:  # one Newton step makes the fast reciprocal as good as float32
+                inverse = pl.reciprocal(whole, approx=True)
+                inverse = inverse * (2 - whole * inverse)
+            sees = top[g, rows] > LOWEST
+            out[0, g, rows] = (acc[g, rows] * _widen(jnp.where(sees, inverse, 0), acc.shape[-1])).astype(out.dtype)
+            sums = jnp.where((lane == g) & sees, top[g, rows] + jnp.log2(whole), sums)
+            top[g, rows] = jnp.full((ROWS, LANES), LOWEST, jnp.float32)
+        top[0, rows] = sums
+    lse[0, 0] = top[0].T[: call.heads]
+    top[0] = jnp.full((bq, LANES), LOWEST, jnp.float32)
 
 
 def forward(
@@ -163,7 +167,7 @@ def forward(
         ],
         scratch_shapes=[
             *(pltpu.VMEM((heads, bq, width), jnp.float32) for width in (LANES, LANES, H)),
-            *(pltpu.VMEM((bq, LANES), jnp.int32) for _ in range(2)),
+            pltpu.VMEM((bq, bk), jnp.float32),
         ],
     )
     area = call.tiles * N * bq * bk
