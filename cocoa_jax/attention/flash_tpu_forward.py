@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from cocoa_jax.attention.flash_tpu_tiles import Words, masked, unmasked
-from cocoa_jax.attention.tiles import LAST, Blocks
+from cocoa_jax.attention.tiles import FIRST, LAST, Blocks
 
 LOG2_E = 1.4426950408889634
 LANES = 128
@@ -66,8 +66,9 @@ def _widen(column: Array, width: int) -> Array:
 
 
 def _kernel(call: Call, list_ref: Ref, q: Ref, k: Ref, v: Ref, spans: Ref, out: Ref, lse: Ref, *scratch: Ref) -> None:
-    """Scratch: of each head the running maximum, the running sum lane by lane, and the output; then the tile's mask."""
-    top, total, acc, hidden = scratch
+    """Scratch: of each head the running maximum, the running sum lane by lane, and the output; then
+    start and end of each query as columns, and the mask of the tile."""
+    top, total, acc, start, end, hidden = scratch
     word = list_ref[pl.program_id(1)]
     bq, bk = call.blocks
 
@@ -76,6 +77,11 @@ def _kernel(call: Call, list_ref: Ref, q: Ref, k: Ref, v: Ref, spans: Ref, out: 
         top[...] = jnp.full(top.shape, LOWEST, jnp.float32)
         total[...] = jnp.zeros(total.shape, jnp.float32)
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
+
+    @pl.when(word & FIRST != 0)
+    def _() -> None:
+        for i, column in enumerate((start, end)):
+            column[...] = jnp.broadcast_to(spans[0, i : i + 1], (LANES, bq)).T
 
     def tile(hide: bool) -> None:
         keys, values = k[0, 0], v[0, 0]
@@ -95,9 +101,8 @@ def _kernel(call: Call, list_ref: Ref, q: Ref, k: Ref, v: Ref, spans: Ref, out: 
     @pl.when(masked(word))
     def _() -> None:
         first = call.words.key(word) * bk
-        start, end = (jnp.broadcast_to(spans[0, i : i + 1] - first, (LANES, bq)).T for i in range(2))
         index = lax.broadcasted_iota(jnp.int32, (bq, bk), 1)
-        seen = (index >= _widen(start, bk)) & (index < _widen(end, bk))
+        seen = (index >= _widen(start[...] - first, bk)) & (index < _widen(end[...] - first, bk))
         hidden[...] = jnp.where(seen, 0, HIDDEN)  # made once for all heads: adding it is cheaper than choosing
         tile(True)
 
@@ -111,7 +116,7 @@ def _finish(call: Call, out: Ref, lse: Ref, top: Ref, total: Ref, acc: Ref) -> N
     lane = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
     for at in range(0, bq, ROWS):
         rows = pl.ds(at, ROWS)
-        sums = jnp.zeros((ROWS, LANES), jnp.float32)
+        tops, sums = jnp.zeros((ROWS, LANES), jnp.float32), jnp.ones((ROWS, LANES), jnp.float32)
         for g in range(call.heads):
             whole = jnp.broadcast_to(total[g, rows].sum(1, keepdims=True), (ROWS, LANES))
             if out.dtype == jnp.float32:
@@ -121,9 +126,10 @@ def _finish(call: Call, out: Ref, lse: Ref, top: Ref, total: Ref, acc: Ref) -> N
                 inverse = inverse * (2 - whole * inverse)
             sees = top[g, rows] > LOWEST
             out[0, g, rows] = (acc[g, rows] * _widen(jnp.where(sees, inverse, 0), acc.shape[-1])).astype(out.dtype)
-            sums = jnp.where((lane == g) & sees, top[g, rows] + jnp.log2(whole), sums)
+            here = (lane == g) & sees
+            tops, sums = jnp.where(here, top[g, rows], tops), jnp.where(here, whole, sums)
             top[g, rows] = jnp.full((ROWS, LANES), LOWEST, jnp.float32)
-        top[0, rows] = sums
+        top[0, rows] = tops + jnp.log2(sums)
     lse[0, 0] = top[0].T[: call.heads]
     top[0] = jnp.full((bq, LANES), LOWEST, jnp.float32)
 
@@ -167,6 +173,7 @@ def forward(
         ],
         scratch_shapes=[
             *(pltpu.VMEM((heads, bq, width), jnp.float32) for width in (LANES, LANES, H)),
+            *(pltpu.VMEM((bq, LANES), jnp.int32) for _ in range(2)),
             pltpu.VMEM((bq, bk), jnp.float32),
         ],
     )

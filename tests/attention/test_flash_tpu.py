@@ -61,7 +61,7 @@ def assert_same(operands, spans, sizes=SIZES):
     np.testing.assert_allclose(out, want, atol=FORWARD, rtol=FORWARD)
     for got, expected in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(got, expected, atol=BACKWARD, rtol=BACKWARD)
-    empty = np.maximum(spans.start, 0) >= np.minimum(spans.end, operands[1].shape[1])
+    empty = spans.end <= spans.start
     assert not out[empty].any() and not gradients[0][empty].any()
 
 
@@ -70,7 +70,7 @@ def any_spans(draw, B, T, S):
     """Rows of intervals in no order, long and short, empty, and reaching beyond the keys."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     width = draw(st.sampled_from([1, 8, S // 2, 2 * S]))
-    start = rng.integers(-3, S, (B, T))
+    start = rng.integers(0, S, (B, T))
     end = start + rng.integers(-width // 2, width + 1, (B, T))
     start[0, : T // 2] = end[0, : T // 2] = 0  # at least one block of queries sees nothing
     return Spans(np.int32(start), np.int32(end))
@@ -205,12 +205,18 @@ def test_blocks_are_no_longer_than_the_row():
     assert fit(Blocks(512, 256), 200, 1000) == (256, 256)
 
 
+# No device is opened: ask no metadata server, and let other processes compile at the same time.
+COMPILING = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_compiles_for_tpus_alone_and_in_shard_map(chip, monkeypatch):
-    for key, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+def test_compiles_for_tpus_over_rows_and_heads(chip, monkeypatch):
+    for key, value in COMPILING.items():
         monkeypatch.setitem(os.environ, key, value)
     described = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
     mesh = Mesh(np.array(described.devices[:4]).reshape(2, 2), ("fsdp", "tensor"))
@@ -219,17 +225,12 @@ def test_compiles_for_tpus_alone_and_in_shard_map(chip, monkeypatch):
     q, k = (jax.ShapeDtypeStruct((2, 256, n, 64), jnp.bfloat16, sharding=place) for n in (4, 2))
     bound = jax.ShapeDtypeStruct((2, 256), jnp.int32, sharding=rows)
 
-    def run(q, k, v, start, end):
-        def own(q, k, v, start, end):
-            return flash_tpu.attend(q, k, v, Spans(start, end), SCALE, sizes=SIZES)
-
-        heads, row = place.spec, rows.spec
-        return jax.shard_map(own, mesh=mesh, in_specs=(heads,) * 3 + (row,) * 2, out_specs=heads)(q, k, v, start, end)
-
-    def total(*args):
-        return jnp.sum(run(*args).astype(jnp.float32) ** 2)
+    def total(q, k, v, start, end):
+        out = flash_tpu.attend(q, k, v, Spans(start, end), SCALE, sizes=SIZES)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(jax.value_and_grad(total, (0, 1, 2))).lower(q, k, k, bound, bound).compile()
     text = compiled.as_text()
     assert "span_attention_forward" in text and "span_attention_backward" in text
+    assert "all-gather" not in text  # every device works on its own rows and heads
