@@ -11,12 +11,15 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from cocoa_jax import data_cli
+
 EXAMPLES = {
     "demo": "cocoa demo --output runs/demo --scale standard",
     "init": "cocoa init --config configs/demo/backbone.yaml --output runs/backbone",
     "train": "cocoa train --config configs/demo/1-warmup.yaml --checkpoint=runs/backbone --loop.steps=200",
     "evaluate": "cocoa evaluate --checkpoint runs/demo/3-contrastive --output runs/demo/evaluation",
     "embed": "cocoa embed --checkpoint runs/demo/3-contrastive --input items.jsonl --output out.npz",
+    "data": data_cli.EXAMPLES["inspect"],
 }
 CONFIG_HELP = "YAML file of settings, in this folder or installed; a setting on the command line comes before it"
 
@@ -67,11 +70,19 @@ def build_parser() -> ArgumentParser:
     embed.add_argument("--input", required=True, help='lines like {"text": "a kiwi", "image": "kiwi.png"}')
     embed.add_argument("--output", required=True, help="npz file with embeddings [n, D], float32")
     commands.add_subcommand("embed", embed, help=embed.description)
+
+    data = _command("data", "Look at training data and check it.")
+    commands.add_subcommand("data", data, help=data.description)
+    data_cli.add_commands(data, _parser)
     return parser
 
 
 def _command(name: str, description: str, config: bool = False) -> ArgumentParser:
-    parser = Parser(description=description, epilog=f"example: {EXAMPLES[name]}")
+    return _parser(EXAMPLES[name], description, config)
+
+
+def _parser(example: str, description: str, config: bool) -> ArgumentParser:
+    parser = Parser(description=description, epilog=f"example: {example}")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     if config:
         parser.add_argument("--config", action=ActionConfigFile, help=CONFIG_HELP)
@@ -108,6 +119,8 @@ def run(arguments: Namespace, parser: ArgumentParser) -> None:
         from cocoa_jax.embedder import embed_file
 
         embed_file(chosen.checkpoint, chosen.input, chosen.output)
+    elif arguments.command == "data":
+        data_cli.run(chosen, lambda: parser.instantiate(arguments).data)
 
 
 def _installed(arguments: Sequence[str]) -> list[str]:
