@@ -10,7 +10,7 @@ import yaml
 
 from cocoa_jax import cli
 
-COMMANDS = ("demo", "init", "train", "evaluate", "embed")
+COMMANDS = ("demo", "init", "train", "evaluate", "embed", "data")
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_help_names_every_command(call):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_says_what_it_does_with_an_example(call, command):
     status, said, _ = call(command, "--help")
-    assert status == 0 and f"example: cocoa {command} --" in " ".join(said.split())
+    assert status == 0 and f"example: cocoa {command} " in " ".join(said.split())
     assert said.split("\n\n")[1].strip()[:1].isupper()  # a sentence before the options
 
 

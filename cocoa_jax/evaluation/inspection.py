@@ -55,14 +55,15 @@ class DrawnRow:
 
 
 def read_rows(batch: Mapping[str, np.ndarray], processor: Processor, count: int, bridge: bool) -> list[DrawnRow]:
-    """The first rows of a batch that hold something.
+    """Some rows of a batch that hold something, spread evenly: the first are those of the longest examples.
 
     Args:
         batch: as `pipeline.stage_dataset` gives it.
         bridge: stage 2, where what follows the bridge is block B.
     """
-    used = np.flatnonzero((batch["token_end"] > batch["token_start"]).any(axis=1))[:count]
-    return [_row(batch, int(row), processor, bridge) for row in used]
+    used = np.flatnonzero((batch["token_end"] > batch["token_start"]).any(axis=1))
+    chosen = used[np.linspace(0, len(used) - 1, min(count, len(used)), dtype=int)]
+    return [_row(batch, int(row), processor, bridge) for row in chosen]
 
 
 def _row(batch: Mapping[str, np.ndarray], row: int, processor: Processor, bridge: bool) -> DrawnRow:

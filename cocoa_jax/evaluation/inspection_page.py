@@ -67,7 +67,8 @@ def _section(title: str, note: str, content: Sequence[Element]) -> Element:
 
 def _said(row: DrawnRow) -> str:
     tokens, patches = (sum(part) for part in zip(*((d.tokens, d.patches) for d in row.documents), strict=True))
-    text = f"{len(row.documents)} documents fill {tokens} of {row.tokens} token slots"
+    count = len(row.documents)
+    text = f"{count} document{'s fill' if count > 1 else ' fills'} {tokens} of {row.tokens} token slots"
     return f"{text} and {patches} of {row.patches} patch slots." if row.patches else f"{text}."
 
 
@@ -75,7 +76,7 @@ def _table(datasets: Sequence[Mapping[str, str]]) -> Element:
     names = list(datasets[0])
     head = element("tr", {}, *(element("th", {"scope": "col"}, name) for name in names))
     body = [element("tr", {}, *(element("td", {}, each[name]) for name in names)) for each in datasets]
-    table = element("table", {"class": "scores"}, element("thead", {}, head), element("tbody", {}, *body))
+    table = element("table", {"class": "datasets"}, element("thead", {}, head), element("tbody", {}, *body))
     return element("div", {"class": "wide"}, table)
 
 
