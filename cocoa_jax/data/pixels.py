@@ -114,7 +114,7 @@ def decode(image: Image) -> PIL.Image.Image:
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
-        reason = str(error).replace("\n", " ") or type(error).__name__
+        reason = _reason(error, image.data)
         raise ImageError(f"{image.name}: cannot be decoded ({reason}): replace it or leave it out") from error
     if picture.size != (image.width, image.height):
         raise ImageError(
@@ -148,12 +148,23 @@ def open_image(data: bytes, name: str) -> Image:
     """An image from encoded bytes, measured upright; nothing is decoded yet.
 
     Raises:
-        ImageError: bytes that no decoder of Pillow knows.
+        ImageError: bytes that no decoder of Pillow knows, or samples of more than 8 bits in grey.
     """
     try:
         with PIL.Image.open(io.BytesIO(data)) as opened:
             turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5  # these swap width and height
             width, height = opened.size[::-1] if turned else opened.size
+            mode = opened.mode
     except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
-        raise ImageError(f"{name}: cannot be decoded ({str(error) or type(error).__name__})") from error
+        raise ImageError(f"{name}: cannot be decoded ({_reason(error, data)})") from error
+    if mode.startswith(("I", "F")):
+        # Pillow, and with it every published processor, cuts these off at 255: nearly all of the picture turns white.
+        raise ImageError(f"{name}: grey of more than 8 bits (mode {mode}) would turn white: store it with 8 bits")
     return Image(data, width, height, name)
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    """What was wrong, the same words every time: Pillow names the address of the buffer in memory."""
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return f"{len(data)} bytes that begin with {data[:12]!r} are no picture" if data else "zero bytes"
+    return str(error).replace("\n", " ") or type(error).__name__

@@ -17,10 +17,9 @@ import numpy as np
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import Restored, StageCheckpoints, carry_backbone
 from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
-from cocoa_jax.data.pairs import picture_source
-from cocoa_jax.data.pipeline import stage_batches
+from cocoa_jax.data.pipeline import STATS, stage_batches
 from cocoa_jax.data.processor import Processor
-from cocoa_jax.data.sources import load_pictures
+from cocoa_jax.training.inputs import known_bad, open_sources
 from cocoa_jax.training.mesh import batch_shards, make_mesh
 from cocoa_jax.training.metrics import MetricsWriter
 from cocoa_jax.training.optimizer import make_optimizer
@@ -29,6 +28,7 @@ from cocoa_jax.training.stages import stage_program
 from cocoa_jax.training.state import TrainState, abstract_state, first_state
 from cocoa_jax.training.step import make_step
 
+BAD_RECORDS = STATS.index("bad_records")
 STOPPED = 75  # the exit status of a run that was asked to stop and saved first: "try again" to launchers
 
 
@@ -88,7 +88,8 @@ def train(config: TrainConfig) -> Path:
                 # Read one step late, so that the device never waits for the host.
                 if pending is not None:
                     _record(writer, pending, output)
-                pending = (step, metrics | {"rows": stats[1], "dropped_masks": stats[-1]}, pictures)
+                counts = {"rows": stats[1], "bad_records": stats[BAD_RECORDS], "dropped_masks": stats[-1]}
+                pending = (step, metrics | counts, pictures)
                 last, stop = step + 1 == config.loop.steps, stopping()  # asked once: a stop is always saved first
                 if last or stop or (step + 1) % config.loop.checkpoint_every == 0:
                     _record(writer, pending, output)  # a state that diverged is never saved
@@ -116,17 +117,23 @@ def count_pictures(batch: Mapping[str, np.ndarray]) -> int:
 
 
 def _batches(config: TrainConfig, processor: Processor) -> Any:
-    pictures = load_pictures(config.data.split)
-    sources = {kind: picture_source(kind, pictures, config.data.mirror) for kind in config.data.kinds}
+    mixture = open_sources(config)
+    if config.data.mixture:
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+        _check_settings(Path(config.output) / "mixture.json", dict(mixture.identity))
+    # Hosts draw the same records, so that one of them names the bad ones for all.
+    report = Path(config.output) / "bad_records.jsonl" if jax.process_index() == 0 else None
     return stage_batches(
         config.batches(),
-        sources,
-        config.data.kinds,
+        mixture.sources,
+        mixture.weights,
         processor,
         seed=config.seed,
         steps=config.loop.steps,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        known=known_bad(config, mixture),
+        report=report,
         threads=config.data.threads,
         workers=config.data.workers,
     )

@@ -11,7 +11,7 @@ from cocoa_jax.config import SettingsError, TrainConfig, load_config, parse, to_
 from cocoa_jax.data.masking import Purpose, example_rng
 from cocoa_jax.data.pairs import KINDS, picture_source
 from cocoa_jax.data.sources import load_pictures
-from cocoa_jax.training import loop
+from cocoa_jax.training import inputs, loop
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 STAGES = [path for path in CONFIGS if "stage" in yaml.safe_load(path.read_text())]
@@ -27,7 +27,7 @@ def read(monkeypatch):
         return load_pictures(split)
 
     monkeypatch.setattr(demo, "load_pictures", spy)
-    monkeypatch.setattr(loop, "load_pictures", spy)
+    monkeypatch.setattr(inputs, "load_pictures", spy)
     return asked
 
 
