@@ -152,14 +152,19 @@ def open_image(data: bytes, name: str) -> Image:
     """
     try:
         with PIL.Image.open(io.BytesIO(data)) as opened:
-            turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5  # these swap width and height
-            width, height = opened.size[::-1] if turned else opened.size
-            mode = opened.mode
+            (width, height), mode = opened.size, opened.mode
+            # For its orientation Pillow decodes a whole PNG, so only one that can have any is asked.
+            told = opened.format != "PNG" or any(mark in data for mark in (b"eXIf", b"exif", b"adobe.xmp"))
+            if told and width * height <= _MOST_PIXELS:
+                turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5  # these swap width and height
+                width, height = (height, width) if turned else (width, height)
     except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
         raise ImageError(f"{name}: cannot be decoded ({_reason(error, data)})") from error
     if mode.startswith(("I", "F")):
         # Pillow, and with it every published processor, cuts these off at 255: nearly all of the picture turns white.
         raise ImageError(f"{name}: grey of more than 8 bits (mode {mode}) would turn white: store it with 8 bits")
+    if width * height > _MOST_PIXELS:
+        raise ImageError(f"{name}: {width}x{height} pixels, allowed are 1 to {_MOST_PIXELS}: leave it out")
     return Image(data, width, height, name)
 
 
