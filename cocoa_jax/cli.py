@@ -20,7 +20,7 @@ Verbs = Mapping[str, Union["Command", "Verbs"]]
 def commands() -> Verbs:
     """Every sub-command by name; a group of verbs is a mapping of its own."""
     # They pull in JAX; they are imported when somebody calls, not when somebody imports this module.
-    from cocoa_jax.commands import reading, training
+    from cocoa_jax.commands import preparing, reading, training
 
     return {
         "demo": training.DEMO,
@@ -29,10 +29,11 @@ def commands() -> Verbs:
         "evaluate": reading.EVALUATE,
         "embed": reading.EMBED,
         "report": reading.REPORT,
+        "data": {"build": preparing.BUILD},
     }
 
 
-GROUPS: dict[str, str] = {}  # what each group of verbs is for
+GROUPS = {"data": "Training data: bring them into form, look at them, measure them."}  # what each group of verbs is for
 
 
 def build_parser(verbs: Verbs, about: str) -> ArgumentParser:

@@ -29,6 +29,7 @@ class PixelSettings:
     """Sizes and normalisation of a checkpoint's pictures.
 
     Args:
+        square: pixels of the side that every picture is squashed to; 0 keeps the aspect.
         table: float32 [3, 256], the normalised value of each byte of each colour.
         resample: a Pillow resampling filter.
     """
@@ -40,6 +41,7 @@ class PixelSettings:
     max_pixels: int
     resample: int
     table: Float32[np.ndarray, "3 256"]
+    square: int = 0
 
     @property
     def patch_values(self) -> int:
@@ -62,6 +64,8 @@ class PixelSettings:
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing: whole units, the aspect kept, inside the limits (``smart_resize``)."""
+        if self.square:
+            return self.square, self.square
         unit = self.patch_size * self.merge_size
         # Python's round() takes halves to the even unit, and so does the reference.
         rows, columns = round(height / unit), round(width / unit)
