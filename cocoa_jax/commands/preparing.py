@@ -33,7 +33,7 @@ def _build(given: Namespace) -> None:
 
 
 BUILD = Command(
-    about="Bring data sets to the working resolution, in ArrayRecord files with the lengths that rows are planned from.",
+    about="Bring data sets to the working resolution, in ArrayRecord files beside lengths to plan rows from.",
     example="cocoa data build mixture.yaml --checkpoint CHECKPOINT --output prepared --processor.resolution=square:448",
     options=_build_options,
     run=_build,

@@ -223,7 +223,7 @@ def _hash(key: str) -> int:
 
 
 def _publish(path: str, target: epath.Path) -> None:
-    """Put a finished file where it belongs, at once where that is possible: a store of objects shows whole ones only."""
+    """Put a finished file where it belongs, whole or not at all: a store of objects shows no part of one."""
     if str(target).startswith("gs://"):
         epath.Path(path).copy(target, overwrite=True)
     else:

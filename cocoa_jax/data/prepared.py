@@ -146,7 +146,7 @@ def raw_records(folder: str, split: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PreparedSource:
-    """The records of a prepared folder: a `RecordSource`. It pickles as its folder, so that every process reads alone."""
+    """The records of a prepared folder: a `RecordSource`. It pickles as its folder; every process reads alone."""
 
     name: str
     folder: str
