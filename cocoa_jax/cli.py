@@ -20,7 +20,7 @@ Verbs = Mapping[str, Union["Command", "Verbs"]]
 def commands() -> Verbs:
     """Every sub-command by name; a group of verbs is a mapping of its own."""
     # They pull in JAX; they are imported when somebody calls, not when somebody imports this module.
-    from cocoa_jax.commands import preparing, reading, training
+    from cocoa_jax.commands import adapter, preparing, reading, training
 
     return {
         "demo": training.DEMO,
@@ -29,11 +29,15 @@ def commands() -> Verbs:
         "evaluate": reading.EVALUATE,
         "embed": reading.EMBED,
         "report": reading.REPORT,
+        "adapter": {"export": adapter.EXPORT, "merge": adapter.MERGE},
         "data": {"build": preparing.BUILD},
     }
 
 
-GROUPS = {"data": "Training data: bring them into form, look at them, measure them."}  # what each group of verbs is for
+GROUPS = {  # what each group of verbs is for
+    "adapter": "Write a LoRA or DoRA adapter as PEFT does, or merged into its weights.",
+    "data": "Bring training data into form, and measure how fast it comes.",
+}
 
 
 def build_parser(verbs: Verbs, about: str) -> ArgumentParser:
@@ -41,13 +45,21 @@ def build_parser(verbs: Verbs, about: str) -> ArgumentParser:
     from cocoa_jax.commands.command import Parser
 
     parser = Parser(prog="cocoa", description=about)
+    _add_verbs(parser, verbs)
+    return parser
+
+
+def _add_verbs(parser: ArgumentParser, verbs: Verbs) -> None:
+    from cocoa_jax.commands.command import Parser
+
     added = parser.add_subcommands(dest="command", metavar="COMMAND")
     for name, verb in verbs.items():
         if isinstance(verb, Mapping):
-            added.add_subcommand(name, build_parser(verb, GROUPS[name]), help=GROUPS[name])
+            group = Parser(description=GROUPS[name])
+            added.add_subcommand(name, group, help=GROUPS[name])  # before its own verbs: jsonargparse goes by level
+            _add_verbs(group, verb)
         else:
             added.add_subcommand(name, verb.parser(), help=verb.about)
-    return parser
 
 
 def chosen(verbs: Verbs, parsed: Namespace) -> tuple[Command, Namespace]:

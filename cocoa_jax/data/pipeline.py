@@ -349,7 +349,7 @@ def embedding_rows(
         ExampleError, ImageError, PackingError: naming the content.
     """
     widest, slots = rows.widest, rows.examples_per_row
-    if not widest.patches and any(content.images for content in contents):
+    if not widest.patches and any(content.images or content.videos for content in contents):
         raise PackingError("rows.shapes has no patches and there are pictures to embed: give it a shape with patches")
     capacity = (widest.tokens, widest.patches, rows.masked_per_row)
     window = _WINDOW * rows.batch_size

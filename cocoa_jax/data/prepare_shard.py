@@ -133,6 +133,8 @@ def prepare_record(work: Work, index: int) -> tuple[Record, Measured, list[tuple
         RecordError, ImageError, ExampleError: it cannot be used, by no stage at all.
     """
     record = work.source.record(index, example_rng(0, 0, index, Purpose.RECORD))
+    if any(content.videos for content in (record.query, record.target, *record.negatives)):
+        raise RecordError(f"{record.dataset} {record.id}: videos are not prepared: train on their data set itself")
     done: dict[int, Image] = {}
     sizes = []
 

@@ -74,7 +74,8 @@ def parse(data: bytes) -> Record:
     contents, first = [], 0
     texts, instructions = feature["text"].bytes_list.value, feature["instruction"].bytes_list.value
     for text, instruction, count in zip(texts, instructions, feature["pictures"].int64_list.value, strict=True):
-        contents.append(Content(text.decode(), tuple(images[first : first + count]), instruction.decode()))
+        shown = tuple(images[first : first + count])
+        contents.append(Content(text.decode(), shown, instruction=instruction.decode()))
         first += count
     return Record(
         id=name,

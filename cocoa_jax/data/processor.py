@@ -15,11 +15,12 @@ import tokenizers
 from jaxtyping import Bool, Float32, Int8, Int32
 
 from cocoa_jax.data.pixels import PixelSettings, normalisation_table
+from cocoa_jax.data.sources import Image, Video
 from cocoa_jax.data.vision_plan import Grid, Positions, VisionPlan, VisionRun, plan_image, token_positions
 from cocoa_jax.models.config import Qwen2VLConfig, VisionConfig
 
 if TYPE_CHECKING:
-    from cocoa_jax.data.sources import Content, Image
+    from cocoa_jax.data.sources import Content
 
 PADDING, BLOCK_A, BRIDGE, BLOCK_B = 0, 1, 2, 3
 
@@ -37,7 +38,7 @@ class ProcessorConfig:
     """How contents become tokens.
 
     Args:
-        min_pixels, max_pixels: limits of a resized picture, its aspect kept; None takes the checkpoint's own.
+        min_pixels, max_pixels: limits of a resized picture or frame, its aspect kept; None takes the checkpoint's own.
         max_text_tokens: longest text of one block, the rest is cut off.
         positions: ``mrope``, or ``text_1d`` for checkpoints that counted image tokens like text.
         mask_token, bridge_tokens: entries of the checkpoint's tokenizer.
@@ -64,8 +65,8 @@ class Example:
         positions: M-RoPE time, height, width, from 0.
         unit: the example's stored visual unit that an image token shows, -1 for text.
         ordinary: text that may be masked; never special, image or bridge tokens.
-        images, grids: the pictures in order, still encoded.
-        patches: how many patches the pictures have together.
+        images, grids: the pictures and videos in order, not yet patches.
+        patches: how many patches they have together.
     """
 
     tokens: Int32[np.ndarray, " n"]
@@ -73,7 +74,7 @@ class Example:
     positions: Int32[np.ndarray, "n 3"]
     unit: Int32[np.ndarray, " n"]
     ordinary: Bool[np.ndarray, " n"]
-    images: tuple[Image, ...]
+    images: tuple[Image | Video, ...]
     grids: tuple[Grid, ...]
     patches: int
 
@@ -125,10 +126,10 @@ class Processor:
         """``a``, the bridge tokens and the text of ``b``: a document of stage 2.
 
         Raises:
-            ExampleError: ``b`` has no text, or has pictures.
+            ExampleError: ``b`` has no text, or has pictures or videos.
         """
-        if b.images:
-            raise ExampleError(f"{_name(b)}: block B holds {len(b.images)} pictures, only text is rebuilt: drop them")
+        if seen := len(b.images) + len(b.videos):
+            raise ExampleError(f"{_name(b)}: block B holds {seen} pictures, only text is rebuilt: drop them")
         return self._example(a, b.text, room, with_bridge=True)
 
     def embedding(self, content: Content, room: int | None = None) -> Example:
@@ -165,10 +166,14 @@ class Processor:
         offset = 0
         for image, grid in zip(example.images, example.grids, strict=True):
             place = out[offset : offset + grid[0] * grid[1] * grid[2]]
-            if self.config.vision.window:
-                np.take(self.pixels.patches(image), plan_image(grid, self.config.vision).order, axis=0, out=place)
+            windowed = bool(self.config.vision.window)
+            read = np.empty_like(place) if windowed else place
+            if isinstance(image, Video):
+                self.pixels.video_into(image, read)
             else:
-                self.pixels.patches_into(image, place)
+                self.pixels.patches_into(image, read)
+            if windowed:
+                np.take(read, plan_image(grid, self.config.vision).order, axis=0, out=place)
             offset += len(place)
 
     def fingerprint(self) -> str:
@@ -190,7 +195,7 @@ class Processor:
         return ids
 
     def _example(self, a: Content, b: str | None, room: int | None, with_bridge: bool) -> Example:
-        grids = tuple(self.pixels.grid(image) for image in a.images)
+        grids = (*(self.pixels.grid(image) for image in a.images), *(self.pixels.video_grid(v) for v in a.videos))
         bridge_ids = self.bridge_ids if with_bridge else ()
         units = [t * h * w // self.config.vision.unit_patches for t, h, w in grids]
         fixed = sum(units) + 2 * len(units) + len(bridge_ids)
@@ -207,11 +212,11 @@ class Processor:
             )
         limit = self.settings.max_text_tokens
         a_ids, b_ids = _shortened(a_ids[:limit], b_ids[:limit], None if room is None else room - fixed)
-        return self._laid_out(a.images, grids, a_ids, bridge_ids, b_ids)
+        return self._laid_out((*a.images, *a.videos), grids, a_ids, bridge_ids, b_ids)
 
     def _laid_out(
         self,
-        images: tuple[Image, ...],
+        images: tuple[Image | Video, ...],
         grids: tuple[Grid, ...],
         a_ids: list[int],
         bridge_ids: Sequence[int],
@@ -221,10 +226,11 @@ class Processor:
         plans = [plan_image(grid, vision) for grid in grids]
         tokens: list[int] = []
         runs: list[int | VisionRun] = []
-        for grid, plan in zip(grids, plans, strict=True):
-            image_tokens = [config.image_token] * len(plan.unit_of_token)
-            tokens += [config.vision_start_token, *image_tokens, config.vision_end_token]
-            runs += [1, VisionRun(grid), 1]
+        for image, grid, plan in zip(images, grids, plans, strict=True):
+            seconds = vision.temporal_patch_size / image.fps if isinstance(image, Video) else None
+            shown = [config.image_token if seconds is None else config.video_token] * len(plan.unit_of_token)
+            tokens += [config.vision_start_token, *shown, config.vision_end_token]
+            runs += [1, VisionRun(grid, seconds), 1]
         seen, head = len(tokens), len(tokens) + len(a_ids)
         tail = head + len(bridge_ids)
         tokens += [*a_ids, *bridge_ids, *b_ids]
@@ -265,7 +271,8 @@ def _shortened(a: list[int], b: list[int], room: int | None) -> tuple[list[int],
 
 
 def _name(content: Content) -> str:
-    return content.images[0].name if content.images else f"text {content.text[:40]!r}"
+    seen: tuple[Image | Video, ...] = (*content.images, *content.videos)
+    return seen[0].name if seen else f"text {content.text[:40]!r}"
 
 
 def _without_added_tokens(full: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

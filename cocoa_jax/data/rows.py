@@ -34,6 +34,7 @@ from jaxtyping import Int32
 
 from cocoa_jax.attention import spans
 from cocoa_jax.attention.spans import Spans
+from cocoa_jax.data.checks import check_batch
 from cocoa_jax.data.packing import Shape
 from cocoa_jax.data.processor import BRIDGE, Example, Processor
 from cocoa_jax.data.vision_plan import plan_image
@@ -96,6 +97,7 @@ def write_rows(
 
     Raises:
         ImageError: a picture cannot be decoded.
+        BatchError: the rows are not what the model takes.
     """
     b, t, p, vision = len(rows), shape.tokens, shape.patches, processor.config.vision
     batch: Arrays = {
@@ -122,6 +124,7 @@ def write_rows(
             processor.fill_patches(example, batch["patches"][row, patches])
     batch |= _token_spans(examples, rows, t, visibility, truncated)
     batch |= _patch_spans(examples, rows, processor, p)
+    check_batch(batch, processor.config)
     return batch
 
 

@@ -97,10 +97,13 @@ def _run(
     wanted = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), both, param_shardings(both, mesh)
     )
-    params = load_trees(stage, {"params": wanted["backbone"], "head": wanted["head"]})
+    params = {
+        "backbone": open_backbone(stage).load(wanted["backbone"]),
+        "head": load_trees(stage, {"head": wanted["head"]})["head"],
+    }
 
     def draw(params: Any, batch: Mapping[str, Array]) -> tuple[Array, Array]:
-        model, decoder = bind(graph, params["params"]), bind(head_graph, params["head"])
+        model, decoder = bind(graph, params["backbone"]), bind(head_graph, params["head"])
         inputs = Inputs.from_batch(batch)
         shown = add_noise(inputs.patches, batch["hidden_unit"], batch["unit_seed"])
         hidden = model(dataclasses.replace(inputs, patches=shown))
