@@ -17,6 +17,7 @@ from cocoa_jax.data.mixture import MixtureConfig
 from cocoa_jax.data.packing import RowsConfig
 from cocoa_jax.data.pipeline import BatchConfig, Stage, VisibilityConfig
 from cocoa_jax.data.processor import ProcessorConfig
+from cocoa_jax.models.lora import LoraConfig
 from cocoa_jax.models.qwen2_vl import Compute
 from cocoa_jax.objectives.contrastive import ContrastiveConfig
 from cocoa_jax.objectives.warmup import WarmupConfig
@@ -114,6 +115,7 @@ class TrainConfig:
         checkpoint: a Hugging Face folder, or the output of the stage before.
         output: folder of this stage: checkpoints, metrics, config.
         seed: of sampling, masking and noise; the same seed gives the same run.
+        lora: train an adapter on the frozen backbone; null trains all of the backbone.
     """
 
     stage: Stage
@@ -123,6 +125,7 @@ class TrainConfig:
     loop: LoopConfig
     seed: int = 0
     compute: Compute = Compute()  # noqa: RUF009
+    lora: LoraConfig | None = None
     warmup: WarmupConfig = WarmupConfig()  # noqa: RUF009
     contrastive: ContrastiveConfig = ContrastiveConfig()  # noqa: RUF009
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -47,7 +46,8 @@ class Embedder:
         backbone = open_backbone(folder)
         self.settings = settings
         self._mesh = make_mesh(settings.mesh)
-        self._rows = _divisible(settings.rows, batch_shards(self._mesh))
+        # Shared evenly by the devices that are here, whatever the config was written for.
+        self._rows = settings.rows.divisible_by(batch_shards(self._mesh))
         self._processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
         graph, shapes = graph_of(backbone.config, settings.compute)
         shardings = param_shardings({"backbone": shapes}, self._mesh)["backbone"]
@@ -101,7 +101,10 @@ def default_settings(folder: str | Path) -> EvaluateConfig:
     # Pictures of up to 448 x 448 pixels, as the method trains on; dense attention over larger rows needs gigabytes.
     units = 256
     rows = RowsConfig(
-        batch_size=8, tokens=2 * units, patches=4 * units, rows=(1, 4), examples_per_row=16, masked_per_row=16
+        batch_size=8,
+        shapes=((1, 2 * units, 4 * units), (4, 2 * units, 4 * units)),
+        examples_per_row=16,
+        masked_per_row=16,
     )
     side = 28
     return EvaluateConfig(ProcessorConfig(None, units * side**2, units - 8), rows)
@@ -139,11 +142,6 @@ def _read_image(source: Any, name: str) -> Image:
     except (OSError, ImageError, TypeError) as error:
         what = repr(str(source)) if isinstance(source, str | Path) else type(source).__name__
         raise ItemError(f"{name}: the image {what} cannot be read ({error}): give a picture file") from error
-
-
-def _divisible(rows: RowsConfig, shards: int) -> RowsConfig:
-    """Rows of every batch are shared evenly by the devices that are here, whatever the config was written for."""
-    return dataclasses.replace(rows, rows=tuple(sorted({-(-n // shards) * shards for n in rows.rows})))
 
 
 def read_items(lines: Iterable[tuple[int, Item]], folder: Path) -> list[Content]:

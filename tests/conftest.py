@@ -45,12 +45,12 @@ def stage_settings() -> Callable[..., dict[str, Any]]:
 
     def make(stage: str, checkpoint: Path, output: Path, **more: Any) -> dict[str, Any]:
         kinds = {"warmup": "warmup", "bridge": "bridge", "contrastive": "caption"}
-        rows = {"batch_size": 8, "tokens": 48, "patches": 32, "examples_per_row": 2, "masked_per_row": 8}
+        rows = {"batch_size": 8, "examples_per_row": 2, "masked_per_row": 8}
         data = {
             "kinds": {kinds[stage]: 1.0},
             "split": "validation",
             "processor": {"min_pixels": 784, "max_pixels": 8 * 784, "max_text_tokens": 16},
-            "rows": {**rows, "rows": [16] if stage == "contrastive" else [8]},
+            "rows": {**rows, "shapes": [[16 if stage == "contrastive" else 8, 48, 32]]},
         }
         if stage != "contrastive":
             data["masking"] = {"text_ratio": 0.5, "image_ratio": 0.5}

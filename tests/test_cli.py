@@ -10,7 +10,14 @@ import yaml
 
 from cocoa_jax import cli
 
-COMMANDS = ("demo", "init", "train", "evaluate", "embed", "data")
+
+def names(verbs, before=()):
+    """Every verb with the words that lead to it."""
+    for name, verb in verbs.items():
+        yield from names(verb, (*before, name)) if isinstance(verb, dict) else [(*before, name)]
+
+
+COMMANDS = list(names(cli.commands()))
 
 
 @pytest.fixture
@@ -38,13 +45,13 @@ def assert_one_line(outcome: tuple[int, str, str], *words: str) -> None:
 
 def test_help_names_every_command(call):
     status, said, _ = call("--help")
-    assert status == 0 and all(command in said for command in COMMANDS)
+    assert status == 0 and all(command[0] in said for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_of_a_command_says_what_it_does_with_an_example(call, command):
-    status, said, _ = call(command, "--help")
-    assert status == 0 and f"example: cocoa {command} " in " ".join(said.split())
+    status, said, _ = call(*command, "--help")
+    assert status == 0 and f"example: cocoa {' '.join(command)} " in " ".join(said.split())
     assert said.split("\n\n")[1].strip()[:1].isupper()  # a sentence before the options
 
 
@@ -97,6 +104,10 @@ def test_a_checkpoint_that_is_none_is_one_line(call, tmp_path, command):
     (tmp_path / "empty").mkdir()
     for checkpoint, words in (("nowhere", "is not a folder"), ("empty", "config.json")):
         assert_one_line(call(command, "--checkpoint", tmp_path / checkpoint, "--output", tmp_path / "o", *more), words)
+
+
+def test_the_report_of_a_run_that_is_none_is_one_line(call, tmp_path):
+    assert_one_line(call("report", "--run", tmp_path / "nowhere"), "is not a folder")
 
 
 def test_a_split_that_is_none_is_one_line(call, trained, tmp_path):

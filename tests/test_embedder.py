@@ -104,11 +104,12 @@ def test_a_picture_that_is_cut_short_is_named(embedder, picture):
 def test_settings_are_those_of_training(trained, embedder):
     settings = default_settings(trained)
     assert embedder.settings == settings
-    assert (settings.processor.max_pixels, settings.processor.max_text_tokens, settings.rows.tokens) == (6272, 16, 48)
+    assert (settings.processor.max_pixels, settings.processor.max_text_tokens) == (6272, 16)
+    assert settings.rows.shapes == ((16, 48, 32),)
 
 
 def test_a_hugging_face_folder_with_settings_of_ones_own(backbone, trained, embedder, items):
-    rows = {"batch_size": 4, "tokens": 64, "patches": 40, "rows": [2], "examples_per_row": 2, "masked_per_row": 2}
+    rows = {"batch_size": 4, "shapes": [[2, 64, 40]], "examples_per_row": 2, "masked_per_row": 2}
     processor = {"min_pixels": 784, "max_pixels": 8 * 784, "max_text_tokens": 16}
     settings = parse(EvaluateConfig, {"processor": processor, "rows": rows})
     # The stage holds the same weights.

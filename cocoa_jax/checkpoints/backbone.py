@@ -6,11 +6,22 @@ import dataclasses
 import zlib
 from pathlib import Path
 
+import jax
+
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.huggingface import read_folder
-from cocoa_jax.checkpoints.orbax import backbone_folder, fingerprint, load_params, read_metadata
+from cocoa_jax.checkpoints.orbax import (
+    backbone_folder,
+    base_folder,
+    fingerprint,
+    is_adapted,
+    load_params,
+    load_trees,
+    read_metadata,
+)
 from cocoa_jax.models.config import Qwen2VLConfig, read_config
-from cocoa_jax.models.qwen2_vl import Params, abstract_params
+from cocoa_jax.models.lora import AdapterRecord, adapted_graph, merge
+from cocoa_jax.models.qwen2_vl import Compute, Params, abstract_params
 
 _BLOCK = 2**24  # bytes of a file held at once
 
@@ -32,7 +43,7 @@ class Backbone:
     trained: bool
 
     def load(self, wanted: Params | None = None) -> Params:
-        """The weights, in float32 where ``wanted`` does not say otherwise.
+        """The weights, in float32 where ``wanted`` does not say otherwise; an adapter is merged into them.
 
         Args:
             wanted: shapes, types and shardings; a trained stage is read straight onto them, a Hugging Face
@@ -42,7 +53,27 @@ class Backbone:
             CheckpointError: weights that are missing, damaged or of another shape.
         """
         described = abstract_params(self.config) if wanted is None else wanted
-        return load_params(self.path, described) if self.trained else read_folder(self.path, described)
+        if not self.trained:
+            return read_folder(self.path, described)
+        if not is_adapted(self.path):
+            return load_params(self.path, described)
+        record, adapter = self.adapter()
+        # Merged as it was trained, and only then cast: two roundings are not one.
+        stored = jax.tree.map(lambda leaf: leaf.update(dtype=record.config.base_dtype), described)
+        params = merge(load_params(base_folder(self.path), stored), adapter, record.config, record.rows, donate=True)
+        return jax.tree.map(lambda leaf, want: leaf.astype(want.dtype), params, described)
+
+    def adapter(self) -> tuple[AdapterRecord, Params]:
+        """What a stage trained instead of its backbone.
+
+        Raises:
+            CheckpointError: the folder is no stage that trained an adapter, or the adapter cannot be read.
+        """
+        if not (self.trained and is_adapted(self.path)):
+            raise CheckpointError(f"{self.path} trained no adapter: give a stage that was trained with --lora")
+        record = AdapterRecord.from_json(read_metadata(self.path)["adapter"])
+        _, shapes = adapted_graph(self.config, Compute(), record.config, record.rows)
+        return record, load_trees(self.path, {"adapter": shapes})["adapter"]
 
     def fingerprint(self) -> str:
         """Eight hex digits that tell these weights from others, whatever folder they lie in."""

@@ -2,6 +2,7 @@
 
     STAGE/backbone/             config.json, tokenizer and preprocessor files
     STAGE/checkpoints/<step>/   params, head, optimizer (arrays); loop, metadata, contents (JSON)
+    STAGE/base/checkpoints/0/   params of a frozen backbone, once; the steps then hold adapter in the place of params
 
 ``contents`` holds dtype, shape and checksum of every array: Orbax itself notices files that are cut short or missing,
 but not a byte that has changed.
@@ -29,7 +30,7 @@ from cocoa_jax.checkpoints.contents import Contents, Tree, checksums, contents_o
 from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
 from cocoa_jax.checkpoints.huggingface import copy_side_files
 
-TREES = ("params", "head", "optimizer")
+TREES = ("params", "adapter", "head", "optimizer")
 _RECORDS = ("loop", "metadata", "contents")
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Restored:
 
     step: int
     params: Tree
+    adapter: Tree
     head: Tree
     optimizer: Tree
     loop: dict[str, Any]
@@ -78,6 +80,7 @@ class StageCheckpoints:
         optimizer: Tree,
         loop: dict[str, Any],
         metadata: dict[str, Any],
+        adapter: Tree = None,
         wait: bool = False,
     ) -> None:
         """Save a step in the background; the arrays may be donated as soon as this returns.
@@ -85,9 +88,11 @@ class StageCheckpoints:
         A failure of the save before is raised here, by ``wait`` or by ``close``.
 
         Args:
+            params: the backbone; empty where an adapter trains on a frozen one, see ``save_base``.
             head: arrays that train beside the backbone; may be empty.
             loop: what the loop continues from (JSON): step, state of the data iterator, seed.
             metadata: what this stage is (JSON): stage, config, parent, fingerprint of the data.
+            adapter: what trains on a frozen backbone, None where there is no such thing.
             wait: return only when the checkpoint is on disk.
 
         Raises:
@@ -96,7 +101,7 @@ class StageCheckpoints:
         damaged = step in self._damaged
         if step in self.steps() and not damaged:
             raise CheckpointError(f"{self._directory} holds step {step} already: continue from it or remove it")
-        trees = {"params": params, "head": head, "optimizer": optimizer}
+        trees = {"params": params, "adapter": adapter, "head": head, "optimizer": optimizer}
         contents = {name: contents_of(tree) for name, tree in trees.items()}
         items = {name: tree for name, tree in trees.items() if contents[name]}
         records = {"loop": loop, "metadata": metadata, "contents": contents}
@@ -111,7 +116,7 @@ class StageCheckpoints:
         """Read one step, every array onto the sharding of its description (the first device where it has none).
 
         Args:
-            abstract: trees of ``jax.ShapeDtypeStruct`` by name: any of params, head, optimizer.
+            abstract: trees of ``jax.ShapeDtypeStruct`` by name: any of params, adapter, head, optimizer.
 
         Raises:
             DamagedCheckpointError: the step cannot be read back as it was saved.
@@ -173,7 +178,7 @@ def load_params(stage_dir: str | Path, abstract_params: Tree) -> Tree:
 
 
 def load_trees(stage_dir: str | Path, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
-    """Any of params, head and optimizer, all from the newest checkpoint that is good; else as ``load_params``."""
+    """Any of params, adapter, head, optimizer, all from the newest checkpoint that is good; else as ``load_params``."""
     directory = _directory(stage_dir)
     for step in _newest_first(directory):
         try:
@@ -198,8 +203,11 @@ def fingerprint(stage_dir: str | Path) -> str:
     Raises:
         CheckpointError: no checkpoint, or none that can be read.
     """
-    contents = _newest_records(stage_dir)["contents"]["params"]
-    return f"{zlib.crc32(json.dumps(contents, sort_keys=True).encode()):08x}"
+    contents = _newest_records(stage_dir)["contents"]
+    trained = [contents[name] for name in ("params", "adapter") if contents.get(name)]
+    if is_adapted(stage_dir):
+        trained.append(_newest_records(base_folder(stage_dir))["contents"]["params"])
+    return f"{zlib.crc32(json.dumps(trained, sort_keys=True).encode()):08x}"
 
 
 def _newest_records(stage_dir: str | Path) -> dict[str, Any]:
@@ -215,6 +223,27 @@ def _newest_records(stage_dir: str | Path) -> dict[str, Any]:
 def backbone_folder(stage_dir: str | Path) -> Path:
     """Where a stage keeps the config, tokenizer and preprocessor of its backbone."""
     return Path(stage_dir) / "backbone"
+
+
+def base_folder(stage_dir: str | Path) -> Path:
+    """Where a stage that trains an adapter keeps the frozen weights that it started from."""
+    return Path(stage_dir) / "base"
+
+
+def is_adapted(stage_dir: str | Path) -> bool:
+    """Whether a stage trains an adapter on a frozen backbone, rather than the backbone itself."""
+    return base_folder(stage_dir).is_dir()
+
+
+def save_base(stage_dir: str | Path, params: Tree) -> None:
+    """Write the frozen weights of a stage, whole or not at all; returns when they are on disk."""
+    with StageCheckpoints(base_folder(stage_dir), keep=1) as base:
+        base.save(0, params=params, head={}, optimizer={}, loop={}, metadata={}, wait=True)
+
+
+def has_base(stage_dir: str | Path) -> bool:
+    """Whether ``save_base`` has finished in this stage."""
+    return is_adapted(stage_dir) and _steps(_directory(base_folder(stage_dir))) == [0]
 
 
 def carry_backbone(source: str | Path, stage_dir: str | Path) -> Path:

@@ -158,7 +158,7 @@ def check(
 def _checked(record: Record, rows: RowsConfig, build: Callable[..., Example], *contents: Content) -> Example:
     """Build one example of ``record``, naming the record in whatever is wrong with it."""
     try:
-        example = build(*contents, room=rows.tokens)
+        example = build(*contents, room=rows.widest.tokens)
         check_fits(len(example.tokens), example.patches, rows, "the example")
     except (ExampleError, ImageError, PackingError) as error:
         raise type(error)(f"{record.dataset} {record.id}: {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, UInt32
@@ -49,7 +48,7 @@ class Choice:
 
     Args:
         index: ascending positions inside the example.
-        priority: the smallest are kept when a row's budget overflows; below 0 is never given up first.
+        priority: the smallest are kept when there are more than a row can hold; below 0 is never given up first.
     """
 
     index: Int32[np.ndarray, " m"]
@@ -77,20 +76,14 @@ def choose_tokens(
     return Choice(index.astype(np.int32), draw[index])
 
 
-def within_budget(choices: Sequence[Choice], budget: int) -> tuple[list[Int32[np.ndarray, " m"]], int]:
-    """The positions that a row of several examples can hold, and how many had to be un-chosen.
+def within_budget(choice: Choice, budget: int) -> Int32[np.ndarray, " m"]:
+    """The positions of an example of which a row can hide ``budget`` at most.
 
-    Those with the greatest draws go, which is what a slightly smaller ratio would have chosen.
+    Those with the greatest draws go, which is what a slightly smaller ratio would have chosen. An example alone
+    decides: what is hidden in it must not depend on the examples that share its row.
     """
-    priority = np.concatenate([np.zeros(0), *(choice.priority for choice in choices)])
-    dropped = max(0, len(priority) - budget)
-    if not dropped:
-        return [choice.index for choice in choices], 0
-    kept = np.zeros(len(priority), bool)
-    kept[np.argsort(priority, kind="stable")[:budget]] = True
-    ends = np.cumsum([len(choice.index) for choice in choices])
-    parts = np.split(kept, ends[:-1])
-    return [choice.index[part] for choice, part in zip(choices, parts, strict=True)], dropped
+    kept = np.argsort(choice.priority, kind="stable")[:budget]
+    return choice.index[np.sort(kept)]
 
 
 def choose_units(

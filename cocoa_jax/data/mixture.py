@@ -15,14 +15,16 @@ import numpy as np
 from jaxtyping import Int64
 
 from cocoa_jax.data.pairs import KINDS, RecordSource, picture_source
+from cocoa_jax.data.prepared import PreparedSource, open_prepared
 from cocoa_jax.data.readers.mmeb import mmeb_eval, mmeb_train
 from cocoa_jax.data.readers.records import Columns, TableSource
 from cocoa_jax.data.readers.stages import Stage, StagedSource
 from cocoa_jax.data.readers.stores import PictureStore, open_store
 from cocoa_jax.data.readers.tables import open_table
+from cocoa_jax.data.readers.tfds import open_tfds
 from cocoa_jax.data.sources import Record, SourceError, load_pictures
 
-Format = Literal["mmeb-train", "mmeb-eval", "cocoa-captions", "cocoa-pairs", "table", "pictures"]
+Format = Literal["mmeb-train", "mmeb-eval", "cocoa-captions", "cocoa-pairs", "table", "pictures", "tfds", "prepared"]
 STAGES: tuple[Stage, ...] = ("warmup", "bridge", "contrastive")
 
 
@@ -33,7 +35,8 @@ class DatasetConfig:
     Args:
         format: ``mmeb-train`` and ``mmeb-eval`` as published; ``cocoa-captions`` (image_path, caption) and
             ``cocoa-pairs`` (qry, pos_text, qry_image_path), the method's own lists; ``table``, JSON or Parquet of
-            other ``columns``; ``pictures``, the embedded ones.
+            other ``columns``; ``pictures``, the embedded ones; ``tfds``, the folder of a version that TensorFlow
+            Datasets prepared as ArrayRecord; ``prepared``, one that ``cocoa data build`` made.
         path: a folder (MMEB) or files, ``*`` allowed; relative to the mixture's ``root``.
         images: folder or zip of the pictures, or several; default where the format keeps them, else beside the files.
         subset, split: of MMEB, or the split of the embedded pictures; default the data set's name, and the first.
@@ -140,7 +143,8 @@ def open_mixture(config: MixtureConfig, stage: Stage) -> Mixture:
     identity: dict[str, Any] = {}
     for name, dataset in chosen.items():
         source, contents = open_dataset(name, dataset, Path(config.root))
-        staged = stage if not (dataset.format == "pictures" and dataset.kind in STAGES) else "contrastive"
+        made_for = source.made_for if isinstance(source, PreparedSource) else dataset.kind
+        staged = stage if made_for not in STAGES else "contrastive"
         source = StagedSource(_capped(source, dataset.cap, name), staged)
         sources[name] = NamedSource(name, source)
         settings = dataclasses.asdict(dataset)
@@ -219,6 +223,24 @@ def _store(dataset: DatasetConfig, root: Path) -> PictureStore | None:
     return open_store([root / place for place in dataset.images]) if dataset.images else None
 
 
+def _open_tfds(name: str, dataset: DatasetConfig, root: Path) -> Opened:
+    source = open_tfds(_folder(dataset, root), name, dataset.split or "train", dataset.instruction)
+    return source, source.fingerprint()
+
+
+def _open_prepared(name: str, dataset: DatasetConfig, root: Path) -> Opened:
+    if dataset.instruction:
+        raise SourceError("prepared data bring their instructions: give `instruction` when they are built")
+    source = open_prepared(_folder(dataset, root), name)
+    if source.made_for and set(dataset.stages) != {source.made_for}:
+        raise SourceError(f"{dataset.path} is made for its stage alone: set stages to [{source.made_for}]")
+    return source, source.fingerprint()
+
+
+def _folder(dataset: DatasetConfig, root: Path) -> str:
+    return dataset.path if dataset.path.startswith("gs://") else str(root / dataset.path)
+
+
 _OPENERS: dict[str, Callable[[str, DatasetConfig, Path], Opened]] = {
     "mmeb-train": _open_mmeb_train,
     "mmeb-eval": _open_mmeb_eval,
@@ -226,4 +248,6 @@ _OPENERS: dict[str, Callable[[str, DatasetConfig, Path], Opened]] = {
     "cocoa-pairs": _open_table(Columns(query_text="qry", query_image="qry_image_path", target_text="pos_text")),
     "table": _open_table(None),
     "pictures": _open_pictures,
+    "tfds": _open_tfds,
+    "prepared": _open_prepared,
 }

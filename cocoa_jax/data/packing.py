@@ -3,46 +3,96 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
+
+TOKENS, PATCHES, MASKED = 0, 1, 2
+"""Columns of the lengths of examples, [n, 3]: tokens, patches and hidden tokens."""
 
 
 class PackingError(ValueError):
     """An example that fits no row, or row settings that contradict each other."""
 
 
+class Shape(NamedTuple):
+    """B rows of T token slots and P patch slots each."""
+
+    rows: int
+    tokens: int
+    patches: int
+
+
 @dataclasses.dataclass(frozen=True)
 class RowsConfig:
-    """Shapes of a batch.
+    """The shapes that a batch may have; each costs one compilation.
 
     Args:
         batch_size: records of the global batch.
-        tokens: T, token slots of a row.
-        patches: P, patch slots of a row; 0 for text alone.
-        rows: the ascending numbers of global rows that a batch may have; one compilation each.
+        shapes: (global rows, tokens T, patches P), from cheap to dear; a batch gets the first that holds it. One of
+            them has the largest T and the largest P: any example that fits a row at all fits one of its rows.
         examples_per_row: E, at most so many examples share a row.
         masked_per_row: M, at most so many tokens of a row are hidden.
     """
 
     batch_size: int
-    tokens: int
-    patches: int
-    rows: tuple[int, ...]
+    shapes: tuple[tuple[int, int, int], ...]
     examples_per_row: int
     masked_per_row: int
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.tokens < 1 or self.patches < 0 or self.examples_per_row < 1:
-            raise PackingError(f"{self}: batch_size, tokens and examples_per_row start at 1, patches at 0: raise it")
-        if not self.rows or min(self.rows) < 1 or list(self.rows) != sorted(set(self.rows)):
-            raise PackingError(f"rows is {self.rows}: give ascending numbers of rows, such as [16, 32]")
-        if self.masked_per_row < self.examples_per_row:
+        if self.batch_size < 1 or self.examples_per_row < 1 or self.masked_per_row < 1:
+            raise PackingError(f"{self}: batch_size, examples_per_row and masked_per_row start at 1: raise it")
+        if not self.shapes or any(b < 1 or t < 1 or p < 0 for b, t, p in self.shapes):
+            raise PackingError(f"shapes is {self.shapes}: give [rows, tokens, patches] each, rows and tokens from 1")
+        for before, after in itertools.combinations(self.shapes, 2):
+            cost, less = _slots(before), _slots(after)
+            if before == after or (cost != less and less[0] <= cost[0] and less[1] <= cost[1]):
+                raise PackingError(
+                    f"shapes has {after} behind {before}, which has no fewer slots: list the cheap first"
+                )
+        longest = max(t for _, t, _ in self.shapes), max(p for _, _, p in self.shapes)
+        if longest != self.widest[1:]:
             raise PackingError(
-                f"masked_per_row is {self.masked_per_row}, every one of {self.examples_per_row} examples_per_row "
-                "needs one: raise it"
+                f"shapes {self.shapes}: none has both {longest[0]} tokens and {longest[1]} patches, so an example may "
+                "fit a row and a batch with it no shape: add one"
             )
+
+    @property
+    def widest(self) -> Shape:
+        """The shape whose rows hold whatever a row of any shape holds."""
+        return Shape(*max(self.shapes, key=lambda shape: (shape[1], shape[2], shape[0])))
+
+    @property
+    def step(self) -> int:
+        """What the number of rows of every batch is a multiple of."""
+        return math.gcd(*(rows for rows, _, _ in self.shapes))
+
+    def divisible_by(self, parts: int) -> RowsConfig:
+        """The same with every number of rows rounded up to a multiple of ``parts``."""
+        rounded = {(-(-rows // parts) * parts, tokens, patches) for rows, tokens, patches in self.shapes}
+        return dataclasses.replace(self, shapes=tuple(sorted(rounded, key=_slots)))
+
+    def check_shared(self, parts: int, by: str) -> None:
+        """Refuse shapes whose rows cannot be divided evenly, such as by ``parts`` "devices".
+
+        Raises:
+            PackingError: naming the shape.
+        """
+        for shape in self.shapes:
+            if shape[0] % parts:
+                raise PackingError(
+                    f"the {shape[0]} rows of {shape} cannot be shared by {parts} {by}: change rows.shapes"
+                )
+
+
+def _slots(shape: tuple[int, int, int]) -> tuple[int, int]:
+    rows, tokens, patches = shape
+    return rows * tokens, rows * patches
 
 
 def check_fits(tokens: int, patches: int, config: RowsConfig, name: str) -> None:
@@ -51,57 +101,66 @@ def check_fits(tokens: int, patches: int, config: RowsConfig, name: str) -> None
     Raises:
         PackingError: naming the example, its length, the limit and the remedy.
     """
-    for what, length, limit in (("tokens", tokens, config.tokens), ("patches", patches, config.patches)):
+    widest = config.widest
+    for what, length, limit in (("tokens", tokens, widest.tokens), ("patches", patches, widest.patches)):
         if length > limit:
-            raise PackingError(f"{name}: {length} {what}, a row holds {limit}: lower max_pixels or raise rows.{what}")
+            raise PackingError(f"{name}: {length} {what}, a row holds {limit}: lower max_pixels or widen rows.shapes")
 
 
-def plan_rows(
-    token_lengths: Sequence[int], patch_lengths: Sequence[int], tokens: int, patches: int, examples: int
-) -> list[list[int]]:
+def plan_rows(lengths: Int[np.ndarray, "n 3"], capacity: Sequence[int], examples: int) -> list[list[int]]:
     """First-fit decreasing: each example, longest first, goes into the first row with room for it.
 
     Args:
-        token_lengths, patch_lengths: of each example.
-        tokens, patches, examples: capacities T, P, E of a row.
+        lengths: of each example, see ``TOKENS``.
+        capacity: of a row, in the same order.
+        examples: how many examples a row holds at most.
     Returns:
         The example indices of each row; every example is in exactly one.
     Raises:
         PackingError: an example is longer than a row.
     """
-    t, p = np.asarray(token_lengths, np.int64), np.asarray(patch_lengths, np.int64)
-    for what, lengths, limit in (("tokens", t, tokens), ("patches", p, patches)):
-        if len(lengths) and lengths.max() > limit:
+    n, room = len(lengths), np.asarray(capacity, np.int64)
+    for what, column, limit in zip(("tokens", "patches", "hidden tokens"), lengths.T, capacity, strict=True):
+        if n and column.max() > limit:
             raise PackingError(
-                f"example {int(lengths.argmax())}: {int(lengths.max())} {what}, a row holds {limit}: "
-                f"lower max_pixels or raise rows.{what}"
+                f"example {int(column.argmax())}: {int(column.max())} {what}, a row holds {limit}: "
+                "lower max_pixels or widen rows.shapes"
             )
-    size = np.maximum(t / max(tokens, 1), p / max(patches, 1))
-    free = np.tile(np.array([tokens, patches, examples], np.int64), (len(t), 1))
+    size = (lengths / np.maximum(room, 1)).max(axis=1)
+    need = np.concatenate([lengths.astype(np.int64), np.ones((n, 1), np.int64)], axis=1)
+    free = np.tile([*room, examples], (n, 1))
     rows: list[list[int]] = []
     for i in np.argsort(-size, kind="stable"):
-        need = np.array([t[i], p[i], 1])
         # A row that is not open yet always fits, so the first fit exists.
-        row = int(np.argmax((free[: len(rows) + 1] >= need).all(axis=1)))
+        row = int(np.argmax((free[: len(rows) + 1] >= need[i]).all(axis=1)))
         if row == len(rows):
             rows.append([])
         rows[row].append(int(i))
-        free[row] -= need
+        free[row] -= need[i]
     return rows
 
 
-def choose_rows(needed: int, buckets: Sequence[int]) -> int:
-    """How many rows a batch gets: the smallest bucket that holds ``needed``.
+def plan_batch(lengths: Int[np.ndarray, "n 3"], config: RowsConfig) -> tuple[Shape, list[list[int]]]:
+    """The first of the config's shapes into which the examples pack, and the rows that hold any.
 
-    A batch that overflows the largest bucket gets the next multiple of the buckets' common divisor. That costs a
+    Examples that overflow every shape get more rows of the widest, the next multiple of ``config.step``. That costs a
     compilation, but a run of days must not die of one unlucky batch; the pipeline counts these batches
-    (``extra_rows``), and the remedy for many is a larger bucket.
+    (``extra_rows``), and the remedy for many is a larger shape.
+
+    Raises:
+        PackingError: an example is longer than a row.
     """
-    for bucket in buckets:
-        if needed <= bucket:
-            return bucket
-    step = math.gcd(*buckets)
-    return -(-needed // step) * step
+    total, longest = lengths.sum(axis=0), lengths.max(axis=0, initial=0)
+    for shape in map(Shape._make, config.shapes):
+        capacity = (shape.tokens, shape.patches, config.masked_per_row)
+        if (longest > capacity).any() or (total > np.multiply(capacity, shape.rows)).any():
+            continue
+        rows = plan_rows(lengths, capacity, config.examples_per_row)
+        if len(rows) <= shape.rows:
+            return shape, rows
+    widest = config.widest
+    rows = plan_rows(lengths, (widest.tokens, widest.patches, config.masked_per_row), config.examples_per_row)
+    return widest._replace(rows=-(-len(rows) // config.step) * config.step), rows
 
 
 def share(rows: int, process_index: int, process_count: int) -> slice:
@@ -113,6 +172,6 @@ def share(rows: int, process_index: int, process_count: int) -> slice:
     if not 0 <= process_index < process_count:
         raise PackingError(f"process_index is {process_index} of {process_count} processes: count from 0")
     if rows % process_count:
-        raise PackingError(f"{rows} rows cannot be shared by {process_count} processes: make rows.rows multiples of it")
+        raise PackingError(f"{rows} rows cannot be shared by {process_count} processes: change rows.shapes")
     part = rows // process_count
     return slice(process_index * part, (process_index + 1) * part)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Literal
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from cocoa_jax.data.bad import BAD, BadConfig, KnownBad, Ledger
 from cocoa_jax.data.intake import Intake, Taken, arranged, examples_of
-from cocoa_jax.data.masking import MaskingConfig, Purpose, choose_tokens, choose_units, example_rng
-from cocoa_jax.data.packing import PackingError, RowsConfig, check_fits, choose_rows, plan_rows, share
+from cocoa_jax.data.masking import MaskingConfig, Purpose, choose_tokens, choose_units, example_rng, within_budget
+from cocoa_jax.data.packing import PackingError, RowsConfig, check_fits, plan_batch, plan_rows, share
 from cocoa_jax.data.pixels import ImageError
 from cocoa_jax.data.processor import BLOCK_B, Example, Processor
 from cocoa_jax.data.rows import Arrays, VisibilityConfig, hide_tokens, hide_units, write_rows
@@ -45,8 +45,8 @@ Stage = Literal["warmup", "bridge", "contrastive"]
 
 STATS = ("kind", "rows_used", "tokens_used", "patches_used", "extra_rows", "bad_records", "dropped_masks")
 """Entries of ``batch["stats"]``, int32: the source's place among the sorted names (stage 3 of one source a batch, else
--1); rows, tokens and patches used in the global batch; rows beyond the largest bucket; records that others stand in
-for; tokens un-chosen in this host's rows."""
+-1); rows, tokens and patches used in the global batch; rows beyond the widest shape, for a batch that overflows all of
+them; records that others stand in for; tokens un-chosen because an example has more of them than a row may hide."""
 
 _WINDOW = 8  # inference plans rows over this many batches at once, so that rows fill up and lengths are alike
 
@@ -113,8 +113,7 @@ def stage_dataset(
         ValueError: weights without a source, or rows that the processes cannot share.
     """
     names = _weighted(sources, weights)
-    for rows in (*config.rows.rows, math.gcd(*config.rows.rows)):
-        share(rows, process_index, process_count)
+    share(config.rows.step, process_index, process_count)
     orders = [
         grain.MapDataset.range(len(sources[name])).shuffle(seed=_order_seed(seed, name)).repeat().map(_Tag(kind))
         for kind, name in enumerate(names)
@@ -251,51 +250,63 @@ class _BatchBuilder:
         config = self.config
         taken, replaced = intake.take(draws, step)
         examples = arranged(taken)
-        plan = _plan(list(examples.values()), config.rows)
-        count = choose_rows(len(plan), config.rows.rows)
-        rows = plan + [[] for _ in range(count - len(plan))]
-        local = rows[share(count, self.process_index, self.process_count)]
-        batch = write_rows(
-            examples, local, self.processor, config.rows, config.visibility, truncated=config.stage == "bridge"
-        )
-        dropped = self._hide(batch, examples, local, step)
-        batch["example"] = _flat_index(rows, len(examples), config.rows.examples_per_row)
+        hidden, dropped = self._choose(examples, step)
+        shape, plan = plan_batch(_lengths(examples, hidden), config.rows)
+        rows = plan + [[] for _ in range(shape.rows - len(plan))]
+        local = rows[share(shape.rows, self.process_index, self.process_count)]
+        slots, truncated = config.rows.examples_per_row, config.stage == "bridge"
+        batch = write_rows(examples, local, self.processor, shape, slots, config.visibility, truncated)
+        self._hide(batch, examples, local, hidden, step)
+        batch["example"] = _flat_index(rows, len(examples), slots)
         if config.stage == "contrastive":
             batch |= _keys(taken, config.negatives)
         tokens = sum(len(example.tokens) for example in examples.values())
         patches = sum(example.patches for example in examples.values())
         kind = int(draws[0, 0]) if config.stage == "contrastive" and config.interleave == 1 else -1
-        extra = max(0, count - config.rows.rows[-1])
+        extra = 0 if shape in config.rows.shapes else shape.rows - config.rows.widest.rows
         batch["stats"] = np.array([kind, len(plan), tokens, patches, extra, replaced, dropped], np.int32)
         return batch
 
-    def _hide(self, batch: Arrays, examples: Mapping[int, Example], rows: Sequence[Sequence[int]], step: int) -> int:
-        masking, stage = self.config.masking, self.config.stage
+    def _choose(self, examples: Mapping[int, Example], step: int) -> tuple[_Hidden, int]:
+        """Which tokens of each example are hidden, and how many more would have been, were a row to hold them.
+
+        Before the rows are planned, which then make room for them: the choice depends on no other example.
+        """
+        masking, bridge = self.config.masking, self.config.stage == "bridge"
+        hidden: _Hidden = {}
+        dropped = 0
         if masking is None:
-            return 0
-        local = [i for row in rows for i in row]
-        tokens = {
-            i: choose_tokens(
-                examples[i].ordinary & (examples[i].block == BLOCK_B) if stage == "bridge" else examples[i].ordinary,
+            return hidden, dropped
+        for i, example in examples.items():
+            choice = choose_tokens(
+                example.ordinary & (example.block == BLOCK_B) if bridge else example.ordinary,
                 example_rng(self.seed, step, i, Purpose.TOKENS),
                 masking.text_ratio,
                 masking.shift,
-                at_least_one=stage == "bridge",
+                at_least_one=bridge,
             )
-            for i in local
-        }
+            hidden[i] = within_budget(choice, self.config.rows.masked_per_row)
+            dropped += len(choice.index) - len(hidden[i])
+        return hidden, dropped
+
+    def _hide(
+        self, batch: Arrays, examples: Mapping[int, Example], rows: Sequence[Sequence[int]], hidden: _Hidden, step: int
+    ) -> None:
+        masking = self.config.masking
+        if masking is None:
+            return
         budget, mask_id = self.config.rows.masked_per_row, self.processor.mask_id
-        dropped = hide_tokens(batch, examples, rows, tokens, budget, masking.shift, mask_id)
-        if stage == "warmup":
+        hide_tokens(batch, examples, rows, hidden, budget, masking.shift, mask_id)
+        if self.config.stage == "warmup":
             size = self.processor.config.vision.unit_patches
             units = {
                 i: choose_units(
                     examples[i].patches // size, example_rng(self.seed, step, i, Purpose.UNITS), masking.image_ratio
                 )
-                for i in local
+                for row in rows
+                for i in row
             }
             hide_units(batch, examples, rows, units, size)
-        return dropped
 
 
 def _keys(taken: Sequence[Taken], negatives: int) -> Arrays:
@@ -309,9 +320,12 @@ def _keys(taken: Sequence[Taken], negatives: int) -> Arrays:
     return keys | {"negative_key": targets[len(records) :]} if negatives else keys
 
 
-def _plan(examples: Sequence[Example], rows: RowsConfig) -> list[list[int]]:
-    lengths, patches = [len(example.tokens) for example in examples], [example.patches for example in examples]
-    return plan_rows(lengths, patches, rows.tokens, rows.patches, rows.examples_per_row)
+_Hidden = dict[int, Int32[np.ndarray, " m"]]
+
+
+def _lengths(examples: Mapping[int, Example], hidden: _Hidden) -> Int64[np.ndarray, "n 3"]:
+    rows = [(len(example.tokens), example.patches, len(hidden.get(i, ()))) for i, example in examples.items()]
+    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def _flat_index(rows: Sequence[Sequence[int]], total: int, per_row: int) -> Int32[np.ndarray, " X"]:
@@ -326,27 +340,33 @@ def embedding_rows(
 ) -> Iterator[tuple[Arrays, Int32[np.ndarray, "B E"]]]:
     """Pack contents into batches for inference, every content in exactly one.
 
-    Contents are planned over windows of a few batches, the longest first. Shapes are those of ``rows.rows``;
-    ``batch_size`` contents are about one batch.
+    Contents are planned over windows of a few batches, the longest first, into rows of the widest shape; each batch
+    then gets the first shape that holds its contents. ``batch_size`` contents are about one batch.
 
     Yields:
         A batch (the model's arrays and ``pool``), and which content each example slot of it holds, -1 for none.
     Raises:
         ExampleError, ImageError, PackingError: naming the content.
     """
-    if not rows.patches and any(content.images for content in contents):
-        raise PackingError("rows.patches is 0 and there are pictures to embed: raise rows.patches")
+    widest, slots = rows.widest, rows.examples_per_row
+    if not widest.patches and any(content.images or content.videos for content in contents):
+        raise PackingError("rows.shapes has no patches and there are pictures to embed: give it a shape with patches")
+    capacity = (widest.tokens, widest.patches, rows.masked_per_row)
     window = _WINDOW * rows.batch_size
     for start in range(0, len(contents), window):
         examples = {}
         for i in range(start, min(start + window, len(contents))):
-            examples[i] = processor.embedding(contents[i], rows.tokens)
+            examples[i] = processor.embedding(contents[i], widest.tokens)
             check_fits(len(examples[i].tokens), examples[i].patches, rows, f"content {i}")
-        plan = [[start + i for i in row] for row in _plan(list(examples.values()), rows)]
-        for first in range(0, len(plan), rows.rows[-1]):
-            part: list[list[int]] = plan[first : first + rows.rows[-1]]
-            part += [[] for _ in range(choose_rows(len(part), rows.rows) - len(part))]
-            held = np.full((len(part), rows.examples_per_row), -1, np.int32)
+        lengths = _lengths(examples, {})
+        plan = plan_rows(lengths, capacity, slots)
+        for first in range(0, len(plan), widest.rows):
+            # Some rows of a first-fit plan, planned again alone, need no more rows than they are.
+            chosen = np.sort(np.concatenate(plan[first : first + widest.rows]))
+            shape, packed = plan_batch(lengths[chosen], rows)
+            part = [[start + int(i) for i in chosen[row]] for row in packed]
+            part += [[] for _ in range(shape.rows - len(part))]
+            held = np.full((len(part), slots), -1, np.int32)
             for row, members in enumerate(part):
                 held[row, : len(members)] = members
-            yield write_rows(examples, part, processor, rows, visibility, truncated=False), held
+            yield write_rows(examples, part, processor, shape, slots, visibility, truncated=False), held

@@ -11,9 +11,9 @@ import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
-from cocoa_jax.data.sources import Image
+from cocoa_jax.data.sources import Image, Video
 from cocoa_jax.data.vision_plan import Grid
 
 _MOST_PIXELS = 178_956_970  # Pillow's own line between a large picture and a decompression bomb
@@ -29,6 +29,7 @@ class PixelSettings:
     """Sizes and normalisation of a checkpoint's pictures.
 
     Args:
+        square: pixels of the side that every picture is squashed to; 0 keeps the aspect.
         table: float32 [3, 256], the normalised value of each byte of each colour.
         resample: a Pillow resampling filter.
     """
@@ -40,6 +41,7 @@ class PixelSettings:
     max_pixels: int
     resample: int
     table: Float32[np.ndarray, "3 256"]
+    square: int = 0
 
     @property
     def patch_values(self) -> int:
@@ -60,8 +62,27 @@ class PixelSettings:
         rows, columns = self._resized(height, width)
         return 1, rows // self.patch_size, columns // self.patch_size
 
+    def video_grid(self, video: Video) -> Grid:
+        """The grid of patches that ``video`` becomes; its last frame is repeated where a slice lacks frames.
+
+        Raises:
+            ImageError: no frames, frames of another form, no frame rate, or frames of an impossible size.
+        """
+        frames = video.frames
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not len(frames):
+            raise ImageError(
+                f"{video.name}: frames are {frames.dtype} {frames.shape}, expected uint8 [F, H, W, 3] with at least "
+                "one frame: decode it to RGB"
+            )
+        if not 0 < video.fps < math.inf:
+            raise ImageError(f"{video.name}: {video.fps} frames a second: give the rate at which frames were taken")
+        _, rows, columns = self.grid(Image(b"", frames.shape[2], frames.shape[1], video.name))
+        return -(-len(frames) // self.temporal_patch_size), rows, columns
+
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing: whole units, the aspect kept, inside the limits (``smart_resize``)."""
+        if self.square:
+            return self.square, self.square
         unit = self.patch_size * self.merge_size
         # Python's round() takes halves to the even unit, and so does the reference.
         rows, columns = round(height / unit), round(width / unit)
@@ -87,16 +108,30 @@ class PixelSettings:
     def patches_into(self, image: Image, out: Float32[np.ndarray, "n C"]) -> None:
         """Like ``patches``, written into ``out``, whose rows must be contiguous."""
         _, rows, columns = self.grid(image)
-        size, merge = self.patch_size, self.merge_size
-        picture = decode(image)
-        if picture.size != (columns * size, rows * size):
-            picture = picture.resize((columns * size, rows * size), PIL.Image.Resampling(self.resample))
-        blocks = np.asarray(picture).reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
-        bytes_ = blocks.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, rows * columns, size * size)
-        target = out.reshape(rows * columns, 3, self.temporal_patch_size, size * size)
+        bytes_ = self._bytes(decode(image), rows, columns)
+        target = out.reshape(rows * columns, 3, self.temporal_patch_size, self.patch_size**2)
         for colour in range(3):
             # A still picture is the same slice repeated.
             target[:, colour] = self.table[colour].take(bytes_[colour])[:, None]
+
+    def video_into(self, video: Video, out: Float32[np.ndarray, "n C"]) -> None:
+        """Normalised patches of a video, slice after slice, written into ``out``, whose rows must be contiguous."""
+        slices, rows, columns = self.video_grid(video)
+        target = out.reshape(slices, rows * columns, 3, self.temporal_patch_size, self.patch_size**2)
+        for step in range(slices * self.temporal_patch_size):
+            frame = PIL.Image.fromarray(video.frames[min(step, len(video.frames) - 1)])
+            bytes_ = self._bytes(frame, rows, columns)
+            place = target[step // self.temporal_patch_size, :, :, step % self.temporal_patch_size]
+            for colour in range(3):
+                place[:, colour] = self.table[colour].take(bytes_[colour])
+
+    def _bytes(self, picture: PIL.Image.Image, rows: int, columns: int) -> UInt8[np.ndarray, "3 n S"]:
+        """The bytes of each colour of each patch, the patches of a unit side by side."""
+        size, merge = self.patch_size, self.merge_size
+        if picture.size != (columns * size, rows * size):
+            picture = picture.resize((columns * size, rows * size), PIL.Image.Resampling(self.resample))
+        blocks = np.asarray(picture).reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
+        return blocks.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, rows * columns, size * size)
 
 
 def decode(image: Image) -> PIL.Image.Image:

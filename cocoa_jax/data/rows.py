@@ -1,7 +1,8 @@
 """Examples -> the arrays of a batch: packed tokens, spans, patches and what is hidden in them.
 
-A batch is a dict of arrays of fixed shape, the rows of this host. B rows, T token slots, P patch slots and U = P / 4
-visual units a row, C numbers a patch, E example slots, K bridge tokens, M hidden tokens at most; int32 unless said:
+A batch is a dict of arrays, the rows of this host. Its B rows, T token slots and P patch slots a row are those of one
+of the shapes that the settings list, the first into which its examples pack; U = P / 4 visual units a row, C numbers a
+patch, E example slots, K bridge tokens, M hidden tokens at most; int32 unless said:
 
     tokens                      B T    ids as the model sees them, hidden ones replaced; padding 0
     positions                   B T 3  M-RoPE time, height, width, from 0 in every example
@@ -29,11 +30,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Int32
 
 from cocoa_jax.attention import spans
 from cocoa_jax.attention.spans import Spans
-from cocoa_jax.data.masking import Choice, within_budget
-from cocoa_jax.data.packing import RowsConfig
+from cocoa_jax.data.checks import check_batch
+from cocoa_jax.data.packing import Shape
 from cocoa_jax.data.processor import BRIDGE, Example, Processor
 from cocoa_jax.data.vision_plan import plan_image
 
@@ -82,23 +84,29 @@ def write_rows(
     examples: Mapping[int, Example],
     rows: Sequence[Row],
     processor: Processor,
-    config: RowsConfig,
+    shape: Shape,
+    slots: int,
     visibility: VisibilityConfig,
     truncated: bool,
 ) -> Arrays:
     """The model's inputs and the pooling columns of ``rows`` (empty rows are padding).
 
+    Args:
+        shape: gives T and P.
+        slots: E.
+
     Raises:
         ImageError: a picture cannot be decoded.
+        BatchError: the rows are not what the model takes.
     """
-    b, t, p, vision = len(rows), config.tokens, config.patches, processor.config.vision
+    b, t, p, vision = len(rows), shape.tokens, shape.patches, processor.config.vision
     batch: Arrays = {
         "tokens": np.zeros((b, t), np.int32),
         "positions": np.zeros((b, t, 3), np.int32),
         "unit": np.full((b, t), -1, np.int32),
         "patches": np.zeros((b, p, vision.patch_values), np.float32),
         "patch_positions": np.zeros((b, p, 2), np.int32),
-        "pool": np.full((b, config.examples_per_row, len(processor.bridge_ids)), -1, np.int32),
+        "pool": np.full((b, slots, len(processor.bridge_ids)), -1, np.int32),
     }
     for at in place(examples, rows):
         example, row = examples[at.example], at.row
@@ -116,6 +124,7 @@ def write_rows(
             processor.fill_patches(example, batch["patches"][row, patches])
     batch |= _token_spans(examples, rows, t, visibility, truncated)
     batch |= _patch_spans(examples, rows, processor, p)
+    check_batch(batch, processor.config)
     return batch
 
 
@@ -163,29 +172,26 @@ def hide_tokens(
     batch: Arrays,
     examples: Mapping[int, Example],
     rows: Sequence[Row],
-    choices: Mapping[int, Choice],
+    choices: Mapping[int, Int32[np.ndarray, " m"]],
     budget: int,
     shift: bool,
     mask_id: int,
-) -> int:
+) -> None:
     """Replace the chosen tokens of ``batch`` in place and add what is to be predicted where.
 
-    Returns:
-        How many tokens were un-chosen because a row's ``budget`` M was full.
+    Args:
+        choices: ascending positions inside each example; those of a row are at most ``budget`` M.
     """
     predict_at = np.full((len(rows), budget), -1, np.int32)
     predict_id = np.full((len(rows), budget), -1, np.int32)
-    dropped = 0
     for row, members in enumerate(rows):
-        kept, over = within_budget([choices[i] for i in members], budget)
-        dropped += over
         starts = np.cumsum([0, *(len(examples[i].tokens) for i in members)])
-        columns = np.concatenate([np.zeros(0, np.int64), *(k + s for k, s in zip(kept, starts[:-1], strict=True))])
+        chosen = [choices[i] + start for i, start in zip(members, starts[:-1], strict=True)]
+        columns = np.concatenate([np.zeros(0, np.int64), *chosen])
         predict_at[row, : len(columns)] = columns - shift
         predict_id[row, : len(columns)] = batch["tokens"][row, columns]
         batch["tokens"][row, columns] = mask_id
     batch["predict_at"], batch["predict_id"] = predict_at, predict_id
-    return dropped
 
 
 def hide_units(

@@ -7,7 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 from absl import logging
+from jaxtyping import UInt8
 
 PICTURES = Path(__file__).parent / "pictures" / "1.0.0"
 SPLITS = ("train", "validation", "test_seen", "test_unseen")
@@ -39,15 +41,25 @@ class Image:
     mirrored: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A decoded video: frames, uint8 [F, H, W, 3], of which `fps` make a second; `name` serves error messages."""
+
+    frames: UInt8[np.ndarray, "F H W 3"]
+    fps: float
+    name: str
+
+
 @dataclass(frozen=True)
 class Content:
-    """What one side of a pair shows: text (an instruction, words, or both) and pictures, which come first.
+    """What one side of a pair shows: pictures, then videos, then text (an instruction, words, or both).
 
     `instruction` says how much of the text's beginning is an instruction, where that is known; it shows nothing itself.
     """
 
     text: str = ""
     images: tuple[Image, ...] = ()
+    videos: tuple[Video, ...] = ()
     instruction: str = field(default="", compare=False)
 
     @property

@@ -137,7 +137,7 @@ def _vision_positions(run: VisionRun, vision: VisionConfig) -> np.ndarray:
     times, rows, columns = run.grid[0], run.grid[1] // vision.merge_size, run.grid[2] // vision.merge_size
     # Only Qwen2.5-VL counts seconds, and only in videos; transformers multiplies in float32 and truncates.
     scaled = vision.family == "2.5" and run.seconds_per_slice is not None
-    step = np.float32(vision.tokens_per_second * (run.seconds_per_slice or 0.0)) if scaled else np.float32(1)
+    step = np.float32(vision.tokens_per_second) * np.float32(run.seconds_per_slice or 0.0) if scaled else np.float32(1)
     time = (np.arange(times, dtype=np.float32) * step).astype(np.int32)
     grid = np.meshgrid(time, np.arange(rows, dtype=np.int32), np.arange(columns, dtype=np.int32), indexing="ij")
     return _frozen(np.stack(grid, axis=-1).reshape(-1, 3))

@@ -46,9 +46,10 @@ def draw_hidden(stage: Path, pictures: Sequence[Picture], seed: int) -> list[Rec
     settings, backbone = evaluate_config_of(trained), open_backbone(stage)
     processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
     contents = [Content(plain(picture.caption), (picture.image,)) for picture in pictures]
-    examples = {i: processor.warmup(content, settings.rows.tokens) for i, content in enumerate(contents)}
+    widest, slots = settings.rows.widest, settings.rows.examples_per_row
+    examples = {i: processor.warmup(content, widest.tokens) for i, content in enumerate(contents)}
     rows = [[i] for i in examples]  # one picture a row: its units are the first of the row
-    batch = write_rows(examples, rows, processor, settings.rows, settings.visibility, truncated=False)
+    batch = write_rows(examples, rows, processor, widest, slots, settings.visibility, truncated=False)
     size, ratio = backbone.config.vision.unit_patches, trained["data"]["masking"]["image_ratio"]
     units = {
         i: choose_units(example.patches // size, example_rng(seed, 0, i, Purpose.UNITS), ratio)
@@ -96,10 +97,13 @@ def _run(
     wanted = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), both, param_shardings(both, mesh)
     )
-    params = load_trees(stage, {"params": wanted["backbone"], "head": wanted["head"]})
+    params = {
+        "backbone": open_backbone(stage).load(wanted["backbone"]),
+        "head": load_trees(stage, {"head": wanted["head"]})["head"],
+    }
 
     def draw(params: Any, batch: Mapping[str, Array]) -> tuple[Array, Array]:
-        model, decoder = bind(graph, params["params"]), bind(head_graph, params["head"])
+        model, decoder = bind(graph, params["backbone"]), bind(head_graph, params["head"])
         inputs = Inputs.from_batch(batch)
         shown = add_noise(inputs.patches, batch["hidden_unit"], batch["unit_seed"])
         hidden = model(dataclasses.replace(inputs, patches=shown))

@@ -15,9 +15,13 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The language model: L layers of width D, N query and K key/value heads of width H, vocabulary V."""
+    """The language model: L layers of width D, N query and K key/value heads of width H, vocabulary V.
+
+    ``max_positions`` is the end of the positions that the checkpoint was made for.
+    """
 
     vocab_size: int
+    max_positions: int
     width: int
     mlp_width: int
     layers: int
@@ -150,6 +154,8 @@ def _text(text: _Fields, top: _Fields) -> TextConfig:
     tied = top if "tie_word_embeddings" in top else text
     return TextConfig(
         vocab_size=text["vocab_size"],
+        # Left out where it has transformers' default, like the tied head below.
+        max_positions=text.first("max_position_embeddings") if "max_position_embeddings" in text else 32768,
         width=text["hidden_size"],
         mlp_width=text["intermediate_size"],
         layers=text["num_hidden_layers"],

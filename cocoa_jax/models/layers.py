@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from cocoa_jax.models.low_rank import LowRank, TrainedRows
+
 Module = TypeVar("Module", bound=nnx.Module)
 
 
@@ -19,11 +21,19 @@ class Linear(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs)) * inputs**-0.5)
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.adapter: LowRank | None = nnx.data(None)  # given by models/lora.py
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         # As one matrix: XLA on CPUs runs the backward pass of a product of higher rank at half the speed.
-        y = (x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        rows, kernel = x.reshape(-1, x.shape[-1]), self.kernel[...]
+        if self.bias is None and self.adapter is None:
+            y = rows @ kernel.astype(x.dtype)
+        else:  # rounded once, behind all that is added
+            y = jnp.matmul(rows, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+            if self.adapter is not None:
+                y = self.adapter(rows, y, kernel)
+            y = (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nnx.Module):
@@ -31,9 +41,17 @@ class Embedding(nnx.Module):
 
     def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs):
         self.table = nnx.Param(jax.random.normal(rngs.params(), (rows, width)) * 0.02)
+        self.adapter: TrainedRows | None = nnx.data(None)  # given by models/lora.py
 
     def __call__(self, ids: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B D"]:
-        return jnp.take(self.table[...], ids, axis=0).astype(dtype)
+        words = jnp.take(self.table[...], ids, axis=0).astype(dtype)
+        return words if self.adapter is None else self.adapter.read(words, ids)
+
+    def score(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Products with every row, float32: the LM head where it is tied to the table."""
+        kernel = self.table[...].T.astype(hidden.dtype)
+        scores = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return scores if self.adapter is None else self.adapter.score(scores, hidden)
 
 
 class RMSNorm(nnx.Module):

@@ -71,5 +71,6 @@ class TextModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token scores of states that went through the final norm; float32."""
-        kernel = self.embed.table[...].T if self.head is None else self.head.kernel[...]
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        if self.head is None:
+            return self.embed.score(hidden)
+        return jnp.matmul(hidden, self.head.kernel[...].astype(hidden.dtype), preferred_element_type=jnp.float32)

@@ -13,10 +13,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from cocoa_jax.checkpoints.backbone import open_backbone
-from cocoa_jax.checkpoints.orbax import Restored, StageCheckpoints, carry_backbone
+from cocoa_jax.checkpoints.backbone import Backbone, open_backbone
+from cocoa_jax.checkpoints.orbax import (
+    Restored,
+    StageCheckpoints,
+    base_folder,
+    carry_backbone,
+    has_base,
+    load_params,
+    save_base,
+)
 from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
 from cocoa_jax.data.pipeline import STATS, stage_batches
 from cocoa_jax.data.processor import Processor
@@ -25,8 +32,8 @@ from cocoa_jax.training.mesh import batch_shards, make_mesh
 from cocoa_jax.training.metrics import MetricsWriter
 from cocoa_jax.training.optimizer import make_optimizer
 from cocoa_jax.training.place import place
-from cocoa_jax.training.stages import stage_program
-from cocoa_jax.training.state import TrainState, abstract_state, first_state
+from cocoa_jax.training.stages import Program, stage_program
+from cocoa_jax.training.state import TrainState, abstract_state, first_state, trained_part
 from cocoa_jax.training.step import make_step
 
 BAD_RECORDS = STATS.index("bad_records")
@@ -45,7 +52,7 @@ def train(config: TrainConfig) -> Path:
     """Run one stage, or continue it where it was; returns its folder.
 
     Raises:
-        SettingsError: settings that contradict each other, the machine, or an earlier run in the same folder.
+        SettingsError, PackingError: settings that contradict each other, the machine, or an earlier run in the folder.
         Diverged: the loss is NaN or infinite.
         Stopped: SIGTERM arrived.
     """
@@ -53,10 +60,10 @@ def train(config: TrainConfig) -> Path:
     output = Path(config.output)
     backbone = open_backbone(config.checkpoint)
     mesh = make_mesh(config.mesh)
-    _check_rows(config, mesh)
+    config.data.rows.check_shared(batch_shards(mesh), "devices")
     processor = Processor.load(backbone.side_files, backbone.config, config.data.processor)
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
-    program = stage_program(config, backbone.config)
+    program = stage_program(config, backbone.config, (processor.mask_id, *processor.bridge_ids))
     wanted = abstract_state(program.shapes, optimizer, mesh)
     batches = iter(_batches(config, processor))
 
@@ -67,10 +74,10 @@ def train(config: TrainConfig) -> Path:
     with StageCheckpoints(output, config.loop.keep) as checkpoints, _stop_requests() as stopping:
         restored = checkpoints.restore_latest(_trees(wanted))
         if restored is None:
-            params = backbone.load(wanted.params["backbone"])
-            state = first_state({"backbone": params, "head": program.init_head(params)}, optimizer, wanted)
+            params = _first_backbone(backbone, program, wanted.params["backbone"], output)
+            state = first_state(program.first_params(params), optimizer, wanted)
         else:
-            state = _state(restored, wanted)
+            state = _state(restored, wanted, output)
             batches.set_state(restored.loop["batches"])
         start = int(state.step)
         if start >= config.loop.steps:
@@ -79,6 +86,8 @@ def train(config: TrainConfig) -> Path:
         # ------------------------------------------------------------------------------------------------ the loop
         step_function = make_step(program.loss, optimizer, wanted, config.loop.steps)
         metadata = {"stage": config.stage, "config": to_dict(config), "parent": backbone.origin()}
+        if program.adapter is not None:
+            metadata["adapter"] = program.adapter.to_json()
         pending: tuple[int, dict[str, Any], int] | None = None
         with MetricsWriter(output, config.stage, start, config.loop.steps) as writer:
             for step in range(start, config.loop.steps):
@@ -97,7 +106,8 @@ def train(config: TrainConfig) -> Path:
                     pending = None
                     checkpoints.save(
                         step + 1,
-                        params=state.params["backbone"],
+                        params=None if program.adapter else state.params["backbone"],
+                        adapter=state.params["adapter"] if program.adapter else None,
                         head=state.params["head"],
                         optimizer=state.optimizer,
                         loop={"step": step + 1, "batches": batches.get_state()},
@@ -115,13 +125,6 @@ def count_pictures(batch: Mapping[str, np.ndarray]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
-
-
-def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    shards = batch_shards(mesh)
-    for rows in config.data.rows.rows:
-        if rows % shards:
-            raise SettingsError(f"data.rows.rows has {rows}, no multiple of {shards} devices: change it or the mesh")
 
 
 def _batches(config: TrainConfig, processor: Processor) -> Any:
@@ -161,12 +164,28 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         os.replace(aside, path)
 
 
+def _first_backbone(backbone: Backbone, program: Program, wanted: Any, output: Path) -> Any:
+    """The weights that a new run begins with, in their places; frozen ones are written down in its own folder."""
+    if program.adapter is not None and has_base(output):
+        return load_params(base_folder(output), wanted)
+    params = jax.tree.map(lambda leaf, want: jax.device_put(leaf, want.sharding), backbone.load(wanted), wanted)
+    if program.adapter is not None:
+        save_base(output, params)
+    return params
+
+
 def _trees(wanted: TrainState) -> dict[str, Any]:
-    return {"params": wanted.params["backbone"], "head": wanted.params["head"], "optimizer": wanted.optimizer}
+    """What a checkpoint holds: no backbone that has an adapter."""
+    names = {"backbone": "params", "adapter": "adapter", "head": "head"}
+    trees = {names[name]: tree for name, tree in trained_part(wanted.params).items()}
+    return {**trees, "optimizer": wanted.optimizer}
 
 
-def _state(restored: Restored, wanted: TrainState) -> TrainState:
+def _state(restored: Restored, wanted: TrainState, output: Path) -> TrainState:
     params = {"backbone": restored.params, "head": restored.head}
+    if "adapter" in wanted.params:
+        base = load_params(base_folder(output), wanted.params["backbone"])
+        params = {"backbone": base, "head": restored.head, "adapter": restored.adapter}
     # The counter too lies where the step leaves it: elsewhere it would cost a second compilation.
     return TrainState(jax.device_put(np.int32(restored.step), wanted.step.sharding), params, restored.optimizer)
 

@@ -31,7 +31,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping and AdamW; only maps decay, never norms, biases or the embedding."""
+    """Clipping and AdamW; only maps and their low-rank updates decay, never norms, biases or the embedding."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
@@ -42,9 +42,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             weight_decay=config.weight_decay,
             mask=_decays,
         ),
-        optax.masked(optax.scale(config.head_rate), {"backbone": False, "head": True}),
+        optax.masked(optax.scale(config.head_rate), _is_head),
     )
 
 
 def _decays(params: Any) -> Any:
-    return jax.tree.map_with_path(lambda keys, _: keys[-1].key == "kernel", params)
+    return jax.tree.map_with_path(lambda keys, _: keys[-1].key in ("kernel", "a", "b"), params)
+
+
+def _is_head(params: Any) -> Any:
+    return {name: name == "head" for name in params}

@@ -9,6 +9,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+_WIDE = r"layers/(attention|mlp)/(q_proj|k_proj|v_proj|qkv|gate_proj|up_proj|fc1)"  # maps that read D
+_NARROW = r"layers/(attention|mlp)/(o_proj|proj|down_proj|fc2)"  # maps that give D
+
 # The path of a leaf, its axes in letters, and the mesh axis of each. L layers are never split.
 # Inputs of a map go over fsdp and outputs over tensor where the next map reads them split, else the reverse.
 TABLE: tuple[tuple[str, str, P], ...] = (
@@ -30,6 +33,16 @@ TABLE: tuple[tuple[str, str, P], ...] = (
     (r"head/layer/mlp/(gate_proj|up_proj)/kernel", "D F", P("fsdp", "tensor")),
     (r"head/layer/mlp/down_proj/kernel", "F D", P("tensor", "fsdp")),
     (r"head/proj/kernel", "D W", P("fsdp", "tensor")),
+    # Adapters: the rank is never split, inputs and outputs lie as those of the map.
+    (rf"{_WIDE}/a", "L D R", P(None, "fsdp", None)),
+    (rf"{_WIDE}/b", "L R F", P(None, None, "tensor")),
+    (rf"{_WIDE}/magnitude", "L F", P(None, "tensor")),
+    (rf"{_NARROW}/a", "L F R", P(None, "tensor", None)),
+    (rf"{_NARROW}/b", "L R D", P(None, None, "fsdp")),
+    (rf"{_NARROW}/magnitude", "L D", P(None, "fsdp")),
+    # Of the merger, and trained rows of the embedding: too small.
+    (r"vision/merger/fc[12]/(a|b|magnitude)", "any", P()),
+    (r"text/embed/rows", "n D", P()),
     # Norm scales and the remaining biases are too small to be worth a collective.
     (r".*/(scale|bias)", "any", P()),
 )

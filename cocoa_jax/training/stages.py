@@ -1,4 +1,4 @@
-"""What a stage trains: its loss over parameters and batch, and what trains beside the backbone."""
+"""What a stage trains: its loss over parameters and batch, and what trains beside the backbone or in its place."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from cocoa_jax.config import TrainConfig
 from cocoa_jax.models.config import Qwen2VLConfig
+from cocoa_jax.models.lora import AdapterRecord, adapted_graph, init_adapter, join
 from cocoa_jax.models.mae import decoder_graph, init_decoder
-from cocoa_jax.models.qwen2_vl import Params, bind, graph_of
+from cocoa_jax.models.qwen2_vl import Params, Qwen2VL, abstract_params, bind, graph_of
 from cocoa_jax.objectives.bridge import bridge_loss
 from cocoa_jax.objectives.contrastive import contrastive_loss
 from cocoa_jax.objectives.warmup import warmup_loss
 from cocoa_jax.training.step import Loss
+
+Model = Callable[[Params, Mapping[str, Array]], Qwen2VL]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,38 +28,80 @@ class Program:
     """A stage in functional form.
 
     Args:
-        shapes: abstract {"backbone": ..., "head": ...}.
+        shapes: abstract {"backbone": ..., "head": ...}, and "adapter" where the backbone is frozen.
         loss: ``(params, batch, progress) -> (loss, metrics)``.
         init_head: the head's first weights from the backbone's; an empty dict where a stage has none.
+        init_adapter: the adapter's first weights from the backbone's; None where the backbone itself trains.
+        adapter: what the stage notes about its adapter.
     """
 
     shapes: Params
     loss: Loss
     init_head: Callable[[Params], Params]
+    init_adapter: Callable[[Params], Params] | None = None
+    adapter: AdapterRecord | None = None
+
+    def first_params(self, backbone: Params) -> Params:
+        """Everything that a run begins with, from the weights of its backbone."""
+        params = {"backbone": backbone, "head": self.init_head(backbone)}
+        return params if self.init_adapter is None else {**params, "adapter": self.init_adapter(backbone)}
 
 
-def stage_program(config: TrainConfig, backbone: Qwen2VLConfig) -> Program:
-    """The program of ``config.stage`` on a backbone of these sizes."""
-    graph, shapes = graph_of(backbone, config.compute)
+def stage_program(config: TrainConfig, backbone: Qwen2VLConfig, special: tuple[int, ...] = ()) -> Program:
+    """The program of ``config.stage`` on a backbone of these sizes.
+
+    Args:
+        special: ids of the mask and bridge tokens, whose rows train beside an adapter.
+
+    Raises:
+        LoraError: an adapter that does not fit the backbone.
+    """
+    if config.lora is None:
+        graph, shapes = graph_of(backbone, config.compute)
+        return _with_loss(config, backbone, lambda params, _: bind(graph, params["backbone"]), {"backbone": shapes})
+    rows = tuple(sorted(set(special))) if config.lora.tokens else ()
+    return _adapted(config, backbone, AdapterRecord(config.lora, rows))
+
+
+def _adapted(config: TrainConfig, backbone: Qwen2VLConfig, adapter: AdapterRecord) -> Program:
+    dropout = adapter.config.dropout > 0
+    graph, trained = adapted_graph(backbone, config.compute, adapter.config, adapter.rows, dropout=dropout)
+    dtype = jnp.dtype(adapter.config.base_dtype)
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(backbone))
+
+    def model(params: Params, batch: Mapping[str, Array]) -> Qwen2VL:
+        # A function of (seed, step) alone, as a batch is: a run that is continued drops the same numbers.
+        key = jax.random.fold_in(jax.random.key(config.seed), batch["step"]) if dropout else None
+        return bind(graph, join(params["backbone"], params["adapter"], key))
+
+    def init(params: Params) -> Params:
+        return init_adapter(params, adapter.config, adapter.rows, config.seed)
+
+    program = _with_loss(config, backbone, model, {"backbone": frozen, "adapter": trained})
+    return dataclasses.replace(program, init_adapter=jax.jit(init), adapter=adapter)
+
+
+def _with_loss(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shapes: Params) -> Program:
     if config.stage == "warmup":
-        return _warmup(config, backbone, graph, shapes)
+        return _warmup(config, backbone, model, shapes)
 
     def loss(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
-        model = bind(graph, params["backbone"])
         if config.stage == "bridge":
-            return bridge_loss(model, batch)
-        return contrastive_loss(model, batch, config.contrastive, progress)
+            return bridge_loss(model(params, batch), batch)
+        return contrastive_loss(model(params, batch), batch, config.contrastive, progress)
 
-    return Program({"backbone": shapes, "head": {}}, loss, lambda _: {})
+    return Program({**shapes, "head": {}}, loss, lambda _: {})
 
 
-def _warmup(config: TrainConfig, backbone: Qwen2VLConfig, graph: Any, shapes: Params) -> Program:
+def _warmup(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shapes: Params) -> Program:
     head_graph, head_shapes = decoder_graph(backbone)
 
     def loss(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
-        model, decoder = bind(graph, params["backbone"]), bind(head_graph, params["head"])
-        return warmup_loss(model, decoder, batch, config.warmup)
+        return warmup_loss(model(params, batch), bind(head_graph, params["head"]), batch, config.warmup)
 
-    return Program(
-        {"backbone": shapes, "head": head_shapes}, loss, lambda params: init_decoder(backbone, params, config.seed)
-    )
+    def init_head(params: Params) -> Params:
+        # The head trains in its own precision, whatever that of a frozen backbone.
+        made = init_decoder(backbone, params, config.seed)
+        return jax.tree.map(lambda leaf, shape: jnp.asarray(leaf, shape.dtype), made, head_shapes)
+
+    return Program({**shapes, "head": head_shapes}, loss, init_head)

@@ -9,7 +9,7 @@ import jax
 import optax
 from jaxtyping import Array
 
-from cocoa_jax.training.state import TrainState
+from cocoa_jax.training.state import TrainState, trained_part
 
 Loss = Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
 Step = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -20,20 +20,26 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, wanted: Train
 
     Args:
         loss: ``(params, batch, progress) -> (loss, metrics)``, a mean over the global batch; progress is the share
-            of the run that is done, 0 to 1.
+            of the run that is done, 0 to 1. The batch holds the number of the step under ``step``.
         optimizer: as in the state.
         wanted: shapes and shardings of the state, which go in and come out.
         steps: length of the run.
 
     Returns:
-        ``(state, batch) -> (state, metrics)``; the state that goes in is used up.
+        ``(state, batch) -> (state, metrics)``; the state that goes in is used up. A frozen backbone passes through
+        in the same memory.
     """
     places = jax.tree.map(lambda leaf: leaf.sharding, wanted)
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, batch, state.step / steps)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained, batch = trained_part(state.params), {**batch, "step": state.step}
+
+        def of_trained(part: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
+            return loss({**state.params, **part}, batch, state.step / steps)
+
+        (value, metrics), gradients = jax.value_and_grad(of_trained, has_aux=True)(trained)
+        updates, moments = optimizer.update(gradients, state.optimizer, trained)
+        params = {**state.params, **optax.apply_updates(trained, updates)}
         metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, params, moments), metrics
 

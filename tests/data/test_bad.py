@@ -13,7 +13,7 @@ from cocoa_jax.data.pipeline import STATS, BatchConfig, MaskingConfig, RowsConfi
 from cocoa_jax.data.pixels import ImageError
 from cocoa_jax.data.sources import Content, Image, Record, RecordError
 
-ROWS = RowsConfig(batch_size=6, tokens=48, patches=64, rows=(4, 8), examples_per_row=2, masked_per_row=24)
+ROWS = RowsConfig(batch_size=6, shapes=((4, 48, 64), (8, 48, 64)), examples_per_row=2, masked_per_row=24)
 SKIP = BadConfig("skip", ceiling=1.0)
 CONFIG = BatchConfig("bridge", ROWS, masking=MaskingConfig(0.5, 0.5), bad=SKIP)
 UNREADABLE, UNDECODABLE = {3, 7}, {1, 11}

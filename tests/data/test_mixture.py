@@ -100,7 +100,7 @@ def test_the_fingerprint_sees_contents_and_settings_but_no_place(written, tmp_pa
 
 def test_interleaved_parts_come_from_one_data_set_each(written, processors):
     opened = open_mixture(mixture(written), "contrastive")
-    rows = RowsConfig(batch_size=8, tokens=48, patches=64, rows=(16,), examples_per_row=2, masked_per_row=2)
+    rows = RowsConfig(batch_size=8, shapes=((16, 48, 64),), examples_per_row=2, masked_per_row=2)
     for parts in (1, 4):
         config = BatchConfig("contrastive", rows, interleave=parts)
         seen = []
@@ -131,7 +131,7 @@ def test_interleaved_parts_come_from_one_data_set_each(written, processors):
 def test_equal_pictures_and_targets_have_equal_keys(written, processors):
     """Two captions of one picture, and two pictures of one answer."""
     opened = open_mixture(MixtureConfig({"p": mixture(written).datasets["pairs"]}, str(written)), "contrastive")
-    rows = RowsConfig(batch_size=8, tokens=48, patches=64, rows=(16,), examples_per_row=2, masked_per_row=2)
+    rows = RowsConfig(batch_size=8, shapes=((16, 48, 64),), examples_per_row=2, masked_per_row=2)
     batch = stage_dataset(
         BatchConfig("contrastive", rows), opened.sources, opened.weights, processors["2"], seed=0, steps=1
     )[0]

@@ -5,49 +5,71 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cocoa_jax.data.packing import PackingError, RowsConfig, check_fits, choose_rows, plan_rows, share
+from cocoa_jax.data.packing import PackingError, RowsConfig, check_fits, plan_batch, plan_rows, share
 
-lengths = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 80)), max_size=60)
+ROOM = (50, 80, 20)
+examples = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 80), st.integers(0, 20)), max_size=60)
 
 
-@given(lengths=lengths, per_row=st.integers(1, 6))
+def table(lengths) -> np.ndarray:
+    return np.array(lengths, np.int64).reshape(-1, 3)
+
+
+@given(lengths=examples.map(table), per_row=st.integers(1, 6))
 def test_every_example_is_in_one_row_within_capacities(lengths, per_row):
-    tokens, patches = [t for t, _ in lengths], [p for _, p in lengths]
-    rows = plan_rows(tokens, patches, 50, 80, per_row)
+    rows = plan_rows(lengths, ROOM, per_row)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     for row in rows:
         assert 0 < len(row) <= per_row
-        assert sum(tokens[i] for i in row) <= 50 and sum(patches[i] for i in row) <= 80
-    assert rows == plan_rows(tokens, patches, 50, 80, per_row)
+        assert (lengths[row].sum(axis=0) <= ROOM).all()
+    assert rows == plan_rows(lengths, ROOM, per_row)
 
 
-@given(lengths=lengths)
+@given(lengths=examples.map(table))
 def test_no_two_rows_could_be_one(lengths):
     """First fit leaves no later row whose first example would have fitted into an earlier one."""
-    tokens, patches = [t for t, _ in lengths], [p for _, p in lengths]
-    rows = plan_rows(tokens, patches, 50, 80, 1000)
+    rows = plan_rows(lengths, ROOM, 1000)
     for early in range(len(rows)):
         for late in range(early + 1, len(rows)):
-            merged = [*rows[early], rows[late][0]]
-            assert sum(tokens[i] for i in merged) > 50 or sum(patches[i] for i in merged) > 80
+            assert (lengths[[*rows[early], rows[late][0]]].sum(axis=0) > ROOM).any()
+
+
+@given(lengths=examples.map(table), data=st.data())
+def test_consecutive_rows_of_a_plan_planned_alone_are_the_same_rows(lengths, data):
+    """Inference relies on it: the contents of a batch's rows never need more rows than they had."""
+    rows = plan_rows(lengths, ROOM, 4)
+    first = data.draw(st.integers(0, len(rows)))
+    part = rows[first : first + data.draw(st.integers(0, len(rows)))]
+    chosen = np.sort(np.concatenate([np.zeros(0, int), *part])).astype(int)
+    assert [chosen[row].tolist() for row in plan_rows(lengths[chosen], ROOM, 4)] == part
 
 
 def test_the_fill_is_high_on_mixed_lengths():
     rng = np.random.default_rng(0)
     tokens = np.clip(rng.lognormal(4.5, 0.8, 1000).astype(int), 4, 2048)
-    rows = plan_rows(tokens, np.zeros(1000, int), 2048, 0, 64)
+    rows = plan_rows(np.stack([tokens, 0 * tokens, 0 * tokens], 1), (2048, 0, 1), 64)
     assert tokens.sum() / (len(rows) * 2048) > 0.92
 
 
-@given(needed=st.integers(0, 200), buckets=st.sets(st.integers(1, 64), min_size=1, max_size=4))
-def test_the_smallest_bucket_is_taken(needed, buckets):
-    ascending = sorted(buckets)
-    rows, step = choose_rows(needed, ascending), np.gcd.reduce(ascending)
-    assert rows >= needed and rows % step == 0
-    if needed <= ascending[-1]:
-        assert rows == min(b for b in ascending if b >= needed)
-    else:
-        assert rows - needed < step
+def config(*shapes, **more) -> RowsConfig:
+    return RowsConfig(**{"batch_size": 8, "examples_per_row": 4, "masked_per_row": 20} | more, shapes=shapes)
+
+
+@given(lengths=examples.map(table), rows=st.lists(st.integers(1, 20), min_size=3, max_size=3))
+def test_the_first_shape_that_holds_a_batch_is_taken(lengths, rows):
+    few, more, most = np.cumsum(rows).tolist()
+    settings = config((few, 30, 80), (more, 50, 40), (more, 50, 80), (most, 50, 80))
+    shape, plan = plan_batch(lengths, settings)
+    assert len(plan) <= shape.rows and sorted(i for row in plan for i in row) == list(range(len(lengths)))
+    room = (shape.tokens, shape.patches, 20)
+    assert all((lengths[row].sum(axis=0) <= room).all() and len(row) <= 4 for row in plan)
+    for b, t, p in settings.shapes:
+        if shape == (b, t, p):
+            return
+        fits = (lengths <= (t, p, 20)).all()
+        assert not fits or len(plan_rows(lengths, (t, p, 20), 4)) > b
+    assert shape[1:] == (50, 80) and shape.rows % settings.step == 0
+    assert most < len(plan) and shape.rows - len(plan) < settings.step
 
 
 @given(parts=st.integers(1, 8), each=st.integers(1, 9))
@@ -56,26 +78,51 @@ def test_shares_are_the_whole(parts, each):
     assert [r for i in range(parts) for r in rows[share(len(rows), i, parts)]] == rows
 
 
+@given(parts=st.integers(1, 8), rows=st.lists(st.integers(1, 9), min_size=2, max_size=2))
+def test_rows_are_rounded_up_to_what_the_devices_share(parts, rows):
+    settings = config((rows[0], 50, 40), (sum(rows) + rows[0], 50, 80)).divisible_by(parts)
+    settings.check_shared(parts, "devices")
+    assert settings.widest[1:] == (50, 80) and settings.step % parts == 0
+    assert all(
+        b - parts < wanted for (b, _, _), wanted in zip(settings.shapes, (rows[0], sum(rows) + rows[0]), strict=True)
+    )
+
+
 def test_refusals_name_value_limit_and_remedy():
-    with pytest.raises(
-        PackingError, match=r"example 1: 51 tokens, a row holds 50: lower max_pixels or raise rows.tokens"
-    ):
-        plan_rows([5, 51], [0, 0], 50, 80, 4)
+    message = r"example 1: 51 tokens, a row holds 50: lower max_pixels or widen rows.shapes"
+    with pytest.raises(PackingError, match=message):
+        plan_rows(table([(5, 0, 0), (51, 0, 0)]), ROOM, 4)
     with pytest.raises(PackingError, match="example 0: 81 patches, a row holds 80"):
-        plan_rows([5], [81], 50, 80, 4)
+        plan_rows(table([(5, 81, 0)]), ROOM, 4)
     with pytest.raises(PackingError, match="cat: 9 patches, a row holds 8"):
-        check_fits(4, 9, RowsConfig(1, 4, 8, (1,), 1, 1), "cat")
+        check_fits(4, 9, config((1, 4, 8)), "cat")
     with pytest.raises(PackingError, match="7 rows cannot be shared by 2"):
         share(7, 0, 2)
     with pytest.raises(PackingError, match="process_index is 2 of 2"):
         share(8, 2, 2)
+    with pytest.raises(
+        PackingError, match=r"the 6 rows of \(6, 9, 9\) cannot be shared by 4 devices: change rows.shap"
+    ):
+        config((4, 9, 8), (6, 9, 9)).check_shared(4, "devices")
 
 
 @pytest.mark.parametrize(
-    "change", [{"rows": ()}, {"rows": (8, 4)}, {"rows": (0,)}, {"tokens": 0}, {"masked_per_row": 3}, {"batch_size": 0}]
+    ("change", "message"),
+    [
+        ({"shapes": ()}, r"give \[rows, tokens, patches\]"),
+        ({"shapes": ((0, 64, 64),)}, r"give \[rows, tokens, patches\]"),
+        ({"shapes": ((4, 0, 64),)}, r"give \[rows, tokens, patches\]"),
+        ({"shapes": ((8, 64, 64), (4, 64, 64))}, r"has \(4, 64, 64\) behind \(8, 64, 64\)"),
+        ({"shapes": ((8, 64, 64), (8, 64, 64))}, "list the cheap first"),
+        ({"shapes": ((4, 64, 32), (8, 32, 64))}, "none has both 64 tokens and 64 patches"),
+        ({"masked_per_row": 0}, "start at 1"),
+        ({"examples_per_row": 0}, "start at 1"),
+        ({"batch_size": 0}, "start at 1"),
+    ],
+    ids=str,
 )
-def test_row_settings_that_contradict_are_refused(change):
-    good = {"batch_size": 8, "tokens": 64, "patches": 64, "rows": (4, 8), "examples_per_row": 4, "masked_per_row": 16}
+def test_row_settings_that_contradict_are_refused(change, message):
+    good = {"batch_size": 8, "shapes": ((4, 64, 64), (8, 48, 64)), "examples_per_row": 4, "masked_per_row": 16}
     RowsConfig(**good)
-    with pytest.raises(PackingError):
+    with pytest.raises(PackingError, match=message):
         RowsConfig(**good | change)

@@ -28,7 +28,7 @@ from cocoa_jax.data.processor import BLOCK_B, ExampleError
 from cocoa_jax.data.sources import Content, Image, Record
 from cocoa_jax.data.vision_plan import plan_image
 
-ROWS = RowsConfig(batch_size=6, tokens=64, patches=160, rows=(4, 8), examples_per_row=4, masked_per_row=24)
+ROWS = RowsConfig(batch_size=6, shapes=((4, 64, 160), (8, 64, 160)), examples_per_row=4, masked_per_row=24)
 MASKING = MaskingConfig(text_ratio=0.5, image_ratio=0.5)
 STAGES = {
     "warmup": BatchConfig("warmup", ROWS, masking=MASKING),
@@ -82,7 +82,7 @@ def assert_same(left: dict, right: dict, without: Sequence[str] = ()) -> None:
 def test_shapes_and_types_are_those_documented(sources, processors, stage, family):
     batch = dataset(stage, sources, processors[family])[0]
     b = len(batch["tokens"])
-    assert b in ROWS.rows
+    assert (b, 64, 160) in ROWS.shapes
     shapes = {
         "tokens": ((b, 64), np.int32),
         "positions": ((b, 64, 3), np.int32),
@@ -147,7 +147,7 @@ def test_packed_examples_are_the_examples_alone(sources, processors, family):
     processor = processors[family]
     contents = [Content(f"kiwi {i}", sources["both"].pictures[i : i + 2]) for i in range(0, 12, 2)]
     contents.append(Content("words alone"))
-    alone_config = dataclasses.replace(ROWS, examples_per_row=1, rows=(1,))
+    alone_config = dataclasses.replace(ROWS, examples_per_row=1, shapes=((1, 64, 160),))
     alone = [next(embedding_rows([c], processor, alone_config, VisibilityConfig()))[0] for c in contents]
     seen = []
     for batch, held in embedding_rows(contents, processor, ROWS, VisibilityConfig()):
@@ -408,18 +408,18 @@ def test_only_local_pixels_are_decoded(sources, processors, noise):
 
 
 def test_records_that_fit_no_row_are_named_before_training(sources, processors, noise):
-    small = dataclasses.replace(ROWS, patches=40)
+    small = dataclasses.replace(ROWS, shapes=((4, 64, 40),))
     config = dataclasses.replace(STAGES["bridge"], rows=small)
     big = Pairs("both", (noise(28, 28), noise(112, 112), noise(56, 84)))
     reasons = rejected(config, big, processors["2"], seed=0)
     assert list(reasons) == [1]
-    assert reasons[1] == "both 1: the example: 64 patches, a row holds 40: lower max_pixels or raise rows.patches"
+    assert reasons[1] == "both 1: the example: 64 patches, a row holds 40: lower max_pixels or widen rows.shapes"
     with pytest.raises(PackingError, match="both 1: the example: 64 patches"):
         stage_dataset(config, {"both": big}, {"both": 1.0}, processors["2"], seed=0, steps=1)[0]
 
 
-def test_more_rows_than_buckets_are_counted(sources, processors):
-    narrow = dataclasses.replace(ROWS, rows=(1, 2), examples_per_row=1, masked_per_row=24)
+def test_more_rows_than_the_widest_shape_has_are_counted(sources, processors):
+    narrow = dataclasses.replace(ROWS, shapes=((1, 64, 160), (2, 64, 160)), examples_per_row=1)
     config = dataclasses.replace(STAGES["bridge"], rows=narrow)
     batch = stage_dataset(config, sources, WEIGHTS, processors["2"], seed=0, steps=1)[0]
     assert len(batch["tokens"]) == 6 and batch["stats"][STATS.index("extra_rows")] == 4

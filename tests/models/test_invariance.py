@@ -22,8 +22,8 @@ from cocoa_jax.objectives.contrastive import embed_examples
 
 TOLERANCE = 1e-5  # float32, summed in another order
 SHAPES = {
-    "packed": RowsConfig(batch_size=9, tokens=64, patches=64, rows=(3,), examples_per_row=6, masked_per_row=6),
-    "padded": RowsConfig(batch_size=9, tokens=96, patches=80, rows=(5,), examples_per_row=2, masked_per_row=2),
+    "packed": RowsConfig(batch_size=9, shapes=((3, 64, 64),), examples_per_row=6, masked_per_row=6),
+    "padded": RowsConfig(batch_size=9, shapes=((5, 96, 80),), examples_per_row=2, masked_per_row=2),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from cocoa_jax.checkpoints.hub_layout import hub_key, plan
-from cocoa_jax.models import layers
+from cocoa_jax.models import layers, vision
 from cocoa_jax.models.mae import ImageDecoder, decoder_graph, init_decoder
 from cocoa_jax.models.qwen2_vl import Compute, bind, graph_of
 from cocoa_jax.objectives.contrastive import embed_examples
@@ -224,6 +224,12 @@ class TestMutations:
             order = np.cumsum(unit >= 0, axis=1, dtype=np.int32) - 1
             _, _, found = self.after(golden_batch, golden_params, family, unit=np.where(unit >= 0, order, -1))
             assert found["hidden0"] > VISIBLE and found["vision_merged"] <= STATES
+
+    def test_quick_gelu_in_the_merger(self, golden_batch, golden_params, family, monkeypatch):
+        quick = lambda x, approximate: x * jax.nn.sigmoid(1.702 * x)  # noqa: E731
+        monkeypatch.setattr(vision.jax.nn, "gelu", quick)
+        _, _, found = self.after(golden_batch, golden_params, family, tag="quick GELU")
+        assert found["vision_merged"] > VISIBLE and found["vision_last_hidden"] <= STATES
 
     def test_windows_forgotten(self, golden_batch, golden_params, family):
         batch = golden_batch(family, "left").batch

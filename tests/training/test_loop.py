@@ -18,6 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from cocoa_jax import cli
 from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import SettingsError, TrainConfig, parse
+from cocoa_jax.data.packing import PackingError
 from cocoa_jax.training import loop
 from cocoa_jax.training.loop import STOPPED, Diverged, Stopped, train
 from cocoa_jax.training.metrics import MetricsWriter
@@ -169,7 +170,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(settings_in, t
 
 def test_rows_that_devices_cannot_share_are_refused(settings_in, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "batch_shards", lambda mesh: 3)
-    with pytest.raises(SettingsError, match=r"rows has 8, no multiple of 3 devices"):
+    with pytest.raises(PackingError, match=r"the 8 rows of .* cannot be shared by 3 devices"):
         train(parse(TrainConfig, settings_in(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 

@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cocoa_jax.models.config import parse_config
+from cocoa_jax.models.lora import LoraConfig, adapted_graph
 from cocoa_jax.models.mae import decoder_graph
-from cocoa_jax.models.qwen2_vl import abstract_params
+from cocoa_jax.models.qwen2_vl import Compute, abstract_params
 from cocoa_jax.training.mesh import MeshConfig, make_mesh
 from cocoa_jax.training.sharding import TABLE, param_shardings, path_of, spec_of, state_shardings
 
@@ -23,7 +24,9 @@ def shapes(golden):
     for family in FAMILIES:
         values = json.loads((golden / f"{family}.config.json").read_text())
         config = parse_config({**values, "tie_word_embeddings": family == "qwen2"})
-        made[family] = {"backbone": abstract_params(config), "head": decoder_graph(config)[1]}
+        targets = (r"text\.layers\..*", r"vision\.layers\..*", r"vision\.merger\.fc[12]")
+        adapter = adapted_graph(config, Compute(), LoraConfig(targets=targets), (1, 2))[1]
+        made[family] = {"backbone": abstract_params(config), "head": decoder_graph(config)[1], "adapter": adapter}
     return made
 
 
@@ -69,6 +72,12 @@ def test_no_line_of_the_table_is_idle_or_hidden_by_another(shapes):
         ("backbone/vision/merger/fc2/kernel", P("tensor", "fsdp")),
         ("head/layer/attention/q_proj/kernel", P("fsdp", "tensor")),
         ("head/proj/kernel", P("fsdp", "tensor")),
+        ("adapter/text/layers/attention/q_proj/a", P(None, "fsdp", None)),
+        ("adapter/text/layers/attention/q_proj/b", P(None, None, "tensor")),
+        ("adapter/text/layers/mlp/down_proj/a", P(None, "tensor", None)),
+        ("adapter/text/layers/mlp/down_proj/magnitude", P(None, "fsdp")),
+        ("adapter/vision/layers/attention/qkv/magnitude", P(None, "tensor")),
+        ("adapter/text/embed/rows", P()),
     ],
 )
 def test_specs(path, spec):

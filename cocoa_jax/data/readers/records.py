@@ -195,8 +195,8 @@ def instructed(instruction: str, words: str, images: tuple[Image, ...]) -> Conte
         return Content(words, images)
     if "{text}" in instruction:
         before, after = instruction.split("{text}", 1)
-        return Content(f"{before}{words}{after}".strip(), images, before if words else instruction.strip())
-    return Content(f"{instruction} {words}".strip(), images, instruction)
+        return Content(f"{before}{words}{after}".strip(), images, instruction=before if words else instruction.strip())
+    return Content(f"{instruction} {words}".strip(), images, instruction=instruction)
 
 
 def _cell(row: Row, column: str) -> Any:
