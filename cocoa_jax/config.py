@@ -11,7 +11,9 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from cocoa_jax.checkpoints.scratch import ScratchConfig
+from cocoa_jax.data.bad import BadConfig
 from cocoa_jax.data.masking import MaskingConfig
+from cocoa_jax.data.mixture import MixtureConfig
 from cocoa_jax.data.packing import RowsConfig
 from cocoa_jax.data.pipeline import BatchConfig, Stage, VisibilityConfig
 from cocoa_jax.data.processor import ProcessorConfig
@@ -32,26 +34,38 @@ class DataConfig:
     """What to train on and how it becomes batches.
 
     Args:
+        kinds: kinds of records of the embedded pictures and their weights, see ``cocoa_jax.data.pairs``.
+        mixture: a file of data sets, see ``cocoa_jax.data.mixture``, in place of kinds.
         split: split of the embedded pictures.
-        kinds: kinds of records and their weights, see ``cocoa_jax.data.pairs``.
-        mirror: whether pictures may be flipped from left to right.
+        mirror: whether the embedded pictures may be flipped from left to right.
         processor: text and picture settings.
         rows: shapes of a batch.
         visibility: what tokens see.
         masking: what is hidden in stages 1 and 2; null in stage 3.
+        negatives: hard negatives of each record in stage 3.
+        interleave: in how many equal parts a batch of stage 3 is drawn, each from one data set.
+        bad: what happens to records that cannot be used.
         threads: threads that build batches ahead.
         workers: processes that do so instead; 0 for none.
     """
 
-    kinds: dict[str, float]
     processor: ProcessorConfig
     rows: RowsConfig
+    kinds: dict[str, float] = dataclasses.field(default_factory=dict)
+    mixture: str | None = None
     split: Literal["train", "validation"] = "train"
     mirror: bool = True
     visibility: VisibilityConfig = VisibilityConfig()  # noqa: RUF009
     masking: MaskingConfig | None = None
+    negatives: int = 0
+    interleave: int = 1
+    bad: BadConfig = BadConfig()  # noqa: RUF009
     threads: int = 1
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.kinds) == bool(self.mixture):
+            raise SettingsError(f"kinds is {self.kinds} and mixture {self.mixture}: give one of the two")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +133,10 @@ class TrainConfig:
 
     def batches(self) -> BatchConfig:
         """What the batches of this stage depend on."""
-        return BatchConfig(self.stage, self.data.rows, self.data.visibility, self.data.masking)
+        data = self.data
+        return BatchConfig(
+            self.stage, data.rows, data.visibility, data.masking, data.negatives, data.interleave, data.bad
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +189,16 @@ def load_config(kind: type[Config], path: str | Path) -> Config:
     except (OSError, yaml.YAMLError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from error
     return parse(kind, values)
+
+
+def load_mixture(path: str | Path) -> MixtureConfig:
+    """A mixture from its YAML file; its relative paths begin in the folder of the file.
+
+    Raises:
+        SettingsError: the file cannot be read or holds unknown keys or values of the wrong type.
+    """
+    config = load_config(MixtureConfig, find_config(str(path)))
+    return dataclasses.replace(config, root=str(Path(path).resolve().parent / config.root))
 
 
 def named_config(name: str) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import grain
@@ -13,18 +14,22 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int32, Int64
 
+from cocoa_jax.data.bad import BAD, BadConfig, KnownBad, Ledger
+from cocoa_jax.data.intake import Intake, Taken, arranged, examples_of
 from cocoa_jax.data.masking import MaskingConfig, Purpose, choose_tokens, choose_units, example_rng, within_budget
 from cocoa_jax.data.packing import PackingError, RowsConfig, check_fits, plan_batch, plan_rows, share
 from cocoa_jax.data.pixels import ImageError
-from cocoa_jax.data.processor import BLOCK_B, Example, ExampleError, Processor
+from cocoa_jax.data.processor import BLOCK_B, Example, Processor
 from cocoa_jax.data.rows import Arrays, VisibilityConfig, hide_tokens, hide_units, write_rows
+from cocoa_jax.data.sources import content_key
 
 if TYPE_CHECKING:
     from cocoa_jax.data.pairs import RecordSource
-    from cocoa_jax.data.sources import Content, Record
+    from cocoa_jax.data.sources import Content
 
 __all__ = [
     "STATS",
+    "BadConfig",
     "BatchConfig",
     "MaskingConfig",
     "RowsConfig",
@@ -38,10 +43,10 @@ __all__ = [
 
 Stage = Literal["warmup", "bridge", "contrastive"]
 
-STATS = ("kind", "rows_used", "tokens_used", "patches_used", "extra_rows", "dropped_masks")
-"""Entries of ``batch["stats"]``, int32: the source's place among the sorted names (stage 3, else -1); rows, tokens
-and patches used in the global batch; rows beyond the widest shape, for a batch that overflows all of them; tokens
-un-chosen because an example has more of them than a row may hide."""
+STATS = ("kind", "rows_used", "tokens_used", "patches_used", "extra_rows", "bad_records", "dropped_masks")
+"""Entries of ``batch["stats"]``, int32: the source's place among the sorted names (stage 3 of one source a batch, else
+-1); rows, tokens and patches used in the global batch; rows beyond the widest shape, for a batch that overflows all of
+them; records that others stand in for; tokens un-chosen because an example has more of them than a row may hide."""
 
 _WINDOW = 8  # inference plans rows over this many batches at once, so that rows fill up and lengths are alike
 
@@ -53,6 +58,8 @@ class BatchConfig:
     Args:
         masking: what to hide; None in stage 3.
         negatives: hard negatives taken from each record of stage 3.
+        interleave: stage 3, in how many equal parts a batch is drawn, each from one source.
+        bad: what happens to records that cannot be used.
     """
 
     stage: Stage
@@ -60,6 +67,8 @@ class BatchConfig:
     visibility: VisibilityConfig = dataclasses.field(default_factory=VisibilityConfig)
     masking: MaskingConfig | None = None
     negatives: int = 0
+    interleave: int = 1
+    bad: BadConfig = dataclasses.field(default_factory=BadConfig)
 
     def __post_init__(self) -> None:
         if (self.masking is None) != (self.stage == "contrastive"):
@@ -68,6 +77,12 @@ class BatchConfig:
             raise ValueError("stage 'bridge' is truncated at the bridge, not causal: set attention to 'bidirectional'")
         if self.negatives and self.stage != "contrastive":
             raise ValueError(f"stage {self.stage!r} has no use for {self.negatives} negatives: set negatives to 0")
+        if self.interleave < 1 or self.rows.batch_size % self.interleave:
+            raise ValueError(
+                f"interleave is {self.interleave} for a batch_size of {self.rows.batch_size}: choose a divisor of it"
+            )
+        if self.interleave > 1 and self.stage != "contrastive":
+            raise ValueError(f"stage {self.stage!r} mixes its sources record by record: set interleave to 1")
 
 
 def stage_dataset(
@@ -80,13 +95,18 @@ def stage_dataset(
     steps: int,
     process_index: int = 0,
     process_count: int = 1,
+    known: KnownBad | None = None,
+    report: Path | None = None,
 ) -> grain.MapDataset[Arrays]:
     """The batches of a stage as a random-access sequence: element n is the batch of step n.
 
-    Each source is shuffled anew every epoch and used up before it repeats. A batch of stage 3 comes from one source;
-    those of stages 1 and 2 mix them. Sources follow one another in proportion to their weights, those of weight 0
-    are left out.
+    Each source is shuffled anew every epoch and used up before it repeats. A batch of stage 3, or each of its
+    interleaved parts, comes from one source; those of stages 1 and 2 mix them. Sources follow one another in
+    proportion to their weights, those of weight 0 are left out.
 
+    Args:
+        known: what a check of all records found.
+        report: JSON lines to which every bad record is added.
     Returns:
         Batches of this process's share of the rows, with ``stats`` (see ``STATS``) beside the model's arrays.
     Raises:
@@ -100,10 +120,15 @@ def stage_dataset(
     ]
     size, shares = config.rows.batch_size, [weights[name] for name in names]
     if config.stage == "contrastive":
-        draws = grain.MapDataset.mix([order.batch(size) for order in orders], shares)
+        part = size // config.interleave
+        draws = grain.MapDataset.mix([order.batch(part) for order in orders], shares)
+        if config.interleave > 1:
+            draws = draws.batch(config.interleave).map(_Joined())
     else:
         draws = grain.MapDataset.mix(orders, shares).batch(size)
-    builder = _BatchBuilder(config, tuple(sources[n] for n in names), processor, seed, process_index, process_count)
+    used = tuple(sources[name] for name in names)
+    intake = Intake(config, used, processor, seed, Ledger(config.bad, report), known)
+    builder = _BatchBuilder(config, intake, processor, seed, process_index, process_count)
     return draws[:steps].map_with_index(builder)
 
 
@@ -117,6 +142,8 @@ def stage_batches(
     steps: int,
     process_index: int = 0,
     process_count: int = 1,
+    known: KnownBad | None = None,
+    report: Path | None = None,
     threads: int = 1,
     workers: int = 0,
 ) -> grain.IterDataset[Arrays]:
@@ -133,6 +160,8 @@ def stage_batches(
         steps=steps,
         process_index=process_index,
         process_count=process_count,
+        known=known,
+        report=report,
     )
     # Grain's default buffer of 500 elements is meant for records, not for batches of pixels.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -148,13 +177,13 @@ def stage_batches(
 def rejected(config: BatchConfig, source: RecordSource, processor: Processor, seed: int) -> dict[int, str]:
     """Records of ``source`` that cannot become examples, with the reason of each; to be run before training.
 
-    Nothing is decoded: lengths come from the sizes of pictures and from the text.
+    Nothing is decoded: lengths come from the sizes of pictures and from the text. `intake.check` decodes as well.
     """
     reasons = {}
     for index in range(len(source)):
         try:
-            _examples([source.record(index, example_rng(seed, 0, index, Purpose.RECORD))], config, processor)
-        except (ExampleError, ImageError, PackingError) as error:
+            examples_of(source.record(index, example_rng(seed, 0, index, Purpose.RECORD)), config, processor)
+        except BAD as error:
             reasons[index] = str(error)
     return reasons
 
@@ -187,24 +216,40 @@ class _Tag:
         return np.array([self.kind, index], np.int64)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Joined:
+    """Parts of a batch, [n, N / n, 2], as one."""
+
+    def __call__(self, parts: np.ndarray) -> np.ndarray:
+        return parts.reshape(-1, 2)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)  # Grain prints its transforms, and sources hold pictures
 class _BatchBuilder:
     """(step, [N, 2] of source and record) -> batch."""
 
     config: BatchConfig
-    sources: tuple[RecordSource, ...]
+    intake: Intake
     processor: Processor
     seed: int
     process_index: int
     process_count: int
 
     def __call__(self, step: int, draws: np.ndarray) -> Arrays:
+        skip = self.config.bad.action == "skip"
+        # A single host decodes all rows anyway, and looks for a bad picture only when it has met one.
+        if not skip or self.process_count == 1 or self.intake.known is not None:
+            try:
+                return self._build(step, draws, self.intake)
+            except ImageError:
+                if not skip or self.process_count > 1:
+                    raise
+        return self._build(step, draws, dataclasses.replace(self.intake, verify=True))
+
+    def _build(self, step: int, draws: np.ndarray, intake: Intake) -> Arrays:
         config = self.config
-        records = [
-            self.sources[kind].record(int(index), example_rng(self.seed, step, i, Purpose.RECORD))
-            for i, (kind, index) in enumerate(draws)
-        ]
-        examples = dict(enumerate(_examples(records, config, self.processor)))
+        taken, replaced = intake.take(draws, step)
+        examples = arranged(taken)
         hidden, dropped = self._choose(examples, step)
         shape, plan = plan_batch(_lengths(examples, hidden), config.rows)
         rows = plan + [[] for _ in range(shape.rows - len(plan))]
@@ -214,13 +259,12 @@ class _BatchBuilder:
         self._hide(batch, examples, local, hidden, step)
         batch["example"] = _flat_index(rows, len(examples), slots)
         if config.stage == "contrastive":
-            keys = np.array([record.target_key for record in records])
-            batch["target_key"] = np.unique(keys, return_inverse=True)[1].astype(np.int32)
+            batch |= _keys(taken, config.negatives)
         tokens = sum(len(example.tokens) for example in examples.values())
         patches = sum(example.patches for example in examples.values())
-        kind = int(draws[0, 0]) if config.stage == "contrastive" else -1
+        kind = int(draws[0, 0]) if config.stage == "contrastive" and config.interleave == 1 else -1
         extra = 0 if shape in config.rows.shapes else shape.rows - config.rows.widest.rows
-        batch["stats"] = np.array([kind, len(plan), tokens, patches, extra, dropped], np.int32)
+        batch["stats"] = np.array([kind, len(plan), tokens, patches, extra, replaced, dropped], np.int32)
         return batch
 
     def _choose(self, examples: Mapping[int, Example], step: int) -> tuple[_Hidden, int]:
@@ -265,38 +309,15 @@ class _BatchBuilder:
             hide_units(batch, examples, rows, units, size)
 
 
-def _examples(records: Sequence[Record], config: BatchConfig, processor: Processor) -> list[Example]:
-    """The examples of a batch in the order of ``example``: queries, targets, negatives.
-
-    Raises:
-        ExampleError, ImageError, PackingError: naming the record that cannot become an example.
-    """
-    rows = config.rows
-    if config.stage == "warmup":
-        return [_checked(record, rows, processor.warmup, record.query) for record in records]
-    if config.stage == "bridge":
-        return [_checked(record, rows, processor.bridge, record.query, record.target) for record in records]
-    examples = [_checked(record, rows, processor.embedding, record.query) for record in records]
-    examples += [_checked(record, rows, processor.embedding, record.target) for record in records]
-    for record in records:
-        if len(record.negatives) < config.negatives:
-            raise ExampleError(
-                f"{record.dataset} {record.id}: {len(record.negatives)} hard negatives, negatives is "
-                f"{config.negatives}: lower it or leave the record out"
-            )
-        kept = record.negatives[: config.negatives]
-        examples += [_checked(record, rows, processor.embedding, negative) for negative in kept]
-    return examples
-
-
-def _checked(record: Record, rows: RowsConfig, build: Callable[..., Example], *contents: Content) -> Example:
-    """Build one example of ``record``, naming the record in whatever is wrong with it."""
-    try:
-        example = build(*contents, room=rows.widest.tokens)
-        check_fits(len(example.tokens), example.patches, rows, "the example")
-    except (ExampleError, ImageError, PackingError) as error:
-        raise type(error)(f"{record.dataset} {record.id}: {error}") from error
-    return example
+def _keys(taken: Sequence[Taken], negatives: int) -> Arrays:
+    """Numbers in place of keys, equal where the keys are, for the loss to know who is no negative of whom."""
+    records = [one.record for one in taken]
+    wrong = [content_key(content) for record in records for content in record.negatives[:negatives]]
+    targets = np.unique([*(record.target_key for record in records), *wrong], return_inverse=True)[1].astype(np.int32)
+    shown = np.array([record.image_key for record in records])
+    pictures = np.where(shown == "", -1, np.unique(shown, return_inverse=True)[1]).astype(np.int32)
+    keys = {"target_key": targets[: len(records)], "image_key": pictures}
+    return keys | {"negative_key": targets[len(records) :]} if negatives else keys
 
 
 _Hidden = dict[int, Int32[np.ndarray, " m"]]

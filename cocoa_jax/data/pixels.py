@@ -29,6 +29,7 @@ class PixelSettings:
     """Sizes and normalisation of a checkpoint's pictures.
 
     Args:
+        square: pixels of the side that every picture is squashed to; 0 keeps the aspect.
         table: float32 [3, 256], the normalised value of each byte of each colour.
         resample: a Pillow resampling filter.
     """
@@ -40,6 +41,7 @@ class PixelSettings:
     max_pixels: int
     resample: int
     table: Float32[np.ndarray, "3 256"]
+    square: int = 0
 
     @property
     def patch_values(self) -> int:
@@ -79,6 +81,8 @@ class PixelSettings:
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing: whole units, the aspect kept, inside the limits (``smart_resize``)."""
+        if self.square:
+            return self.square, self.square
         unit = self.patch_size * self.merge_size
         # Python's round() takes halves to the even unit, and so does the reference.
         rows, columns = round(height / unit), round(width / unit)
@@ -145,7 +149,7 @@ def decode(image: Image) -> PIL.Image.Image:
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
-        reason = str(error).replace("\n", " ") or type(error).__name__
+        reason = _reason(error, image.data)
         raise ImageError(f"{image.name}: cannot be decoded ({reason}): replace it or leave it out") from error
     if picture.size != (image.width, image.height):
         raise ImageError(
@@ -179,12 +183,28 @@ def open_image(data: bytes, name: str) -> Image:
     """An image from encoded bytes, measured upright; nothing is decoded yet.
 
     Raises:
-        ImageError: bytes that no decoder of Pillow knows.
+        ImageError: bytes that no decoder of Pillow knows, or samples of more than 8 bits in grey.
     """
     try:
         with PIL.Image.open(io.BytesIO(data)) as opened:
-            turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5  # these swap width and height
-            width, height = opened.size[::-1] if turned else opened.size
+            (width, height), mode = opened.size, opened.mode
+            # For its orientation Pillow decodes a whole PNG, so only one that can have any is asked.
+            told = opened.format != "PNG" or any(mark in data for mark in (b"eXIf", b"exif", b"adobe.xmp"))
+            if told and width * height <= _MOST_PIXELS:
+                turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5  # these swap width and height
+                width, height = (height, width) if turned else (width, height)
     except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
-        raise ImageError(f"{name}: cannot be decoded ({str(error) or type(error).__name__})") from error
+        raise ImageError(f"{name}: cannot be decoded ({_reason(error, data)})") from error
+    if mode.startswith(("I", "F")):
+        # Pillow, and with it every published processor, cuts these off at 255: nearly all of the picture turns white.
+        raise ImageError(f"{name}: grey of more than 8 bits (mode {mode}) would turn white: store it with 8 bits")
+    if width * height > _MOST_PIXELS:
+        raise ImageError(f"{name}: {width}x{height} pixels, allowed are 1 to {_MOST_PIXELS}: leave it out")
     return Image(data, width, height, name)
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    """What was wrong, the same words every time: Pillow names the address of the buffer in memory."""
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return f"{len(data)} bytes that begin with {data[:12]!r} are no picture" if data else "zero bytes"
+    return str(error).replace("\n", " ") or type(error).__name__

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,18 +38,21 @@ class ProcessorConfig:
     """How contents become tokens.
 
     Args:
-        min_pixels, max_pixels: limits of a resized picture or frame; None takes the checkpoint's own.
+        min_pixels, max_pixels: limits of a resized picture or frame, its aspect kept; None takes the checkpoint's own.
         max_text_tokens: longest text of one block, the rest is cut off.
         positions: ``mrope``, or ``text_1d`` for checkpoints that counted image tokens like text.
         mask_token, bridge_tokens: entries of the checkpoint's tokenizer.
+        resolution: in place of both limits: ``square:448`` squashes every picture to that many pixels a side, as the
+            published runs do; ``dynamic:4..256`` keeps the aspect and gives a picture so many visual tokens.
     """
 
-    min_pixels: int | None
-    max_pixels: int | None
-    max_text_tokens: int
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_text_tokens: int = 512
     positions: Positions = "mrope"
     mask_token: str = "<|mask|>"
     bridge_tokens: tuple[str, ...] = ("<|im_end|>",)
+    resolution: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,6 +136,27 @@ class Processor:
         """``content`` and the bridge tokens at which it is embedded: a document of stage 3 and of inference."""
         return self._example(content, None, room, with_bridge=True)
 
+    def measure(self, a: Content, b: Content | None = None, with_bridge: bool = True) -> tuple[int, int, int, int]:
+        """Tokens, patches, first token that may be hidden and how many may, of the example that these would become.
+
+        ``b`` given is stage 2, no bridge is stage 1, else nothing may be hidden.
+
+        Raises:
+            ExampleError, ImageError: they can become none.
+        """
+        units = [t * h * w // self.config.vision.unit_patches for t, h, w in map(self.pixels.grid, a.images)]
+        limit = self.settings.max_text_tokens
+        shown = len(self.token_ids(a.text)[:limit]) if a.text else 0
+        rebuilt = len(self.token_ids(b.text)[:limit]) if b is not None and b.text else 0
+        if b is not None and (b.images or not rebuilt):
+            raise ExampleError(f"{_name(b)}: block B is text alone and not empty: leave the record out of stage 2")
+        if not units and not shown and not rebuilt:
+            raise ExampleError("a content has neither text nor pictures: leave it out")
+        pictures = sum(units) + 2 * len(units)
+        tokens = pictures + shown + (len(self.bridge_ids) if with_bridge else 0) + rebuilt
+        first, count = (tokens - rebuilt, rebuilt) if b is not None else (0, 0) if with_bridge else (pictures, shown)
+        return tokens, sum(units) * self.config.vision.unit_patches, first, count
+
     def fill_patches(self, example: Example, out: Float32[np.ndarray, "n C"]) -> None:
         """Decode the example's pictures into ``out``, patches in stored order (window order for family 2.5).
 
@@ -149,6 +175,19 @@ class Processor:
             if windowed:
                 np.take(read, plan_image(grid, self.config.vision).order, axis=0, out=place)
             offset += len(place)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits over all that tokens and pixels depend on; equal ones make equal examples."""
+        pixels = {**vars(self.pixels), "table": self.pixels.table.tobytes().hex()}
+        known = [
+            self.text.to_str(),
+            vars(self.settings),
+            pixels,
+            self.mask_id,
+            self.bridge_ids,
+            vars(self.config.vision),
+        ]
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
     def token_ids(self, text: str) -> list[int]:
         """Ids of ``text``; special tokens typed inside it stay ordinary text."""
@@ -285,6 +324,27 @@ def _method_tokens(
     return ids[0], tuple(ids[1:])
 
 
+_RESOLUTION = re.compile(r"square:(?P<side>\d+)|dynamic:(?P<least>\d+)\.\.(?P<most>\d+)")
+
+
+def _limits(settings: ProcessorConfig, own: Mapping[str, int], unit: int) -> tuple[int, int, int]:
+    """The side of squares (0: the aspect is kept), the least and the greatest number of pixels."""
+    if settings.resolution is None:
+        least = own["shortest_edge"] if settings.min_pixels is None else settings.min_pixels
+        return 0, least, own["longest_edge"] if settings.max_pixels is None else settings.max_pixels
+    found = _RESOLUTION.fullmatch(settings.resolution)
+    if found is None:
+        raise ProcessorError(f"resolution is {settings.resolution!r}: give 'square:448' or 'dynamic:4..256'")
+    if settings.min_pixels is not None or settings.max_pixels is not None:
+        raise ProcessorError(f"resolution is {settings.resolution!r} beside min_pixels or max_pixels: leave these out")
+    if found["side"] is None:
+        return 0, int(found["least"]) * unit**2, int(found["most"]) * unit**2
+    side = int(found["side"])
+    if side % unit or not side:
+        raise ProcessorError(f"resolution is {settings.resolution!r}: a side is a multiple of {unit} pixels")
+    return side, side**2, side**2
+
+
 def _pixel_settings(pictures: object, config: Qwen2VLConfig, settings: ProcessorConfig) -> PixelSettings:
     own = pictures.to_dict()  # type: ignore[attr-defined]
     vision: VisionConfig = config.vision
@@ -301,9 +361,8 @@ def _pixel_settings(pictures: object, config: Qwen2VLConfig, settings: Processor
             f"preprocessor_config.json turns off {steps} with {vision.channels} channels: "
             "only the published steps on 3 channels are supported"
         )
-    least = own["size"]["shortest_edge"] if settings.min_pixels is None else settings.min_pixels
-    most = own["size"]["longest_edge"] if settings.max_pixels is None else settings.max_pixels
     unit = (vision.patch_size * vision.merge_size) ** 2
+    square, least, most = _limits(settings, own["size"], vision.patch_size * vision.merge_size)
     if not 0 < least <= most or most < unit:
         raise ProcessorError(
             f"min_pixels {least} and max_pixels {most} must rise, the latter to at least {unit}: correct them"
@@ -312,6 +371,7 @@ def _pixel_settings(pictures: object, config: Qwen2VLConfig, settings: Processor
         **sizes,
         min_pixels=least,
         max_pixels=most,
+        square=square,
         resample=int(own["resample"]),
         table=normalisation_table(own["rescale_factor"], own["image_mean"], own["image_std"]),
     )

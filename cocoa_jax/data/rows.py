@@ -18,7 +18,9 @@ patch, E example slots, K bridge tokens, M hidden tokens at most; int32 unless s
     example                     X      place in the flat [B E] slots of all hosts' rows of each example of the global
                                        batch; in stage 3 queries first, then their targets, then negatives
     target_key                  N      stage 3: equal numbers where two targets show the same thing
-    stats                       6      counts for the log, see ``pipeline.STATS``; not for the device
+    image_key                   N      stage 3: equal numbers from 0 where two queries show the same pictures, -1 none
+    negative_key                X - 2N stage 3 with hard negatives: numbers that equal the target_key of the same thing
+    stats                       7      counts for the log, see ``pipeline.STATS``; not for the device
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Where records come from: the types that everything downstream shares, and the packaged pictures."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
@@ -15,6 +16,14 @@ SPLITS = ("train", "validation", "test_seen", "test_unseen")
 SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 NO_LABEL = ("unsorted", "special", "miscellaneous")  # folders that say nothing about what is in them
 SIDED = ("left", "right", "clockwise")
+
+
+class RecordError(ValueError):
+    """A record that cannot be read; the message names it. Another record can take its place."""
+
+
+class SourceError(ValueError):
+    """A data set that cannot be opened: nothing in it can be used before the cause is removed."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +52,28 @@ class Video:
 
 @dataclass(frozen=True)
 class Content:
-    """What one side of a pair shows: pictures, then videos, then text (an instruction, words, or both)."""
+    """What one side of a pair shows: pictures, then videos, then text (an instruction, words, or both).
+
+    `instruction` says how much of the text's beginning is an instruction, where that is known; it shows nothing itself.
+    """
 
     text: str = ""
     images: tuple[Image, ...] = ()
     videos: tuple[Video, ...] = ()
+    instruction: str = field(default="", compare=False)
+
+    @property
+    def words(self) -> str:
+        """The text without its instruction."""
+        return self.text.removeprefix(self.instruction).strip()
 
 
 @dataclass(frozen=True)
 class Record:
     """One training pair, or one example to reconstruct.
 
-    Records of equal `target_key` are never each other's negatives.
+    Records of equal `target_key`, or of equal `image_key` other than "", are never each other's negatives: the first
+    says what the target shows, the second which pictures the query shows (two captions of one picture are both right).
     """
 
     id: str
@@ -63,6 +82,24 @@ class Record:
     target: Content
     target_key: str
     negatives: tuple[Content, ...] = ()
+    image_key: str = ""
+
+
+def content_key(content: Content) -> str:
+    """Equal for contents that show the same: the same pictures, or, without pictures, the same words."""
+    if content.images:
+        return image_key(content.images)
+    return "text:" + hashlib.blake2b(content.words.encode(), digest_size=12).hexdigest()
+
+
+def image_key(images: Sequence[Image]) -> str:
+    """A hash over the bytes of pictures, "" for none."""
+    if not images:
+        return ""
+    digest = hashlib.blake2b(digest_size=12)
+    for image in images:
+        digest.update(len(image.data).to_bytes(8, "little") + bytes([image.mirrored]) + image.data)
+    return "image:" + digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def contrastive_loss(
     """
     N = batch["target_key"].shape[0]
     embeddings = embed_examples(model, batch)
-    return info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config, progress)
+    more = batch.get("image_key"), batch.get("negative_key")
+    return info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config, progress, *more)
 
 
 def info_nce(
@@ -74,6 +75,8 @@ def info_nce(
     target_key: Int[Array, " N"],
     config: ContrastiveConfig,
     progress: Float[Array, ""] | float = 1.0,
+    image_key: Int[Array, " N"] | None = None,
+    negative_key: Int[Array, " R"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean of -log softmax of each query's own target among all targets and hard negatives.
 
@@ -82,11 +85,19 @@ def info_nce(
         targets: unit length; the first N belong to the queries in order, the rest are hard negatives.
         target_key: two targets of equal key show the same thing and are no negatives of each other.
         progress: the share of the run that is done, which sets the temperature.
+        image_key: nor are the targets of two queries of equal key from 0, which show the same pictures.
+        negative_key: a hard negative of equal key to a target is no negative of its query; R = S - N.
     """
     N, S = queries.shape[0], targets.shape[0]
     cosines = queries @ targets.T
-    same = (target_key[:, None] == target_key[None, :]) & ~jnp.eye(N, dtype=bool)
-    excluded = jnp.pad(same, ((0, 0), (0, S - N)))
+    same = target_key[:, None] == target_key[None, :]
+    if image_key is not None:
+        same |= (image_key[:, None] == image_key[None, :]) & (image_key[:, None] >= 0)
+    same &= ~jnp.eye(N, dtype=bool)
+    if negative_key is None:
+        excluded = jnp.pad(same, ((0, 0), (0, S - N)))
+    else:
+        excluded = jnp.concatenate([same, target_key[:, None] == negative_key[None, :]], axis=1)
     scores = jnp.where(excluded, NEVER, cosines / config.at(progress))
     own = jnp.diagonal(scores)
     loss = jnp.mean(jax.nn.logsumexp(scores, axis=1) - own)

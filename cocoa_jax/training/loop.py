@@ -25,10 +25,10 @@ from cocoa_jax.checkpoints.orbax import (
     save_base,
 )
 from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
-from cocoa_jax.data.pairs import picture_source
-from cocoa_jax.data.pipeline import stage_batches
+from cocoa_jax.data.mixture import Mixture
+from cocoa_jax.data.pipeline import STATS, stage_batches
 from cocoa_jax.data.processor import Processor
-from cocoa_jax.data.sources import load_pictures
+from cocoa_jax.training.inputs import known_bad, open_sources
 from cocoa_jax.training.mesh import batch_shards, make_mesh
 from cocoa_jax.training.metrics import MetricsWriter
 from cocoa_jax.training.optimizer import make_optimizer
@@ -37,6 +37,7 @@ from cocoa_jax.training.stages import Program, stage_program
 from cocoa_jax.training.state import TrainState, abstract_state, first_state, trained_part
 from cocoa_jax.training.step import make_step
 
+BAD_RECORDS = STATS.index("bad_records")
 STOPPED = 75  # the exit status of a run that was asked to stop and saved first: "try again" to launchers
 
 
@@ -65,11 +66,14 @@ def train(config: TrainConfig) -> Path:
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
     program = stage_program(config, backbone.config, (processor.mask_id, *processor.bridge_ids))
     wanted = abstract_state(program.shapes, optimizer, mesh)
-    batches = iter(open_batches(config, processor))
+    mixture = open_sources(config)
+    batches = iter(open_batches(config, processor, mixture))
 
     # --------------------------------------------------------------------------------- the state: continued or new
     output.mkdir(parents=True, exist_ok=True)
     _check_settings(output / "config.json", to_dict(config))
+    if config.data.mixture:
+        _check_settings(output / "mixture.json", dict(mixture.identity))
     carry_backbone(backbone.side_files, output)
     with StageCheckpoints(output, config.loop.keep) as checkpoints, _stop_requests() as stopping:
         restored = checkpoints.restore_latest(_trees(wanted))
@@ -98,7 +102,8 @@ def train(config: TrainConfig) -> Path:
                 # Read one step late, so that the device never waits for the host.
                 if pending is not None:
                     _record(writer, pending, output)
-                pending = (step, metrics | {"rows": stats[1], "dropped_masks": stats[-1]}, pictures)
+                counts = {"rows": stats[1], "bad_records": stats[BAD_RECORDS], "dropped_masks": stats[-1]}
+                pending = (step, metrics | counts, pictures)
                 last, stop = step + 1 == config.loop.steps, stopping()  # asked once: a stop is always saved first
                 if last or stop or (step + 1) % config.loop.checkpoint_every == 0:
                     _record(writer, pending, output)  # a state that diverged is never saved
@@ -126,18 +131,22 @@ def count_pictures(batch: Mapping[str, np.ndarray]) -> int:
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def open_batches(config: TrainConfig, processor: Processor) -> Any:
-    pictures = load_pictures(config.data.split)
-    sources = {kind: picture_source(kind, pictures, config.data.mirror) for kind in config.data.kinds}
+def open_batches(config: TrainConfig, processor: Processor, mixture: Mixture | None = None) -> Any:
+    """The batches that a run of these settings is fed on this host; ``mixture`` spares opening its data again."""
+    mixture = open_sources(config) if mixture is None else mixture
+    # Hosts draw the same records, so that one of them names the bad ones for all.
+    report = Path(config.output) / "bad_records.jsonl" if jax.process_index() == 0 else None
     return stage_batches(
         config.batches(),
-        sources,
-        config.data.kinds,
+        mixture.sources,
+        mixture.weights,
         processor,
         seed=config.seed,
         steps=config.loop.steps,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        known=known_bad(config, mixture),
+        report=report,
         threads=config.data.threads,
         workers=config.data.workers,
     )

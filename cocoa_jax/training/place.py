@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from cocoa_jax.training.mesh import replicated, rows_sharding
 
-GLOBAL = ("example", "target_key")  # entries of a batch that speak of global rows: every device needs them whole
+# Entries of a batch that speak of global rows: every device needs them whole.
+GLOBAL = ("example", "target_key", "image_key", "negative_key")
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

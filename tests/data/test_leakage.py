@@ -20,7 +20,7 @@ from cocoa_jax.data.pipeline import BatchConfig, stage_dataset
 from cocoa_jax.data.sources import Content, Image, Record, load_pictures
 from cocoa_jax.data.vision_plan import plan_image
 from cocoa_jax.objectives import warmup
-from cocoa_jax.training import loop
+from cocoa_jax.training import inputs, loop
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 STAGES = [path for path in CONFIGS if "stage" in yaml.safe_load(path.read_text())]
@@ -36,7 +36,7 @@ def read(monkeypatch):
         return load_pictures(split)
 
     monkeypatch.setattr(demo, "load_pictures", spy)
-    monkeypatch.setattr(loop, "load_pictures", spy)
+    monkeypatch.setattr(inputs, "load_pictures", spy)
     return asked
 
 
@@ -62,7 +62,7 @@ def test_a_stage_reads_the_training_pictures_alone(read, monkeypatch, path):
     config = load_config(TrainConfig, path)
     made = {}
     monkeypatch.setattr(loop, "stage_batches", lambda batches, sources, *more, **named: made.update(sources))
-    loop._batches(config, processor=None)
+    loop.open_batches(config, processor=None)
     assert read == ["train"] and made.keys() == config.data.kinds.keys()
     for source in made.values():
         assert {picture.split for picture in source.pictures} == {"train"}

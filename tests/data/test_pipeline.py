@@ -100,7 +100,7 @@ def test_shapes_and_types_are_those_documented(sources, processors, stage, famil
     if family == "2.5":
         shapes |= {"window_start": ((b, 160), np.int32), "window_end": ((b, 160), np.int32)}
     if stage == "contrastive":
-        shapes |= {"target_key": ((6,), np.int32)}
+        shapes |= {key: ((6,), np.int32) for key in ("target_key", "image_key", "negative_key")}
     else:
         shapes |= {"predict_at": ((b, 24), np.int32), "predict_id": ((b, 24), np.int32)}
     if stage == "warmup":
@@ -367,7 +367,7 @@ class Worker(Pairs):
 def test_shares_of_two_processes_are_the_whole(sources, processors, stage):
     whole = dataset(stage, sources, processors["2.5"])[1]
     parts = [dataset(stage, sources, processors["2.5"], process_index=i, process_count=2)[1] for i in (0, 1)]
-    shared = {"example", "target_key", "stats"}
+    shared = {"example", "target_key", "image_key", "negative_key", "stats"}
     for key, value in whole.items():
         if key in shared:
             for part in parts:

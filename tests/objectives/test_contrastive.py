@@ -166,3 +166,21 @@ def test_a_state_of_zeros_gives_no_nan():
         return contrastive_loss(dataclasses.replace(stub, table=table), batch, ContrastiveConfig())[0]
 
     assert np.isfinite(jax.grad(loss)(jnp.asarray(stub.table))).all()
+
+
+def test_rows_of_one_picture_and_equal_negatives_are_no_negatives():
+    """Against one query at a time: equal targets, equal query pictures and hard negatives equal to a target are out."""
+    queries, targets, key = case(3, N=6, extra=4)
+    image, negative = np.array([0, -1, 0, 1, -1, 1]), np.array([key[1], 99, key[0], 98])
+    loss, _ = info_nce(queries, targets, key, ContrastiveConfig(0.1), image_key=image, negative_key=negative)
+    scores = np.float64(queries) @ np.float64(targets).T / 0.1
+    losses = []
+    for q in range(6):
+        kept = [q]
+        kept += [t for t in range(6) if t != q and key[t] != key[q] and not (image[t] == image[q] >= 0)]
+        kept += [6 + n for n in range(4) if negative[n] != key[q]]
+        losses.append(np.log(np.exp(scores[q, kept]).sum()) - scores[q, q])
+    # float32 scores of up to 10 over ten terms
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
+    bare, _ = info_nce(queries, targets, key, ContrastiveConfig(0.1))
+    assert abs(float(bare) - float(loss)) > 1e-3, "the keys matter here"

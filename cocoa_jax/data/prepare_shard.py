@@ -1,0 +1,232 @@
+"""One shard of prepared data: records read, pictures brought to the working resolution, both written once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import PIL.Image
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from jaxtyping import Int32
+
+from cocoa_jax.data.bad import BAD
+from cocoa_jax.data.masking import Purpose, example_rng
+from cocoa_jax.data.pixels import PixelSettings, decode
+from cocoa_jax.data.prepared import SPLIT, Lengths, serialize
+from cocoa_jax.data.processor import ExampleError, Processor
+from cocoa_jax.data.readers.stages import Stage, for_stage
+from cocoa_jax.data.sources import Content, Image, Record, RecordError
+
+if TYPE_CHECKING:
+    from cocoa_jax.data.pairs import RecordSource
+
+PARTS = "parts"  # what each shard found, until all are there
+# Pictures are compressed already; one record a chunk is what random access reads fastest.
+WRITER_OPTIONS = "group_size:1,zstd:1"
+_NONE = (-1, -1, -1, -1)  # a stage has no use for the record
+_KEPT = ("JPEG", "PNG", "WEBP")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Work:
+    """All that the shards of a data set have in common."""
+
+    source: RecordSource
+    processor: Processor
+    folder: str
+    slug: str
+    quality: int
+    shard_records: int
+    made_for: Literal["", "warmup", "bridge"]
+
+    def path(self, shard: int, shards: int) -> epath.Path:
+        """The file of a shard, named as `tensorflow_datasets` expects."""
+        return epath.Path(self.folder) / f"{self.slug}-{SPLIT}.array_record-{shard:05d}-of-{shards:05d}"
+
+    def part(self, shard: int) -> epath.Path:
+        """The file that says that a shard is whole, and what is in it."""
+        return epath.Path(self.folder) / PARTS / f"{shard:05d}.npz"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """What one shard found.
+
+    Args:
+        seen: records of the source, the rejected ones too.
+        sizes: of each picture: width and height in the source and as stored.
+        digest: over the records' bytes.
+    """
+
+    shard: int
+    seen: int
+    bytes: int
+    digest: str
+    rejected: tuple[tuple[int, str], ...]
+    lengths: Lengths
+    sizes: Int32[np.ndarray, "p 4"]
+
+
+def write_shard(work: Work, shard: int, shards: int, progress: Callable[[int], object]) -> Part:
+    """Write one shard and then its part; either is whole or not there. Other errors than bad records pass."""
+    first = shard * work.shard_records
+    indices = range(first, min(first + work.shard_records, len(work.source)))
+    rows, rejected, sizes = [], [], []
+    digest, total = hashlib.sha256(), 0
+    local = not work.folder.startswith("gs://")
+    with tempfile.TemporaryDirectory(dir=epath.Path(work.folder) / PARTS if local else None) as aside:
+        path = os.path.join(aside, "shard")
+        writer = ArrayRecordWriter(path, WRITER_OPTIONS)
+        for index in indices:
+            try:
+                record, measured, shown = prepare_record(work, index)
+            except BAD as error:
+                rejected.append((index, str(error)))
+            else:
+                data = serialize(record)
+                writer.write(data)
+                digest.update(data)
+                total += len(data)
+                rows.append(measured)
+                sizes += shown
+            progress(1)
+        writer.close()
+        _publish(path, work.path(shard, shards))
+        table = np.array(sizes, np.int32).reshape(-1, 4)
+        part = Part(shard, len(indices), total, digest.hexdigest(), tuple(rejected), _lengths(rows), table)
+        known = {field: getattr(part, field) for field in ("shard", "seen", "bytes", "digest", "rejected")}
+        path = os.path.join(aside, "part")
+        with open(path, "wb") as file:
+            np.savez(file, known=np.array(json.dumps(known)), sizes=table, **part.lengths.arrays())
+        _publish(path, work.part(shard))
+    return part
+
+
+def read_part(work: Work, shard: int) -> Part | None:
+    """What an earlier run found in a shard; None where it has to be written."""
+    path = work.part(shard)
+    if not path.exists():
+        return None
+    with path.open("rb") as file, np.load(file) as stored:
+        arrays = dict(stored)
+    known, sizes = json.loads(str(arrays.pop("known"))), arrays.pop("sizes")
+    known["rejected"] = tuple((index, reason) for index, reason in known["rejected"])
+    return Part(**known, lengths=Lengths(**arrays), sizes=sizes)
+
+
+Measured = tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int, int]], list[int]]
+"""Of one record: warm-up, bridge, query and target; wrong targets; hashes of its keys."""
+
+
+def prepare_record(work: Work, index: int) -> tuple[Record, Measured, list[tuple[int, int, int, int]]]:
+    """A record with its pictures as they are stored, what rows are planned from, and the sizes of its pictures.
+
+    Raises:
+        RecordError, ImageError, ExampleError: it cannot be used, by no stage at all.
+    """
+    record = work.source.record(index, example_rng(0, 0, index, Purpose.RECORD))
+    if any(content.videos for content in (record.query, record.target, *record.negatives)):
+        raise RecordError(f"{record.dataset} {record.id}: videos are not prepared: train on their data set itself")
+    done: dict[int, Image] = {}
+    sizes = []
+
+    def stored(content: Content) -> Content:
+        images = []
+        for image in content.images:
+            if id(image) not in done:  # a picture may stand on both sides
+                done[id(image)] = working_picture(image, work.processor.pixels, work.quality)
+            images.append(done[id(image)])
+            sizes.append((image.width, image.height, images[-1].width, images[-1].height))
+        return dataclasses.replace(content, images=tuple(images))
+
+    small = dataclasses.replace(
+        record,
+        query=stored(record.query),
+        target=stored(record.target),
+        negatives=tuple(map(stored, record.negatives)),
+    )
+    keys = [_hash(record.target_key), _hash(record.image_key)]
+    return small, (*_measured(small, work.processor, work.made_for), keys), sizes
+
+
+def working_picture(image: Image, pixels: PixelSettings, quality: int) -> Image:
+    """``image`` no larger than the model sees it; a small one keeps its pixels, and its bytes where that is enough.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
+    picture = decode(image)
+    _, rows, columns = pixels.grid(image)
+    width, height = columns * pixels.patch_size, rows * pixels.patch_size
+    buffer = io.BytesIO()
+    if picture.width * picture.height > width * height:
+        picture = picture.resize((width, height), PIL.Image.Resampling(pixels.resample))
+        if quality:
+            picture.save(buffer, "JPEG", quality=quality)
+            return Image(buffer.getvalue(), width, height, image.name)
+    else:
+        with PIL.Image.open(io.BytesIO(image.data)) as opened:
+            if opened.format in _KEPT and not image.mirrored and not getattr(opened, "is_animated", False):
+                return image
+    picture.save(buffer, "PNG")
+    return Image(buffer.getvalue(), picture.width, picture.height, image.name)
+
+
+def _measured(
+    record: Record, processor: Processor, made_for: str
+) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int, int]]]:
+    found = []
+    why = ""
+    for stage in ("warmup", "bridge"):
+        try:
+            found.append(_staged(record, processor, stage, ready=made_for == stage))
+        except (RecordError, ExampleError) as error:
+            found.append(_NONE)
+            why = str(error)
+    try:
+        found += [processor.measure(record.query), processor.measure(record.target)]
+        wrong = [processor.measure(content) for content in record.negatives]
+    except ExampleError as error:
+        found, wrong, why = [*found[:2], _NONE, _NONE], [], str(error)
+    if all(entry == _NONE for entry in found):
+        raise ExampleError(f"{record.dataset} {record.id}: of no use to any stage ({why}): leave it out")
+    return found, wrong
+
+
+def _staged(record: Record, processor: Processor, stage: Stage, ready: bool) -> tuple[int, int, int, int]:
+    staged = record if ready else for_stage(record, stage)
+    if stage == "warmup":
+        return processor.measure(staged.query, with_bridge=False)
+    return processor.measure(staged.query, staged.target)
+
+
+def _lengths(rows: list[Measured]) -> Lengths:
+    single = np.array([row[0] for row in rows], np.int32).reshape(-1, 4, 4)
+    return Lengths(
+        warmup=single[:, 0],
+        bridge=single[:, 1],
+        contrastive=single[:, 2:],
+        negatives=np.array([entry for row in rows for entry in row[1]], np.int32).reshape(-1, 4),
+        negative_count=np.array([len(row[1]) for row in rows], np.int32),
+        keys=np.array([row[2] for row in rows], np.uint64).reshape(-1, 2),
+    )
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") if key else 0
+
+
+def _publish(path: str, target: epath.Path) -> None:
+    """Put a finished file where it belongs, whole or not at all: a store of objects shows no part of one."""
+    if str(target).startswith("gs://"):
+        epath.Path(path).copy(target, overwrite=True)
+    else:
+        os.replace(path, target)

@@ -1,0 +1,345 @@
+"""Every kind of bad input is named with its reason; whatever comes in, a record or a RecordError comes out."""
+
+import io
+import json
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from cocoa_jax.data.bad import BAD
+from cocoa_jax.data.pixels import ImageError, decode, open_image
+from cocoa_jax.data.readers import stores, tables
+from cocoa_jax.data.readers.records import Columns, TableSource
+from cocoa_jax.data.readers.stores import FolderStore, ZipStore, inside, open_store
+from cocoa_jax.data.readers.tables import JsonTable, ParquetTable, open_table
+from cocoa_jax.data.sources import Content, RecordError, SourceError
+
+PAIRS = Columns(query_image="image", target_text="caption")
+
+
+def lying_png(width: int, height: int) -> bytes:
+    """A header of any size over a few bytes of pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def encoded(picture: PIL.Image.Image, form: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def source(folder: Path, rows: list, columns: Columns = PAIRS) -> TableSource:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TableSource("mine", open_table([path], columns.names), columns, open_store([folder]))
+
+
+GREY = PIL.Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+RED = PIL.Image.new("RGB", (20, 10), (200, 30, 30))
+REFUSED = {
+    "zero bytes": (b"", "zero bytes"),
+    "HTML": (b"<html><body>404</body></html>", "are no picture"),
+    "40 gigapixels": (lying_png(200_000, 200_000), "40000000000 pixels"),
+    "16 bits of grey": (encoded(GREY, "PNG"), "would turn white"),
+    "only a header": (encoded(RED, "JPEG")[:20], "cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_file_that_is_no_usable_picture_is_refused_when_it_is_read(tmp_path, case):
+    data, words = REFUSED[case]
+    (tmp_path / "a.jpg").write_bytes(data)
+    with pytest.raises(RecordError, match=r"^mine 0: .*a\.jpg") as raised:
+        source(tmp_path, [{"image": "a.jpg", "caption": "red"}]).record(0)
+    assert words in str(raised.value) and "0x" not in str(raised.value), "the same words every time"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [encoded(PIL.Image.effect_noise((64, 64), 50), "JPEG")[:-400], lying_png(300, 300)],
+    ids=["truncated", "lying"],
+)
+def test_a_picture_that_ends_early_is_refused_when_it_is_decoded(data):
+    image = open_image(data, "a.jpg")
+    with pytest.raises(ImageError, match=r"a\.jpg: cannot be decoded"):
+        decode(image)
+
+
+def test_unusual_pictures_are_pictures(picture):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    frames = [PIL.Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
+    good = {
+        "CMYK": (encoded(RED.convert("CMYK"), "JPEG"), (20, 10)),
+        "animated": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), (20, 10)),
+        "rotated": (encoded(RED, "JPEG", exif=exif), (10, 20)),
+        "1x1": (encoded(PIL.Image.new("RGB", (1, 1), "red"), "PNG"), (1, 1)),
+    }
+    for name, (data, size) in good.items():
+        shown = decode(open_image(data, name))
+        assert shown.size == size and shown.mode == "RGB"
+        red, green, blue = shown.getpixel((0, 0))
+        assert red > 150 > 80 > max(green, blue), name  # JPEG and CMYK move colours a little; the first frame is shown
+
+
+LEAVING = ["../a.jpg", "x/../../a.jpg", "/etc/hostname", "\\a.jpg", "C:\\a.jpg", "..\\a.jpg", "a\0.jpg", "", "./"]
+
+
+@pytest.mark.parametrize("path", LEAVING)
+def test_a_path_never_leaves_its_folder(tmp_path, path):
+    with pytest.raises(RecordError, match="relative to"):
+        inside(path)
+    with pytest.raises(RecordError):
+        FolderStore(tmp_path).read(path)
+
+
+def test_links_out_of_the_folder_pipes_and_huge_files_are_refused(tmp_path, monkeypatch, picture):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (tmp_path / "secret.jpg").write_bytes(picture(0))
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (folder / "inner.jpg").symlink_to("real.jpg")
+    (folder / "real.jpg").write_bytes(picture(1))
+    os.mkfifo(folder / "pipe.jpg")
+    store = FolderStore(folder)
+    assert store.read("inner.jpg") == picture(1)
+    for path, words in {
+        "link.jpg": "a link out",
+        "pipe.jpg": "no file",
+        "gone.jpg": "not in",
+        "real.jpg/x": "not in",
+    }.items():
+        with pytest.raises(RecordError, match=words):
+            store.read(path)
+    with pytest.raises(RecordError, match="cannot name a file"):
+        store.read("x" * 300)
+    monkeypatch.setattr(stores, "LARGEST_FILE", 10)
+    with pytest.raises(RecordError, match="at most 10 are read"):
+        store.read("real.jpg")
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path, picture):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("honest.jpg", b"\0" * (stores.LARGEST_FILE + 1))
+        archive.writestr("lying.jpg", b"\0" * 10**6)
+        archive.writestr("good.jpg", picture(3))
+    data = path.read_bytes()
+    # The directory now says that a million zeros are ten bytes.
+    place = data.rindex(b"lying.jpg") - 46
+    path.write_bytes(data[: place + 24] + struct.pack("<L", 10) + data[place + 28 :])
+    store = ZipStore(path)
+    assert store.read("images/sub/good.jpg") == picture(3)
+    with pytest.raises(RecordError, match="at most"):
+        store.read("honest.jpg")
+    with pytest.raises(RecordError, match="not the 10 bytes"):
+        store.read("lying.jpg")
+    with pytest.raises(RecordError, match=r"not in bomb\.zip"):
+        store.read("other.jpg")
+
+
+def test_damage_inside_a_zip_is_named(tmp_path, picture):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("a.jpg", picture(1))
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RecordError, match="fetch it again"):
+        ZipStore(path).read("a.jpg")
+    (tmp_path / "no.zip").write_bytes(b"PK nonsense")
+    with pytest.raises(SourceError, match="no readable zip"):
+        ZipStore(tmp_path / "no.zip")
+
+
+ROWS = {
+    "no UTF-8": (b'{"caption": "caf\xe9"}', "no UTF-8"),
+    "no JSON": (b'{"caption": "x"', "no JSON"),
+    "no object": (b"[1, 2]", "expected an object"),
+    "a lone surrogate": (rb'{"image": "a.jpg", "caption": "\ud800"}', "no UTF-8"),
+    "deep": (b"[" * 100_000, "no JSON"),
+    "an empty caption": (b'{"image": "a.jpg", "caption": " \\n"}', "its target has neither text nor pictures"),
+    "a number": (b'{"image": "a.jpg", "caption": 7}', "target is a int, expected text"),
+    "a missing file": (b'{"image": "b.jpg", "caption": "x"}', "path 'b.jpg': not in"),
+    "a picture of another kind": (b'{"image": 5, "caption": "x"}', "a picture is a int"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_bad_row_is_named_and_its_neighbours_are_read(tmp_path, picture, case):
+    line, words = ROWS[case]
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    good = b'{"image": "a.jpg", "caption": "fine"}\n'
+    (tmp_path / "rows.jsonl").write_bytes(good + line + b"\n\n" + good)
+    rows = TableSource("mine", JsonTable([tmp_path / "rows.jsonl"]), PAIRS, FolderStore(tmp_path))
+    assert len(rows) == 3 and rows.record(0).target.text == rows.record(2).target.text == "fine"
+    with pytest.raises(RecordError, match=r"^mine (row )?1: ") as raised:
+        rows.record(1)
+    assert words in str(raised.value)
+
+
+def test_a_parquet_of_another_schema_is_refused_before_anything_is_read(tmp_path, to_parquet):
+    one = to_parquet(tmp_path / "a.parquet", [{"image": "a.jpg", "caption": "x"}])
+    two = to_parquet(tmp_path / "b.parquet", [{"picture": "a.jpg", "caption": "x"}])
+    with pytest.raises(SourceError, match=r"b\.parquet has the columns .*not \['image'\]"):
+        open_table([one, two], PAIRS.names)
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(SourceError, match="no readable Parquet"):
+        open_table([tmp_path / "c.parquet"], PAIRS.names)
+    with pytest.raises(SourceError, match="expected"):
+        open_table([one, tmp_path / "x.csv"], PAIRS.names)
+
+
+def test_a_text_of_parquet_that_is_no_utf8_is_named(tmp_path):
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(np.array([0, 2, 6], np.int32)), pyarrow.py_buffer(b"okcaf\xe9")]
+    )
+    parquet.write_table(pyarrow.table({"caption": broken}), tmp_path / "a.parquet")
+    columns = Columns(query_text="caption", target_text="caption")
+    rows = TableSource("mine", open_table([tmp_path / "a.parquet"], columns.names), columns)
+    assert rows.record(0).target.text == "ok"
+    with pytest.raises(RecordError, match="caption is no UTF-8"):
+        rows.record(1)
+
+
+def test_a_damaged_row_group_costs_its_rows_alone(tmp_path, to_parquet):
+    path = to_parquet(tmp_path / "a.parquet", [{"caption": f"{i} " + "words " * 50} for i in range(6)])
+    data = bytearray(path.read_bytes())
+    group = parquet.read_metadata(path).row_group(1).column(0)
+    start = group.dictionary_page_offset or group.data_page_offset
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    table = ParquetTable([path], ["caption"])
+    for index in (0, 1, 4, 5):
+        assert table.row(index)["caption"].startswith(f"{index} ")
+    with pytest.raises(RecordError, match="row group 1: damaged"):
+        table.row(2)
+
+
+def test_the_second_of_two_equal_ids_is_bad(tmp_path):
+    columns = Columns(id="key", query_text="q", target_text="t")
+    rows = source(tmp_path, [{"key": key, "q": "x", "t": "y"} for key in ("a", "b", "a")], columns)
+    assert rows.record(0).id == "a" and rows.record(1).id == "b"
+    with pytest.raises(RecordError, match="mine a: another row before it has the same id"):
+        rows.record(2)
+
+
+@pytest.mark.parametrize("typed", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|mask|>", "<tool_call>"])
+def test_special_tokens_typed_in_a_caption_are_plain_text(tmp_path, processors, picture, typed):
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    processor = processors["2"]
+    record = source(tmp_path, [{"image": "a.jpg", "caption": f"a {typed} b"}]).record(0)
+    example = processor.embedding(record.target)
+    special = {
+        processor.mask_id,
+        *processor.bridge_ids,
+        processor.config.image_token,
+        processor.config.vision_start_token,
+    }
+    assert not special & set(example.tokens[:-1].tolist())
+    assert processor.text.decode(example.tokens[:-1].tolist()) == f"a {typed} b"
+
+
+BASES = [encoded(RED, form) for form in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")]
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(BASES),
+    st.lists(st.tuples(st.integers(0, 999), st.integers(0, 255)), max_size=8),
+    st.integers(0, 1000),
+)
+def test_no_bytes_crash_the_decoder(data, changes, cut):
+    broken = bytearray(data)
+    for place, value in changes:
+        broken[place % len(broken)] = value
+    try:
+        shown = decode(open_image(bytes(broken[: max(0, len(broken) - cut)]), "fuzzed"))
+    except ImageError as error:
+        assert str(error).startswith("fuzzed: ") and "\n" not in str(error)
+    else:
+        assert shown.mode == "RGB" and min(shown.size) >= 1
+
+
+CELLS = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["a.jpg", "../a.jpg"]),
+    lambda part: (
+        st.lists(part, max_size=3) | st.dictionaries(st.sampled_from(["bytes", "path", "x"]), part, max_size=2)
+    ),
+    max_leaves=4,
+)
+COLUMNS = Columns(
+    query_text="a", query_image="b", target_text="c", target_image="d", query_instruction="e", negative_text="f",
+    negative_image="g",
+)  # fmt: skip
+
+
+class OneRow:
+    """A table of one row."""
+
+    def __init__(self, row):
+        self._row = row
+
+    def __len__(self):
+        return 1
+
+    def row(self, index):
+        return self._row
+
+    def fingerprint(self):
+        return ""
+
+
+@settings(max_examples=150)
+@given(st.dictionaries(st.sampled_from("abcdefg"), CELLS), st.booleans())
+def test_no_row_crashes_the_builder(tmp_path_factory, processors, row, lists):
+    folder = tmp_path_factory.getbasetemp() / "fuzz"
+    if not folder.is_dir():
+        folder.mkdir()
+        (folder / "a.jpg").write_bytes(BASES[0])
+    made = TableSource("fuzz", OneRow(row), COLUMNS, FolderStore(folder), list_targets=lists)
+    try:
+        record = made.record(0)
+        example = processors["2"].bridge(record.query, Content(record.target.text), room=64)
+    except BAD as error:
+        assert str(error)
+    else:
+        assert len(example.tokens) <= 64 and (example.block == 2).sum() == 1
+
+
+@settings(max_examples=100)
+@given(st.binary(max_size=200))
+def test_no_bytes_crash_a_table_of_lines(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    path.write_bytes(data)
+    try:
+        table = JsonTable([path])
+    except SourceError:
+        return
+    for index in range(len(table)):
+        try:
+            assert isinstance(table.row(index), dict)
+        except RecordError as error:
+            assert str(error).startswith("fuzz.jsonl row ")
+    assert tables.hash_file(path)

@@ -1,0 +1,179 @@
+"""Mixtures: every format opens, stages share sources, caps, weights, instructions, and what the fingerprint sees."""
+
+import dataclasses
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+from cocoa_jax.config import SettingsError, load_mixture
+from cocoa_jax.data.masking import Purpose, example_rng
+from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
+from cocoa_jax.data.pipeline import STATS, BatchConfig, RowsConfig, stage_dataset
+from cocoa_jax.data.readers.records import Columns
+from cocoa_jax.data.sources import RecordError, SourceError
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def written(tmp_path, to_lines, to_parquet, picture):
+    """A folder of four kinds of lists about the same pictures."""
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    to_lines(tmp_path / "captions.jsonl", [{"image_path": f"{i}.jpg", "caption": f"caption {i}"} for i in range(6)])
+    pairs = [{"qry": f"what {i}", "pos_text": f"that {i % 2}", "qry_image_path": f"{i}.jpg"} for i in range(4)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    inside = [{"words": f"picture {i}", "photo": {"bytes": picture(i), "path": None}} for i in range(5)]
+    to_parquet(tmp_path / "inside.parquet", inside)
+    return tmp_path
+
+
+def mixture(written, **more) -> MixtureConfig:
+    datasets = {
+        "captions": DatasetConfig("cocoa-captions", "captions.jsonl"),
+        "pairs": DatasetConfig("cocoa-pairs", "pairs.json", instruction="Asked: {text}?"),
+        "inside": DatasetConfig("table", "*.parquet", columns=Columns(query_text="words", target_image="photo"), cap=3),
+        "emoji": DatasetConfig("pictures", kind="caption", split="validation", cap=10),
+    }
+    return MixtureConfig(datasets | more, str(written))
+
+
+def test_every_format_gives_records_to_every_stage(written, picture, processors):
+    for stage, method in (("warmup", "warmup"), ("bridge", "bridge"), ("contrastive", "embedding")):
+        opened = open_mixture(mixture(written), stage)
+        assert {name: len(source) for name, source in opened.sources.items()} == {
+            "captions": 6, "pairs": 4, "inside": 3, "emoji": 10,
+        }  # fmt: skip
+        assert opened.weights == {name: len(source) for name, source in opened.sources.items()}
+        for name, source in opened.sources.items():
+            record = source.record(1, RNG)
+            assert record.dataset == source.name == name
+            contents = (record.query, record.target) if stage == "bridge" else (record.query,)
+            example = getattr(processors["2"], method)(*contents)
+            assert example.patches or (stage == "contrastive" and name in ("inside", "emoji")), (stage, name)
+    asked = opened.sources["pairs"].record(3, RNG)
+    assert asked.query.text == "Asked: what 3?" and asked.target.text == "that 1"
+    assert asked.query.images[0].data == picture(3)
+
+
+def test_what_stages_make_of_a_pair(written, picture):
+    warm, bridge = (open_mixture(mixture(written), stage).sources for stage in ("warmup", "bridge"))
+    assert warm["captions"].record(2, RNG).query.text == "caption 2"
+    assert warm["pairs"].record(2, RNG).query.text == "what 2? that 0", "no instruction is rebuilt"
+    turned = bridge["inside"].record(0, RNG)  # text to image: the words belong to the picture
+    assert turned.query.images and turned.target.text.startswith("picture ") and not turned.target.images
+    both = DatasetConfig(
+        "table", "captions.jsonl", columns=Columns(query_image="image_path", target_image="image_path")
+    )
+    source = open_mixture(mixture(written, both=both), "bridge").sources["both"]
+    with pytest.raises(RecordError, match="both 0: query and target have pictures"):
+        source.record(0, RNG)
+
+
+def test_a_cap_is_the_same_random_choice_every_time(written):
+    def chosen(seed):
+        sources = open_mixture(mixture(written), "contrastive").sources
+        return [sources["emoji"].record(i, np.random.default_rng(seed)).id for i in range(10)]
+
+    assert chosen(0) == chosen(1) and len(set(chosen(0))) == 10
+
+
+def test_the_fingerprint_sees_contents_and_settings_but_no_place(written, tmp_path_factory):
+    def of(config):
+        return open_mixture(config, "contrastive").fingerprint
+
+    base = of(mixture(written))
+    moved = tmp_path_factory.mktemp("moved") / "there"
+    shutil.copytree(written, moved)
+    assert of(mixture(moved)) == base
+    weighted = {n: dataclasses.replace(d, weight=1.0) for n, d in mixture(written).datasets.items()}
+    capped = dataclasses.replace(mixture(written).datasets["emoji"], cap=9)
+    assert len({base, of(mixture(written, **weighted)), of(mixture(written, emoji=capped))}) == 3
+    with (moved / "captions.jsonl").open("a") as file:
+        file.write('{"image_path": "1.jpg", "caption": "one more"}\n')
+    assert of(mixture(moved)) != base
+
+
+def test_interleaved_parts_come_from_one_data_set_each(written, processors):
+    opened = open_mixture(mixture(written), "contrastive")
+    rows = RowsConfig(batch_size=8, shapes=((16, 48, 64),), examples_per_row=2, masked_per_row=2)
+    for parts in (1, 4):
+        config = BatchConfig("contrastive", rows, interleave=parts)
+        seen = []
+
+        @dataclasses.dataclass(frozen=True)
+        class Spy:
+            source: object
+            name: str
+            seen: list
+
+            def __len__(self):
+                return len(self.source)
+
+            def record(self, index, rng):
+                self.seen.append(self.name)
+                return self.source.record(index, rng)
+
+        spies = {name: Spy(source, name, seen) for name, source in opened.sources.items()}
+        made = stage_dataset(config, spies, opened.weights, processors["2"], seed=0, steps=12)
+        kinds = [int(made[step]["stats"][STATS.index("kind")]) for step in range(12)]
+        names = np.array(seen).reshape(12 * parts, 8 // parts)
+        assert (names == names[:, :1]).all() and len(set(names[:, 0])) == 4
+        assert (len(set(kinds)) > 1) == (parts == 1) and (parts == 1 or set(kinds) == {-1})
+    with pytest.raises(ValueError, match="choose a divisor"):
+        BatchConfig("contrastive", rows, interleave=3)
+
+
+def test_equal_pictures_and_targets_have_equal_keys(written, processors):
+    """Two captions of one picture, and two pictures of one answer."""
+    opened = open_mixture(MixtureConfig({"p": mixture(written).datasets["pairs"]}, str(written)), "contrastive")
+    rows = RowsConfig(batch_size=8, shapes=((16, 48, 64),), examples_per_row=2, masked_per_row=2)
+    batch = stage_dataset(
+        BatchConfig("contrastive", rows), opened.sources, opened.weights, processors["2"], seed=0, steps=1
+    )[0]
+    # Eight draws of four records: every picture twice, two answers.
+    assert sorted(np.bincount(batch["image_key"])) == [2, 2, 2, 2] and (np.bincount(batch["target_key"]) == 4).all()
+
+
+def test_a_mixture_is_a_file(written, tmp_path):
+    values = {"datasets": {"captions": {"format": "cocoa-captions", "path": "captions.jsonl", "stages": ["warmup"]}}}
+    (written / "mixture.yaml").write_text(yaml.safe_dump(values))
+    config = load_mixture(written / "mixture.yaml")
+    opened = open_mixture(config, "warmup")
+    record = opened.sources["captions"].record(0, example_rng(0, 0, 0, Purpose.RECORD))
+    assert record.query.text == "caption 0"
+    assert len(pickle.loads(pickle.dumps(opened.sources["captions"]))) == 6
+    with pytest.raises(SourceError, match="no data set for stage 'bridge'"):
+        open_mixture(config, "bridge")
+    (written / "mixture.yaml").write_text("datasets: {a: {format: novel}}")
+    with pytest.raises(SettingsError, match="novel"):
+        load_mixture(written / "mixture.yaml")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ({"format": "cocoa-pairs", "path": "nothing.json"}, "no file is called"),
+        ({"format": "pictures", "kind": "caption", "split": "test_seen"}, "not for training"),
+        ({"format": "pictures", "kind": "warmup"}, "made for its stage alone"),
+        ({"format": "cocoa-pairs", "path": "pairs.json", "images": ["gone.zip"]}, "neither a folder nor a zip"),
+        ({"format": "mmeb-train", "path": "."}, "no original-"),
+    ],
+)
+def test_a_data_set_that_cannot_be_opened_is_named(written, dataset, words):
+    with pytest.raises(SourceError, match=f"data set wrong: .*{words}"):
+        open_mixture(MixtureConfig({"wrong": DatasetConfig(**dataset)}, str(written)), "warmup")
+
+
+def test_weights_for_some_data_sets_alone_are_refused(written):
+    some = dataclasses.replace(mixture(written).datasets["pairs"], weight=2.0)
+    with pytest.raises(ValueError, match=r"\['pairs'\] have a weight"):
+        open_mixture(mixture(written, pairs=some), "contrastive")
+    with pytest.raises(ValueError, match="belong to format 'table'"):
+        DatasetConfig("table", "x.parquet")
+    with pytest.raises(ValueError, match="cap is 0"):
+        DatasetConfig("cocoa-pairs", cap=0)
