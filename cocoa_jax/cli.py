@@ -20,7 +20,7 @@ Verbs = Mapping[str, Union["Command", "Verbs"]]
 def commands() -> Verbs:
     """Every sub-command by name; a group of verbs is a mapping of its own."""
     # They pull in JAX; they are imported when somebody calls, not when somebody imports this module.
-    from cocoa_jax.commands import adapter, reading, training
+    from cocoa_jax.commands import adapter, convert, reading, training
 
     return {
         "demo": training.DEMO,
@@ -30,12 +30,15 @@ def commands() -> Verbs:
         "embed": reading.EMBED,
         "report": reading.REPORT,
         "adapter": {"export": adapter.EXPORT, "merge": adapter.MERGE},
+        "convert": {"hf-to-orbax": convert.TO_ORBAX, "orbax-to-hf": convert.TO_HF},
     }
 
 
+# What each group of verbs is for.
 GROUPS = {
-    "adapter": "Write a LoRA or DoRA adapter as PEFT does, or merged into its weights."
-}  # what each group of verbs is for
+    "adapter": "Write a LoRA or DoRA adapter as PEFT does, or merged into its weights.",
+    "convert": "Turn a Hugging Face folder into a stage, or a stage into a Hugging Face folder.",
+}
 
 
 def build_parser(verbs: Verbs, about: str) -> ArgumentParser:

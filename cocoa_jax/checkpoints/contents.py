@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Any  # a pytree of arrays, or of their jax.ShapeDtypeStruct
 Contents = Mapping[str, Mapping[str, Any]]
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+_PIECE, _ROW = 2**24, 2**12  # elements of a host's array that are summed at once, and side by side
 
 
 def contents_of(tree: Tree) -> dict[str, Any]:
@@ -37,11 +39,25 @@ def checksums(tree: Tree) -> list[int]:
     return [int(value) for value in jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])]
 
 
-@jax.jit
-def _checksum(array: jax.Array) -> jax.Array:
-    """Sum of all elements' bits, each times an odd number of its own, modulo 2^32; the same on any mesh.
+def checksum_of(array: np.ndarray) -> int:
+    """The number that ``checksums`` gives, for an array in host memory that is too large for a second copy."""
+    values = array.reshape(-1)
+    total = 0
+    for start in range(0, values.size, _PIECE):
+        piece = values[start : start + _PIECE]
+        # Several rows add up side by side, which one long row does not.
+        rows = piece.reshape(-1, _ROW) if piece.size % _ROW == 0 else piece
+        words = array.dtype.itemsize // 4 if array.dtype.itemsize > 4 else 1
+        total += int(_checksum(rows, np.uint32(start * words % 2**32)))
+    return total % 2**32
 
-    A changed element changes the sum, because an odd factor never makes a difference vanish modulo 2^32.
+
+@jax.jit
+def _checksum(array: jax.Array, first: int | np.uint32 = 0) -> jax.Array:
+    """Sum of all elements' bits, each mixed with the element's place, modulo 2^32; the same on any mesh.
+
+    A changed element changes the sum, because mixing is one-to-one in 32 bits. Many changes at once, such as a
+    doubling of all values, do not cancel, because it is not linear. ``first`` is the place of the first element.
     """
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
@@ -49,7 +65,15 @@ def _checksum(array: jax.Array) -> jax.Array:
     index = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(bits.shape):
         index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+    mixed = _mix(bits + (index + first) * jnp.uint32(0x9E3779B1))
+    return jnp.sum(mixed if bits.ndim < 2 else jnp.sum(mixed, axis=-2, dtype=jnp.uint32), dtype=jnp.uint32)
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """A one-to-one map of 32 bits in which every bit reaches every other; source: MurmurHash3's finalizer."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def mismatches(name: str, tree: Tree, stored: Contents, *, same_dtype: bool) -> list[str]:
