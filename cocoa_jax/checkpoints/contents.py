@@ -13,7 +13,8 @@ Tree = Any  # a pytree of arrays, or of their jax.ShapeDtypeStruct
 Contents = Mapping[str, Mapping[str, Any]]
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-_PIECE, _ROW = 2**24, 2**12  # elements of a host's array that are summed at once, and side by side
+# Elements of a host's array that are summed at once, few enough for the cache, and side by side.
+_PIECE, _ROW = 2**18, 2**9
 
 
 def contents_of(tree: Tree) -> dict[str, Any]:

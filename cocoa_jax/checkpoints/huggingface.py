@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +40,7 @@ from cocoa_jax.models.config import read_config
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_SIZE = 5_000_000_000
+_SYNC = 2**28  # bytes of a file that wait for the disk at most
 _ROWS = 4096  # rows of two tables that are compared at once
 
 # Whatever a backbone's folder holds beside its weights: config, tokenizer, preprocessor, chat template, licence.
@@ -135,8 +138,8 @@ def _untied(head: tuple[Any, str], table: tuple[Any, str]) -> list[str]:
         (left.get_shape(), left.get_dtype()) == (right.get_shape(), right.get_dtype())
         and rows
         and all(
-            left[start : start + _ROWS].tobytes() == right[start : start + _ROWS].tobytes()
-            for start in range(0, rows[0], _ROWS)
+            left[start:end].tobytes() == right[start:end].tobytes()
+            for start, end in itertools.pairwise([*range(0, rows[0], _ROWS), rows[0]])
         )
     )
     return [] if same else [f"{name}: differs from {table_name}, to which config.json ties it: untie it there"]
@@ -311,5 +314,29 @@ def _write_safetensors(file: BinaryIO, entries: list[_Entry], load: Callable[[st
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for entry in entries:
-        file.write(entry.slot.take(load(entry.slot.path), entry.dtype).view(np.uint8).data)
+    writer = _Writer(file)
+    # A tensor is written, and reaches the disk, while the next one is turned.
+    with ThreadPoolExecutor(1) as pool:
+        pending = None
+        for entry in entries:
+            data = entry.slot.take(load(entry.slot.path), entry.dtype).view(np.uint8).data
+            if pending is not None:
+                pending.result()
+            pending = pool.submit(writer, data)
+        if pending is not None:
+            pending.result()
+
+
+class _Writer:
+    """Writes to a file and has the disk take it every now and then, not all at the end."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._waiting = file, 0
+
+    def __call__(self, data: memoryview) -> None:
+        self._file.write(data)
+        self._waiting += data.nbytes
+        if self._waiting > _SYNC:
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
+            self._waiting = 0

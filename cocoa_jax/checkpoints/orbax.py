@@ -300,11 +300,14 @@ def load_items(path: epath.Path, wanted: Mapping[str, Any], *, part: bool = Fals
         with context:
             return ocp.load_checkpointables(path, dict(wanted))
     except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-        cause: BaseException = error
-        while (deeper := cause.__cause__ or cause.__context__) is not None:
-            cause = deeper
-        reason = str(cause).splitlines()[0][:300] if str(cause) else repr(cause)
-        raise DamagedCheckpointError(f"{path} is damaged: {reason}") from error
+        raise DamagedCheckpointError(f"{path} is damaged: {root_cause(error)}") from error
+
+
+def root_cause(error: BaseException) -> str:
+    """One line of what an error came from in the end."""
+    while (deeper := error.__cause__ or error.__context__) is not None:
+        error = deeper
+    return str(error).splitlines()[0][:300] if str(error) else repr(error)
 
 
 def _as_stored(tree: Tree, contents: Contents) -> Tree:

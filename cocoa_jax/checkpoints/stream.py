@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cocoa_jax.checkpoints.orbax import (
     load_items,
     newest_first,
     read_records,
+    root_cause,
     stage_context,
     steps_folder,
 )
@@ -47,33 +49,36 @@ def save_params(stage_dir: str | Path, leaves: Iterable[tuple[str, np.ndarray]],
     folder.mkdir(parents=True)
     weights, step = folder / "weights", folder / "0"
     contents: dict[str, Any] = {}
-    pending: Any = None
-    try:
-        for path, leaf in leaves:
-            if pending is not None:
-                pending.result()
+    pending: list[Any] = []
+    for path, leaf in leaves:
+        with _errors_of(folder):
+            if pending:
+                pending.pop().result()
             with _streaming():
-                pending = ocp.partial.save_async(weights, unflatten_dict({path: leaf}, sep="."))
-            contents[path.replace(".", "/")] = {
-                "dtype": str(leaf.dtype),
-                "shape": list(leaf.shape),
-                "checksum": checksum_of(leaf),
-            }
-            del leaf
-        if pending is not None:
-            pending.result()
+                pending.append(ocp.partial.save_async(weights, unflatten_dict({path: leaf}, sep=".")))
+        what = {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "checksum": checksum_of(leaf)}
+        contents[path.replace(".", "/")] = what
+        del leaf
+    found = {name: contents if name == "params" else {} for name in TREES}
+    with _errors_of(folder):
+        pending.pop().result()
         with _streaming():
             ocp.partial.finalize(weights)
         with stage_context():
-            found = {name: contents if name == "params" else {} for name in TREES}
             ocp.save_checkpointables(step, {"loop": {"step": 0}, "metadata": metadata, "contents": found})
-    except CheckpointError:
-        raise
-    except Exception as error:  # Orbax and TensorStore each raise their own
-        raise CheckpointError(f"{folder} cannot be written ({_root(error)}): make room and start again") from error
     # A partial save holds one tree of a fixed name; beside the records it is what a stage calls its params.
     (weights / _STATE).rename(step / "params")
     shutil.rmtree(weights)
+
+
+@contextmanager
+def _errors_of(folder: epath.Path) -> Iterator[None]:
+    """Whatever goes wrong while Orbax writes is one line: it, TensorStore and JSON each raise their own."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{folder} cannot be written ({root_cause(error)}): make room and start again"
+        raise CheckpointError(reason) from error
 
 
 def _streaming() -> ocp.Context:
@@ -82,12 +87,6 @@ def _streaming() -> ocp.Context:
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False
     return context
-
-
-def _root(error: BaseException) -> str:
-    while (deeper := error.__cause__ or error.__context__) is not None:
-        error = deeper
-    return str(error).splitlines()[0][:300] if str(error) else repr(error)
 
 
 @dataclasses.dataclass(frozen=True)
