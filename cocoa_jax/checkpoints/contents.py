@@ -12,9 +12,9 @@ import numpy as np
 Tree = Any  # a pytree of arrays, or of their jax.ShapeDtypeStruct
 Contents = Mapping[str, Mapping[str, Any]]
 
-_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-# Elements of a host's array that are summed at once, few enough for the cache, and side by side.
-_PIECE, _ROW = 2**18, 2**9
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
+_GOLDEN = np.uint32(0x9E3779B1)
+_PIECE = 2**15  # elements of a host's array that are mixed at once: few enough for the cache
 
 
 def contents_of(tree: Tree) -> dict[str, Any]:
@@ -42,23 +42,22 @@ def checksums(tree: Tree) -> list[int]:
 
 def checksum_of(array: np.ndarray) -> int:
     """The number that ``checksums`` gives, for an array in host memory that is too large for a second copy."""
-    values = array.reshape(-1)
+    bits = np.ascontiguousarray(array).reshape(-1).view(_UNSIGNED[array.dtype.itemsize])
+    places = np.arange(_PIECE, dtype=np.uint32) * _GOLDEN
     total = 0
-    for start in range(0, values.size, _PIECE):
-        piece = values[start : start + _PIECE]
-        # Several rows add up side by side, which one long row does not.
-        rows = piece.reshape(-1, _ROW) if piece.size % _ROW == 0 else piece
-        words = array.dtype.itemsize // 4 if array.dtype.itemsize > 4 else 1
-        total += int(_checksum(rows, np.uint32(start * words % 2**32)))
+    for start in range(0, bits.size, _PIECE):
+        piece = bits[start : start + _PIECE]
+        first = np.uint32(start * int(_GOLDEN) % 2**32)
+        total += int(np.sum(_mix((places[: piece.size] + first) + piece), dtype=np.uint32))
     return total % 2**32
 
 
 @jax.jit
-def _checksum(array: jax.Array, first: int | np.uint32 = 0) -> jax.Array:
+def _checksum(array: jax.Array) -> jax.Array:
     """Sum of all elements' bits, each mixed with the element's place, modulo 2^32; the same on any mesh.
 
     A changed element changes the sum, because mixing is one-to-one in 32 bits. Many changes at once, such as a
-    doubling of all values, do not cancel, because it is not linear. ``first`` is the place of the first element.
+    doubling of all values, do not cancel, because it is not linear.
     """
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
@@ -66,15 +65,20 @@ def _checksum(array: jax.Array, first: int | np.uint32 = 0) -> jax.Array:
     index = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(bits.shape):
         index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    mixed = _mix(bits + (index + first) * jnp.uint32(0x9E3779B1))
+    mixed = _mix(bits + index * _GOLDEN)
+    # Rows add up side by side, which one long row does not.
     return jnp.sum(mixed if bits.ndim < 2 else jnp.sum(mixed, axis=-2, dtype=jnp.uint32), dtype=jnp.uint32)
 
 
-def _mix(bits: jax.Array) -> jax.Array:
+def _mix(bits: Any) -> Any:
     """A one-to-one map of 32 bits in which every bit reaches every other; source: MurmurHash3's finalizer."""
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
+    # In place for numpy's arrays, which belong to nobody else.
+    bits ^= bits >> np.uint32(16)
+    bits *= np.uint32(0x85EBCA6B)
+    bits ^= bits >> np.uint32(13)
+    bits *= np.uint32(0xC2B2AE35)
+    bits ^= bits >> np.uint32(16)
+    return bits
 
 
 def mismatches(name: str, tree: Tree, stored: Contents, *, same_dtype: bool) -> list[str]:
