@@ -84,7 +84,8 @@ def _attend_forward(scale: float, cut: Cut, *arrays: Array) -> tuple[Array, tupl
 def _attend_backward(
     scale: float, cut: Cut, saved: tuple[Array, ...], g: Array
 ) -> tuple[Array, Array, Array, None, None]:
-    return *_batched(functools.partial(_backward, scale, cut))(*saved, g), None, None
+    dq, dk, dv = _batched(functools.partial(_backward, scale, cut))(*saved, g)
+    return dq, dk, dv, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

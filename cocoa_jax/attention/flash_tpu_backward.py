@@ -121,13 +121,13 @@ def backward(
     words, heads, (bq, bk) = call.words, call.heads, call.blocks
     groups, per_key = N // heads, N // K // heads
 
-    def at_query(h: Array, i: Array, w: Ref) -> tuple[Array, ...]:
+    def at_query(h: Array, i: Array, w: Ref) -> tuple[Array | int, ...]:
         return words.row(w[i]), h, words.query(w[i]), 0
 
-    def at_key(h: Array, i: Array, w: Ref) -> tuple[Array, ...]:
+    def at_key(h: Array, i: Array, w: Ref) -> tuple[Array | int, ...]:
         return words.row(w[i]), h // per_key, words.key(w[i]), 0
 
-    def at_row(h: Array, i: Array, w: Ref) -> tuple[Array, ...]:
+    def at_row(h: Array, i: Array, w: Ref) -> tuple[Array | int, ...]:
         return words.row(w[i]), h, 0, 0
 
     grid = pltpu.PrefetchScalarGridSpec(

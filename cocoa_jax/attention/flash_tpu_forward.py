@@ -152,10 +152,10 @@ def forward(
     words, heads, (bq, bk) = call.words, call.heads, call.blocks
     per_key = N // K // heads
 
-    def at_query(h: Array, i: Array, w: Ref) -> tuple[Array, ...]:
+    def at_query(h: Array, i: Array, w: Ref) -> tuple[Array | int, ...]:
         return words.row(w[i]), h, words.query(w[i]), 0
 
-    def at_key(h: Array, i: Array, w: Ref) -> tuple[Array, ...]:
+    def at_key(h: Array, i: Array, w: Ref) -> tuple[Array | int, ...]:
         return words.row(w[i]), h // per_key, words.key(w[i]), 0
 
     grid = pltpu.PrefetchScalarGridSpec(
