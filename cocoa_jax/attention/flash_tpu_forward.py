@@ -54,7 +54,8 @@ class Call:
 
 def product(a: Array, b: Array, over: tuple[int, int]) -> Array:
     """A matrix product in float32 over axis ``over[0]`` of ``a`` and ``over[1]`` of ``b``; exact for float32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    # Said outright: a precision set for the whole process has no meaning for bfloat16, and the compiler refuses it.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (((over[0],), (over[1],)), ((), ())), precision, preferred_element_type=jnp.float32)
 
 
