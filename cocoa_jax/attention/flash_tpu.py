@@ -7,14 +7,12 @@ as long as the list: what nobody sees costs nothing, and a batch is a longer lis
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import custom_batching
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 from cocoa_jax.attention.flash_tpu_backward import backward
@@ -24,7 +22,6 @@ from cocoa_jax.attention.flash_tpu_tiles import Words, active_tiles, query_block
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.attention.tiles import Blocks, count_tiles
 
-ROW_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)  # of a mesh, by the names that the whole project uses
 OUT, LSE = "span_attention_out", "span_attention_lse"  # what a remat policy keeps so that the kernel runs once a pass
 
 
@@ -60,10 +57,8 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Attention under spans by TPU kernels, forward and backward; a query that sees nothing gives zeros.
 
-    XLA cannot divide a kernel over devices, so a program for several has to be traced under ``jax.set_mesh``: the
-    kernels then run in a ``shard_map`` over rows and heads as far as these divide, and whole on every device else.
-    Inside a caller's own ``shard_map`` (with ``check_vma=False``) they take its part. Under ``jax.vmap`` the new axis
-    joins the rows.
+    In a program for several devices it has to stand in a ``shard_map`` over rows and heads with ``check_vma=False``
+    (``divide.divided``): XLA cannot divide a kernel. Under ``jax.vmap`` the new axis joins the rows.
 
     Args:
         q: queries; N is a multiple of K.
@@ -74,28 +69,8 @@ def attend(
         sizes: block sizes; None takes them from the table of the device.
         interpret: run the kernels step by step on any device, for tests.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    rows, heads = _axes(mesh, q.shape[0], k.shape[2])
-
-    def own(q: Array, k: Array, v: Array, spans: Spans) -> Array:
-        return _attend(_static(q, k, spans, scale, sizes, interpret), q, k, v, spans)
-
     spans = Spans(*(jnp.clip(jnp.asarray(a, jnp.int32), 0, k.shape[1]) for a in (spans.start, spans.end)))
-    if not rows and not heads:
-        return own(q, k, v, spans)
-    parts, bounds = PartitionSpec(rows, None, heads), PartitionSpec(rows)
-    divided = jax.shard_map(own, mesh=mesh, in_specs=(parts,) * 3 + (bounds,), out_specs=parts, check_vma=False)
-    return divided(q, k, v, spans)
-
-
-def _axes(mesh: AbstractMesh, rows: int, key_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes of the mesh that XLA still divides (outside of a ``shard_map``) and that divide rows and key heads."""
-    free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
-    found = []
-    for wanted, length in ((ROW_AXES, rows), (HEAD_AXES, key_heads)):
-        names = tuple(name for name in wanted if name in free)
-        found.append(names if names and length % math.prod(mesh.shape[name] for name in names) == 0 else ())
-    return found[0], found[1]
+    return _attend(_static(q, k, spans, scale, sizes, interpret), q, k, v, spans)
 
 
 def _static(q: Array, k: Array, spans: Spans, scale: float, sizes: Tuning | None, interpret: bool) -> Static:

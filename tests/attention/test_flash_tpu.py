@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cocoa_jax.attention import flash_tpu, flash_tpu_blocks, flash_tpu_tiles, reference
+from cocoa_jax.attention.api import attend
 from cocoa_jax.attention.flash_tpu_blocks import Tuning, fit, heads_per_tile
 from cocoa_jax.attention.flash_tpu_tiles import Words, active_tiles, masked, query_blocks_per_call, unmasked
 from cocoa_jax.attention.spans import Spans, causal, segments, truncated
@@ -235,7 +236,7 @@ def test_compiles_for_tpus_over_rows_and_heads(chip, monkeypatch):
     bound = jax.ShapeDtypeStruct((2, 256), jnp.int32, sharding=rows)
 
     def total(q, k, v, start, end):
-        out = flash_tpu.attend(q, k, v, Spans(start, end), SCALE, sizes=SIZES)
+        out = attend(q, k, v, Spans(start, end), scale=SCALE, implementation="flash_tpu")
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh):
