@@ -27,7 +27,7 @@ from cocoa_jax.profiling.llo import FLAGS, Program, dumped
 from cocoa_jax.profiling.masks import mask_spans
 from cocoa_jax.profiling.topology import ENVIRONMENT, tpu_slice
 
-CANDIDATES = ((512, 512), (256, 512), (512, 256), (256, 256), (128, 256), (128, 128))
+CANDIDATES = ((512, 512), (256, 512), (256, 256), (128, 128))
 HEADS = {128: (12, 2), 80: (16, 16), 64: (16, 16)}  # query and key heads: the text tower, the vision tower
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 COMPILED = (8, 4096)  # rows and length of the compiled call: too much for XLA to keep in vector memory by itself
@@ -105,7 +105,7 @@ def cell(chip: str, width: int, blocks: Blocks, folder: Path) -> dict[str, Cost]
             command = [sys.executable, __file__, "--compile", spec]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            sys.stderr.write(f"{path.name}: {done.stderr.strip().splitlines()[-1][:200]}\n")
+            sys.stderr.write(f"{path.name}: {done.stderr.strip()[-300:]}\n")
             return None
     return {name: Cost(**cost) for name, cost in json.loads(path.read_text()).items()}
 
@@ -128,7 +128,7 @@ def seconds(cost: Cost, kernel: str, chip: Chip, width: int, spans: Spans, block
 
 
 def best(chip: str, width: int, costs: dict[Blocks, dict[str, Cost]]) -> list[str]:
-    """Markdown lines: the sizes that lose least over the masks of a length, and their times in ms."""
+    """Markdown lines: the tile with the least total time over the masks, and all times in ms."""
     lines = []
     for length in LENGTHS:
         spans = masks(width, length)
@@ -138,10 +138,13 @@ def best(chip: str, width: int, costs: dict[Blocks, dict[str, Cost]]) -> list[st
                 blocks: [seconds(costs[blocks][kernel], kernel, CHIPS[chip], width, s, blocks) for s in spans.values()]
                 for blocks in fitting
             }
-            least = np.min(list(times.values()), axis=0)
-            chosen = min(fitting, key=lambda blocks: float(np.sum(np.array(times[blocks]) / least)))
-            shown = ", ".join(f"{name} {1e3 * t:.3f}" for name, t in zip(spans, times[chosen], strict=True))
-            lines.append(f"| {chip} | {width} | {length} | {kernel} | {chosen.query}x{chosen.key} | {shown} |")
+            ranked = sorted(fitting, key=lambda blocks: sum(times[blocks]))
+            shown = "; ".join(
+                f"{blocks.query}x{blocks.key}: " + ", ".join(f"{name} {1e3 * t:.4f}" for name, t in pairs)
+                for blocks in ranked
+                for pairs in [zip(spans, times[blocks], strict=True)]
+            )
+            lines.append(f"| {chip} | {width} | {length} | {kernel} | {ranked[0].query}x{ranked[0].key} | {shown} |")
     return lines
 
 
@@ -157,7 +160,9 @@ def main() -> None:
         chip, width, query, key, dump, answer = json.loads(asked.compile)
         Path(answer).write_text(json.dumps(compile_here(chip, width, Blocks(query, key), Path(dump))) + "\n")
         return
-    sys.stdout.write("| chip | width | length | kernel | tile | static model, ms |\n|---|---|---|---|---|---|\n")
+    sys.stdout.write(
+        "| chip | width | length | kernel | tile | static model, ms, best tile first |\n|---|---|---|---|---|---|\n"
+    )
     for chip in asked.chips.split(","):
         for width in map(int, asked.widths.split(",")):
             found = {Blocks(*c): cell(chip, width, Blocks(*c), asked.cells) for c in CANDIDATES}

@@ -43,14 +43,40 @@ DEVICES = {
 OTHER = Device(56 * 2**20, 8192)  # the smallest vector memory of the TPUs from v5 on
 
 
+# By kind and kernel: (longest row, query block, key block), in the order of the lengths; the last one has no end.
+_WHOLE, _HALF, _SMALL = (512, 512), (256, 512), (256, 256)
+_ANY = 1 << 31
+_Sizes = tuple[tuple[int, tuple[int, int]], ...]
+TABLE: dict[str, tuple[_Sizes, _Sizes]] = {
+    "TPU v5 lite": (
+        ((512, _WHOLE), (2048, _HALF), (_ANY, _WHOLE)),
+        ((512, _WHOLE), (_ANY, _HALF)),
+    ),
+    "TPU v5": (
+        ((512, _WHOLE), (2048, _HALF), (_ANY, _WHOLE)),
+        ((512, _WHOLE), (1024, _HALF), (2048, _SMALL), (4096, _HALF), (_ANY, _WHOLE)),
+    ),
+    "TPU v6 lite": (
+        ((_ANY, _WHOLE),),
+        ((512, _WHOLE), (2048, _HALF), (_ANY, _WHOLE)),
+    ),
+}
+HEADS = 6  # of a tile: the more, the longer the program and its compilation
+
+
 def device(kind: str) -> Device:
     """The limits of a device by JAX's ``device_kind``."""
     return DEVICES.get(kind, OTHER)
 
 
 def tuning(kind: str, width: int, keys: int) -> Tuning:
-    """The tuned sizes for a device kind, a head width and a number of keys."""
-    return Tuning(Blocks(512, 512), Blocks(512, 512), 6)
+    """The tuned sizes for a device kind, a head width and a number of keys; an unknown device gets those of v5e."""
+    forward, backward = TABLE.get(kind, TABLE["TPU v5 lite"])
+    return Tuning(_choose(forward, keys), _choose(backward, keys), HEADS)
+
+
+def _choose(sizes: _Sizes, keys: int) -> Blocks:
+    return Blocks(*next(blocks for longest, blocks in sizes if keys <= longest))
 
 
 def fit(blocks: Blocks, queries: int, keys: int) -> Blocks:
