@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import topologies
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cocoa_jax.attention import flash_tpu, flash_tpu_blocks, flash_tpu_tiles, reference
@@ -71,7 +72,7 @@ def kernels(jaxpr):
     found = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call"]
     for eqn in jaxpr.eqns:
         if eqn.primitive.name != "pallas_call":
-            found += [call for inner in jax.core.jaxprs_in_params(eqn.params) for call in kernels(inner)]
+            found += [call for inner in jaxprs_in_params(eqn.params) for call in kernels(inner)]
     return found
 
 
