@@ -10,21 +10,40 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.attention.tiles import Blocks, Hulls, query_hulls
 
-BLOCKS = Blocks(256, 256)  # a tile of six heads fits into the second-level cache of a core; measured on a CPU
+SIDE, SCORES = 256, 128 * 1024  # of a tile: with its weights half of the second-level cache of a core
 OUT, LSE = "span_attention_out", "span_attention_lse"  # what a remat policy keeps: no second forward pass
 HIDDEN = -1e30  # score of a hidden key
 LOWEST = -1e29  # where the running maximum starts: above HIDDEN, so that hidden keys weigh exp(-9e29) = 0
-Tile = Callable[[Any, Array], Any]
+
+
+class Cut(NamedTuple):
+    """How the scores are cut.
+
+    Args:
+        blocks: queries and keys of a tile.
+        heads: key heads that a tile holds side by side; they divide K.
+    """
+
+    blocks: Blocks
+    heads: int
+
+
+class Place(NamedTuple):
+    """A block of queries: its row, its group of heads, and its number in the row."""
+
+    row: Array
+    group: Array
+    block: Array
 
 
 def attend(
@@ -33,83 +52,148 @@ def attend(
     v: Float[Array, "B S K H"],
     spans: Spans,
     scale: float,
-    blocks: Blocks = BLOCKS,
+    cut: Cut | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention, statistics in float32, over the keys that each query sees; see ``api.attend``.
 
-    ``blocks`` is the largest tile: rows that it does not divide are cut into fewer equal blocks and filled up.
+    ``cut`` need not divide the rows: they are filled up. None takes what suits a CPU.
     """
     arrays = _vary_together([q, k, v, jnp.asarray(spans.start), jnp.asarray(spans.end)])
-    T, S = q.shape[1], k.shape[1]
-    fitting = Blocks(_fit(T, blocks.query), _fit(S, blocks.key))
-    return _attend(scale, fitting, *arrays)
+    return _attend(scale, cut or cut_for(q.shape[1], k.shape[1], q.shape[2], k.shape[2]), *arrays)
+
+
+def cut_for(queries: int, keys: int, heads: int, key_heads: int) -> Cut:
+    """The cut for T queries, S keys, N heads and K key heads: equal blocks, and as many heads as the cache takes."""
+    shared = heads // key_heads
+    blocks = Blocks(_fit(queries, max(2 * SIDE // (shared + 1), 64)), _fit(keys, SIDE))
+    most = SCORES // (blocks.query * shared * blocks.key)
+    return Cut(blocks, max((g for g in range(1, key_heads + 1) if key_heads % g == 0 and g <= most), default=1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale: float, blocks: Blocks, q: Array, k: Array, v: Array, start: Array, end: Array) -> Array:
-    return _batched(functools.partial(_forward, scale, blocks))(q, k, v, start, end)[0]
+def _attend(scale: float, cut: Cut, q: Array, k: Array, v: Array, start: Array, end: Array) -> Array:
+    return _batched(functools.partial(_forward, scale, cut))(q, k, v, start, end)[0]
 
 
-def _attend_forward(scale: float, blocks: Blocks, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
-    out, lse = _batched(functools.partial(_forward, scale, blocks))(*arrays)
+def _attend_forward(scale: float, cut: Cut, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+    out, lse = _batched(functools.partial(_forward, scale, cut))(*arrays)
     out, lse = checkpoint_name(out, OUT), checkpoint_name(lse, LSE)
     return out, (*arrays, out, lse)
 
 
 def _attend_backward(
-    scale: float, blocks: Blocks, saved: tuple[Array, ...], g: Array
+    scale: float, cut: Cut, saved: tuple[Array, ...], g: Array
 ) -> tuple[Array, Array, Array, None, None]:
-    return *_batched(functools.partial(_backward, scale, blocks))(*saved, g), None, None
+    dq, dk, dv = _batched(functools.partial(_backward, scale, cut))(*saved, g)
+    return dq, dk, dv, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+class _Grid:
+    """The blocks of one call: reads and writes them in the layouts in which XLA multiplies fast.
+
+    A block of queries is [C, M, H]: C key heads of a group, M = queries x N / K, so that the heads which share a key
+    head are one matrix. A block of keys is [C, size, H].
+    """
+
+    def __init__(self, cut: Cut, q: Array, k: Array, start: Array, end: Array):
+        self.size, self.width = cut.blocks
+        self.B, self.T, N, self.H = q.shape
+        self.S, self.K = k.shape[1:3]
+        self.shared, self.heads, self.groups = N // self.K, cut.heads, self.K // cut.heads
+        self.blocks = -(-self.T // self.size)
+        self.hulls = query_hulls(Spans(start, end), self.S, cut.blocks)
+        self.start, self.end = _fill(start, self.size), _fill(end, self.size)
+
+    def count(self) -> int:
+        return self.B * self.groups * self.blocks
+
+    def place(self, n: Array) -> Place:
+        return Place(n // (self.groups * self.blocks), n // self.blocks % self.groups, n % self.blocks)
+
+    def split_queries(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T G N/G H"]:
+        return _fill(x, self.size).reshape(self.B, -1, self.groups, self.heads * self.shared, self.H)
+
+    def join_queries(self, x: Float[Array, "B T G N/G H"]) -> Float[Array, "B T N H"]:
+        return x.reshape(self.B, -1, self.K * self.shared, self.H)[:, : self.T]
+
+    def split_keys(self, x: Float[Array, "B S K H"]) -> Float[Array, "B*G C S H"]:
+        return _fill(x, self.width).swapaxes(1, 2).reshape(self.B * self.groups, self.heads, -1, self.H)
+
+    def join_keys(self, x: Float[Array, "B*G C S H"]) -> Float[Array, "B S K H"]:
+        return x.reshape(self.B, self.K, -1, self.H).swapaxes(1, 2)[:, : self.S]
+
+    def queries(self, x: Float[Array, "B T G N/G H"], at: Place) -> Float[Array, "C M H"]:
+        part = jax.lax.dynamic_slice(x, self._corner(at), (1, self.size, 1, *x.shape[3:]))
+        part = part.reshape(self.size, self.heads, self.shared, self.H).transpose(1, 2, 0, 3)
+        return part.reshape(self.heads, -1, self.H)
+
+    def put_queries(self, x: Float[Array, "B T G N/G H"], part: Array, at: Place) -> Float[Array, "B T G N/G H"]:
+        part = part.reshape(self.heads, self.shared, self.size, self.H).transpose(2, 0, 1, 3)
+        part = part.reshape(1, self.size, 1, -1, self.H)
+        return jax.lax.dynamic_update_slice(x, part.astype(x.dtype), self._corner(at))
+
+    def keys(self, x: Float[Array, "B*G C S H"], at: Place, j: Array) -> Float[Array, "C width H"]:
+        corner = (at.row * self.groups + at.group, 0, j * self.width, 0)
+        return jax.lax.dynamic_slice(x, corner, (1, self.heads, self.width, self.H))[0]
+
+    def add_keys(self, x: Float[Array, "B*G C S H"], part: Array, at: Place, j: Array) -> Float[Array, "B*G C S H"]:
+        corner = (at.row * self.groups + at.group, 0, j * self.width, 0)
+        return jax.lax.dynamic_update_slice(x, (self.keys(x, at, j) + part)[None], corner)
+
+    def visible(self, at: Place, j: Array) -> Bool[Array, "size width"]:
+        """Which keys of tile j the queries of a block see."""
+        cut = [jax.lax.dynamic_slice(x, (at.row, at.block * self.size), (1, self.size)) for x in (self.start, self.end)]
+        start, end = (x[0][:, None] for x in cut)
+        key = j * self.width + jnp.arange(self.width)
+        return (start <= key) & (key < end)
+
+    def _corner(self, at: Place) -> tuple[Array | int, ...]:
+        return (at.row, at.block * self.size, at.group, 0, 0)
+
+
 def _forward(
-    scale: float, blocks: Blocks, q: Array, k: Array, v: Array, start: Array, end: Array
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B Q K M"]]:
-    """The output, and the log-sum-exp of the scores of each query by block (M = N / K heads of a block's queries)."""
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    size, rows = blocks.query, blocks.query * N // K
-    hulls, (start, end) = query_hulls(Spans(start, end), S, blocks), (_fill(x, size) for x in (start, end))
-    q, keys, values = _fill(q, size), _heads_first(_fill(k, blocks.key)), _heads_first(_fill(v, blocks.key))
-    Q = q.shape[1] // size
+    scale: float, cut: Cut, q: Array, k: Array, v: Array, start: Array, end: Array
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B G Q C M"]]:
+    """The output, and the log-sum-exp of the scores of each query by block."""
+    grid = _Grid(cut, q, k, start, end)
+    q, keys, values = grid.split_queries(q), grid.split_keys(k), grid.split_keys(v)
+    rows = (grid.heads, grid.size * grid.shared)
 
     def block(n: Array, written: tuple[Array, Array]) -> tuple[Array, Array]:
         out, lse = written
-        at = (n // Q, n % Q)
-        queries = _queries(q, at, size, K)
-        sees = functools.partial(_visible, _cut(start, at, size), _cut(end, at, size), blocks.key)
+        at = grid.place(n)
+        queries = grid.queries(q, at)
 
         def tile(j: Array, masked: bool, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, sums = carry
-            key, value = _keys(keys, at, j, blocks.key), _keys(values, at, j, blocks.key)
-            scores = _product("kmh,kch->kmc", queries, key) * scale
+            scores = _product("cmh,cnh->cmn", queries, grid.keys(keys, at, j)) * scale
             if masked:
-                scores = _hide(scores, sees(j))
+                scores = _hide(scores, grid.visible(at, j))
             higher = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - higher[..., None])
             fade = jnp.exp(top - higher)
-            new = _product("kmc,kch->kmh", weights.astype(value.dtype), value)
+            new = _product("cmn,cnh->cmh", weights.astype(values.dtype), grid.keys(values, at, j))
             return higher, total * fade + weights.sum(-1), sums * fade[..., None] + new
 
-        empty = (_full((K, rows), LOWEST, q), _full((K, rows), 0, q), _full((K, rows, H), 0, q))
-        top, total, sums = _visit(hulls, at, tile, empty)
+        empty = (_full(rows, LOWEST, q), _full(rows, 0, q), _full((*rows, grid.H), 0, q))
+        top, total, sums = _visit(grid.hulls, at, tile, empty)
         some = total > 0
         total = jnp.where(some, total, 1)
         # An empty span gets so high a log-sum-exp that its weights vanish in the backward pass.
         statistic = jnp.where(some, top + jnp.log(total), -HIDDEN)
-        return _put(out, _tokens_first(sums / total[..., None], size), at, size), lse.at[at].set(statistic)
+        return grid.put_queries(out, sums / total[..., None], at), lse.at[at].set(statistic)
 
-    empty = (_full(q.shape, 0, q, q.dtype), _full((B, Q, K, rows), 0, q))
-    out, lse = jax.lax.fori_loop(0, B * Q, block, empty)
-    return out[:, :T], lse
+    empty = (_full(q.shape, 0, q, q.dtype), _full((grid.B, grid.groups, grid.blocks, *rows), 0, q))
+    out, lse = jax.lax.fori_loop(0, grid.count(), block, empty)
+    return grid.join_queries(out), lse
 
 
 def _backward(
     scale: float,
-    blocks: Blocks,
+    cut: Cut,
     q: Array,
     k: Array,
     v: Array,
@@ -120,53 +204,48 @@ def _backward(
     g: Array,
 ) -> tuple[Array, Array, Array]:
     """The gradients of queries, keys and values from that of the output."""
-    B, T, _, H = q.shape
-    S, K = k.shape[1:3]
-    size = blocks.query
-    hulls, (start, end) = query_hulls(Spans(start, end), S, blocks), (_fill(x, size) for x in (start, end))
-    q, out, g = (_fill(x, size) for x in (q, out, g))
-    keys, values = _heads_first(_fill(k, blocks.key)), _heads_first(_fill(v, blocks.key))
-    Q = q.shape[1] // size
+    grid = _Grid(cut, q, k, start, end)
+    q, out, g = (grid.split_queries(x) for x in (q, out, g))
+    keys, values = grid.split_keys(k), grid.split_keys(v)
 
     def block(n: Array, written: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        at = (n // Q, n % Q)
-        queries, grads = _queries(q, at, size, K), _queries(g, at, size, K)
-        inner = jnp.sum(_queries(out, at, size, K).astype(jnp.float32) * grads, -1)[:, None]
+        at = grid.place(n)
+        queries, grads = grid.queries(q, at), grid.queries(g, at)
+        inner = jnp.sum(grid.queries(out, at).astype(jnp.float32) * grads, -1)[:, None]
         statistic = lse[at][:, None]
-        sees = functools.partial(_visible, _cut(start, at, size), _cut(end, at, size), blocks.key)
 
         # Keys down and queries across: a product that sums over the rows of a tile takes XLA twice as long on a CPU,
         # and this way round only that of the queries' gradient does, whose other side is small.
         def tile(j: Array, masked: bool, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = carry
-            key, value = _keys(keys, at, j, blocks.key), _keys(values, at, j, blocks.key)
-            scores = _product("kch,kmh->kcm", key, queries) * scale
+            key, value = grid.keys(keys, at, j), grid.keys(values, at, j)
+            scores = _product("cnh,cmh->cnm", key, queries) * scale
             if masked:
-                scores = _hide(scores, sees(j).T)
+                scores = _hide(scores, grid.visible(at, j).T)
             weights = jnp.exp(scores - statistic)
-            change = weights * (_product("kch,kmh->kcm", value, grads) - inner)
+            change = weights * (_product("cnh,cmh->cnm", value, grads) - inner)
             weights, change = weights.astype(q.dtype), change.astype(q.dtype)
-            dq = dq + _product("kch,kcm->khm", key, change)
-            dk = _add(dk, _product("kcm,kmh->kch", change, queries), at, j, blocks.key)
-            return dq, dk, _add(dv, _product("kcm,kmh->kch", weights, grads), at, j, blocks.key)
+            dq = dq + _product("cnh,cnm->chm", key, change)
+            dk = grid.add_keys(dk, _product("cnm,cmh->cnh", change, queries), at, j)
+            return dq, dk, grid.add_keys(dv, _product("cnm,cmh->cnh", weights, grads), at, j)
 
         dq, *rest = written
-        now, *rest = _visit(hulls, at, tile, (_full((K, H, queries.shape[1]), 0, q), *rest))
-        return _put(dq, _tokens_first(now.swapaxes(1, 2) * scale, size), at, size), *rest
+        start = _full((grid.heads, grid.H, queries.shape[1]), 0, q)
+        own, dk, dv = _visit(grid.hulls, at, tile, (start, *rest))
+        return grid.put_queries(dq, own.swapaxes(1, 2) * scale, at), dk, dv
 
     empty = (_full(q.shape, 0, q, q.dtype), _full(keys.shape, 0, q), _full(keys.shape, 0, q))
-    dq, dk, dv = jax.lax.fori_loop(0, B * Q, block, empty)
-    dk, dv = (x.swapaxes(1, 2)[:, :S] for x in (dk * scale, dv))
-    return dq[:, :T], dk.astype(k.dtype), dv.astype(v.dtype)
+    dq, dk, dv = jax.lax.fori_loop(0, grid.count(), block, empty)
+    return grid.join_queries(dq), grid.join_keys(dk * scale).astype(k.dtype), grid.join_keys(dv).astype(v.dtype)
 
 
-def _visit(hulls: Hulls, at: tuple[Array, Array], tile: Callable[[Array, bool, Any], Any], carry: Any) -> Any:
+def _visit(hulls: Hulls, at: Place, tile: Callable[[Array, bool, Any], Any], carry: Any) -> Any:
     """Folds ``tile(j, masked, carry)`` over the key blocks that a query block sees.
 
     Three loops rather than a branch in one: the masked tiles before the run of fully visible ones, that run, and the
     masked ones behind it. The carry of a branch would be copied for every tile.
     """
-    lo, hi, full_lo, full_hi = (x[at] for x in (hulls.lo, hulls.hi, hulls.full_lo, hulls.full_hi))
+    lo, hi, full_lo, full_hi = (x[at.row, at.block] for x in (hulls.lo, hulls.hi, hulls.full_lo, hulls.full_hi))
     full_lo = jnp.clip(full_lo, lo, hi)
     full_hi = jnp.clip(full_hi, full_lo, hi)
     for first, last, masked in ((lo, full_lo, True), (full_lo, full_hi, False), (full_hi, hi, True)):
@@ -174,45 +253,8 @@ def _visit(hulls: Hulls, at: tuple[Array, Array], tile: Callable[[Array, bool, A
     return carry
 
 
-def _product(spec: str, a: Array, b: Array) -> Float[Array, "K _ _"]:
+def _product(spec: str, a: Array, b: Array) -> Float[Array, "C _ _"]:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
-
-def _queries(x: Float[Array, "B T N H"], at: tuple[Array, Array], size: int, K: int) -> Float[Array, "K M H"]:
-    """A block of queries, the heads that share a key head side by side: one matrix for each key head."""
-    N, H = x.shape[2:]
-    block = jax.lax.dynamic_slice(x, (at[0], at[1] * size, 0, 0), (1, size, N, H))
-    return block.reshape(size, K, N // K, H).transpose(1, 2, 0, 3).reshape(K, -1, H)
-
-
-def _tokens_first(block: Float[Array, "K M H"], size: int) -> Float[Array, "1 M N H"]:
-    """The reverse of ``_queries``."""
-    K, _, H = block.shape
-    return block.reshape(K, -1, size, H).transpose(2, 0, 1, 3).reshape(1, size, -1, H)
-
-
-def _put(x: Float[Array, "B T N H"], block: Array, at: tuple[Array, Array], size: int) -> Float[Array, "B T N H"]:
-    return jax.lax.dynamic_update_slice(x, block.astype(x.dtype), (at[0], at[1] * size, 0, 0))
-
-
-def _keys(x: Float[Array, "B K S H"], at: tuple[Array, Array], j: Array, size: int) -> Float[Array, "K size H"]:
-    return jax.lax.dynamic_slice(x, (at[0], 0, j * size, 0), (1, x.shape[1], size, x.shape[3]))[0]
-
-
-def _add(
-    x: Float[Array, "B K S H"], block: Array, at: tuple[Array, Array], j: Array, size: int
-) -> Float[Array, "B K S H"]:
-    new = _keys(x, at, j, size) + block
-    return jax.lax.dynamic_update_slice(x, new[None], (at[0], 0, j * size, 0))
-
-
-def _cut(x: Int[Array, "B T"], at: tuple[Array, Array], size: int) -> Int[Array, "size 1"]:
-    return jax.lax.dynamic_slice(x, (at[0], at[1] * size), (1, size))[0][:, None]
-
-
-def _visible(start: Array, end: Array, size: int, j: Array) -> Bool[Array, "M C"]:
-    key = j * size + jnp.arange(size)
-    return (start <= key) & (key < end)
 
 
 def _hide(scores: Float[Array, "K X Y"], sees: Bool[Array, "_ _"]) -> Float[Array, "K X Y"]:
@@ -220,10 +262,6 @@ def _hide(scores: Float[Array, "K X Y"], sees: Bool[Array, "_ _"]) -> Float[Arra
     K, X, Y = scores.shape
     x, y = sees.shape
     return jnp.where(sees[:, None, :], scores.reshape(K, X // x, x, Y // y, y), HIDDEN).reshape(K, X, Y)
-
-
-def _heads_first(x: Float[Array, "B S K H"]) -> Float[Array, "B K S H"]:
-    return x.swapaxes(1, 2)
 
 
 def _fit(length: int, largest: int) -> int:

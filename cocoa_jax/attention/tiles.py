@@ -102,7 +102,7 @@ def query_hulls(spans: Spans, keys: int, blocks: Blocks) -> Hulls:
     size = blocks.key
     start, end = xp.clip(spans.start, 0, keys), xp.clip(spans.end, 0, keys)
     sees = end > start
-    far = np.int32(keys + size)
+    far = keys + size
     first = _blocked(xp.where(sees, start, far), blocks.query, far).min(-1)
     last = _blocked(xp.where(sees, end, 0), blocks.query, 0).max(-1)
     some = last > 0
@@ -169,7 +169,7 @@ def tile_list(hulls: Hulls, key_blocks: int, outer: Literal["query", "key"], bou
     compute = (hi > lo).reshape(-1)[block]
     flags = FIRST * (step == 0) + LAST * (step == sizes[block] - 1) + COMPUTE * compute + MASK * (compute & ~full)
     flags = xp.where(entry < count, flags, 0)
-    return TileList(*(a.astype(np.int32) for a in (row, query, key, flags)), count.astype(np.int32))
+    return TileList(*(a.astype(np.int32) for a in (row, query, key, flags, count)))
 
 
 def count_tiles(spans: Spans, keys: int, blocks: Blocks) -> Counts:

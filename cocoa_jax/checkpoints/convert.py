@@ -57,7 +57,7 @@ def orbax_to_hf(
     """
     backbone = _open(source, trained=True)
     if is_adapted(backbone.path):
-        raise CheckpointError(f"{source} holds an adapter beside its backbone: use `cocoa adapter merge` or `export`")
+        raise CheckpointError(f"{source} trained an adapter: cocoa adapter merge writes the folder")
     require_free(Path(destination))
     for params in stored_params(backbone.path, abstract_params(backbone.config)):
         try:

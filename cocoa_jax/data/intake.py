@@ -62,6 +62,10 @@ class Intake:
         self.ledger.note(len(draws), found)
         return taken, len(found)
 
+    def one(self, step: int, place: int, kind: int, index: int) -> Taken:
+        """The record of one draw, which is known to be good."""
+        return self._built(self.sources[kind], index, self._rng(step, place, 0))
+
     def _take(self, step: int, place: int, kind: int, index: int, found: list[Bad]) -> Taken:
         source = self.sources[kind]
         for attempt in range(_TRIES):

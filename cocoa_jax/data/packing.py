@@ -37,16 +37,19 @@ class RowsConfig:
             them has the largest T and the largest P: any example that fits a row at all fits one of its rows.
         examples_per_row: E, at most so many examples share a row.
         masked_per_row: M, at most so many tokens of a row are hidden.
+        window: in stages 1 and 2, how many batches are planned together, from ``window * batch_size`` records whose
+            lengths are stored: the more there are to choose from, the fuller the rows.
     """
 
     batch_size: int
     shapes: tuple[tuple[int, int, int], ...]
     examples_per_row: int
     masked_per_row: int
+    window: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.examples_per_row < 1 or self.masked_per_row < 1:
-            raise PackingError(f"{self}: batch_size, examples_per_row and masked_per_row start at 1: raise it")
+        if min(self.batch_size, self.examples_per_row, self.masked_per_row, self.window) < 1:
+            raise PackingError(f"{self}: batch_size, examples_per_row, masked_per_row and window start at 1: raise it")
         if not self.shapes or any(b < 1 or t < 1 or p < 0 for b, t, p in self.shapes):
             raise PackingError(f"shapes is {self.shapes}: give [rows, tokens, patches] each, rows and tokens from 1")
         for before, after in itertools.combinations(self.shapes, 2):
@@ -141,7 +144,9 @@ def plan_rows(lengths: Int[np.ndarray, "n 3"], capacity: Sequence[int], examples
 
 
 def plan_batch(lengths: Int[np.ndarray, "n 3"], config: RowsConfig) -> tuple[Shape, list[list[int]]]:
-    """The first of the config's shapes into which the examples pack, and the rows that hold any.
+    """The first of the config's shapes into which the examples of a window pack, and the rows that hold any.
+
+    The rows are those of all batches of the window: batch b of w gets rows b, b + w, b + 2 w and so on.
 
     Examples that overflow every shape get more rows of the widest, the next multiple of ``config.step``. That costs a
     compilation, but a run of days must not die of one unlucky batch; the pipeline counts these batches
@@ -153,14 +158,15 @@ def plan_batch(lengths: Int[np.ndarray, "n 3"], config: RowsConfig) -> tuple[Sha
     total, longest = lengths.sum(axis=0), lengths.max(axis=0, initial=0)
     for shape in map(Shape._make, config.shapes):
         capacity = (shape.tokens, shape.patches, config.masked_per_row)
-        if (longest > capacity).any() or (total > np.multiply(capacity, shape.rows)).any():
+        if (longest > capacity).any() or (total > np.multiply(capacity, shape.rows * config.window)).any():
             continue
         rows = plan_rows(lengths, capacity, config.examples_per_row)
-        if len(rows) <= shape.rows:
+        if len(rows) <= shape.rows * config.window:
             return shape, rows
     widest = config.widest
     rows = plan_rows(lengths, (widest.tokens, widest.patches, config.masked_per_row), config.examples_per_row)
-    return widest._replace(rows=-(-len(rows) // config.step) * config.step), rows
+    needed = -(-len(rows) // config.window)
+    return widest._replace(rows=-(-needed // config.step) * config.step), rows
 
 
 def share(rows: int, process_index: int, process_count: int) -> slice:

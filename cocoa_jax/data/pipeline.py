@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Literal
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32
 
 from cocoa_jax.data.bad import BAD, BadConfig, KnownBad, Ledger
-from cocoa_jax.data.intake import Intake, Taken, arranged, examples_of
-from cocoa_jax.data.masking import MaskingConfig, Purpose, choose_tokens, choose_units, example_rng, within_budget
+from cocoa_jax.data.batches import STATS, BatchBuilder, lengths_of
+from cocoa_jax.data.intake import Intake, examples_of
+from cocoa_jax.data.masking import MaskingConfig, Purpose, example_rng
 from cocoa_jax.data.packing import PackingError, RowsConfig, check_fits, plan_batch, plan_rows, share
-from cocoa_jax.data.pixels import ImageError
-from cocoa_jax.data.processor import BLOCK_B, Example, Processor
-from cocoa_jax.data.rows import Arrays, VisibilityConfig, hide_tokens, hide_units, write_rows
-from cocoa_jax.data.sources import content_key
+from cocoa_jax.data.planned import PlannedBuilder, stored_lengths
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.rows import Arrays, VisibilityConfig, write_rows
 
 if TYPE_CHECKING:
     from cocoa_jax.data.pairs import RecordSource
@@ -42,11 +42,6 @@ __all__ = [
 ]
 
 Stage = Literal["warmup", "bridge", "contrastive"]
-
-STATS = ("kind", "rows_used", "tokens_used", "patches_used", "extra_rows", "bad_records", "dropped_masks")
-"""Entries of ``batch["stats"]``, int32: the source's place among the sorted names (stage 3 of one source a batch, else
--1); rows, tokens and patches used in the global batch; rows beyond the widest shape, for a batch that overflows all of
-them; records that others stand in for; tokens un-chosen because an example has more of them than a row may hide."""
 
 _WINDOW = 8  # inference plans rows over this many batches at once, so that rows fill up and lengths are alike
 
@@ -81,6 +76,8 @@ class BatchConfig:
             raise ValueError(
                 f"interleave is {self.interleave} for a batch_size of {self.rows.batch_size}: choose a divisor of it"
             )
+        if self.rows.window > 1 and self.stage == "contrastive":
+            raise ValueError(f"rows.window is {self.rows.window}: a batch of stage 3 is planned alone, set it to 1")
         if self.interleave > 1 and self.stage != "contrastive":
             raise ValueError(f"stage {self.stage!r} mixes its sources record by record: set interleave to 1")
 
@@ -104,6 +101,9 @@ def stage_dataset(
     interleaved parts, comes from one source; those of stages 1 and 2 mix them. Sources follow one another in
     proportion to their weights, those of weight 0 are left out.
 
+    Where every source has stored lengths, rows are planned from them and each process reads only what its own rows
+    hold.
+
     Args:
         known: what a check of all records found.
         report: JSON lines to which every bad record is added.
@@ -125,11 +125,23 @@ def stage_dataset(
         if config.interleave > 1:
             draws = draws.batch(config.interleave).map(_Joined())
     else:
-        draws = grain.MapDataset.mix(orders, shares).batch(size)
+        draws = grain.MapDataset.mix(orders, shares).batch(size * config.rows.window)
     used = tuple(sources[name] for name in names)
     intake = Intake(config, used, processor, seed, Ledger(config.bad, report), known)
-    builder = _BatchBuilder(config, intake, processor, seed, process_index, process_count)
-    return draws[:steps].map_with_index(builder)
+    processes = (process_index, process_count)
+    stored = [stored_lengths(source, config, processor) for source in used]
+    if all(stored):
+        if config.rows.window > 1:
+            draws = grain.MapDataset.range(steps).map(_InWindow(draws, config.rows.window))
+        planned = PlannedBuilder(config, intake, tuple(filter(None, stored)), processor, seed, processes)
+        return draws[:steps].map_with_index(planned)
+    if config.rows.window > 1:
+        missing = [name for name, lengths in zip(names, stored, strict=True) if lengths is None]
+        raise PackingError(
+            f"rows.window is {config.rows.window}, {missing} have no stored lengths for these settings: build them by "
+            "`cocoa data build` with the same processor, or set rows.window to 1"
+        )
+    return draws[:steps].map_with_index(BatchBuilder(config, intake, processor, seed, processes))
 
 
 def stage_batches(
@@ -224,115 +236,15 @@ class _Joined:
         return parts.reshape(-1, 2)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)  # Grain prints its transforms, and sources hold pictures
-class _BatchBuilder:
-    """(step, [N, 2] of source and record) -> batch."""
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _InWindow:
+    """The draws of the window that a step belongs to."""
 
-    config: BatchConfig
-    intake: Intake
-    processor: Processor
-    seed: int
-    process_index: int
-    process_count: int
+    windows: grain.MapDataset[np.ndarray]
+    steps: int
 
-    def __call__(self, step: int, draws: np.ndarray) -> Arrays:
-        skip = self.config.bad.action == "skip"
-        # A single host decodes all rows anyway, and looks for a bad picture only when it has met one.
-        if not skip or self.process_count == 1 or self.intake.known is not None:
-            try:
-                return self._build(step, draws, self.intake)
-            except ImageError:
-                if not skip or self.process_count > 1:
-                    raise
-        return self._build(step, draws, dataclasses.replace(self.intake, verify=True))
-
-    def _build(self, step: int, draws: np.ndarray, intake: Intake) -> Arrays:
-        config = self.config
-        taken, replaced = intake.take(draws, step)
-        examples = arranged(taken)
-        hidden, dropped = self._choose(examples, step)
-        shape, plan = plan_batch(_lengths(examples, hidden), config.rows)
-        rows = plan + [[] for _ in range(shape.rows - len(plan))]
-        local = rows[share(shape.rows, self.process_index, self.process_count)]
-        slots, truncated = config.rows.examples_per_row, config.stage == "bridge"
-        batch = write_rows(examples, local, self.processor, shape, slots, config.visibility, truncated)
-        self._hide(batch, examples, local, hidden, step)
-        batch["example"] = _flat_index(rows, len(examples), slots)
-        if config.stage == "contrastive":
-            batch |= _keys(taken, config.negatives)
-        tokens = sum(len(example.tokens) for example in examples.values())
-        patches = sum(example.patches for example in examples.values())
-        kind = int(draws[0, 0]) if config.stage == "contrastive" and config.interleave == 1 else -1
-        extra = 0 if shape in config.rows.shapes else shape.rows - config.rows.widest.rows
-        batch["stats"] = np.array([kind, len(plan), tokens, patches, extra, replaced, dropped], np.int32)
-        return batch
-
-    def _choose(self, examples: Mapping[int, Example], step: int) -> tuple[_Hidden, int]:
-        """Which tokens of each example are hidden, and how many more would have been, were a row to hold them.
-
-        Before the rows are planned, which then make room for them: the choice depends on no other example.
-        """
-        masking, bridge = self.config.masking, self.config.stage == "bridge"
-        hidden: _Hidden = {}
-        dropped = 0
-        if masking is None:
-            return hidden, dropped
-        for i, example in examples.items():
-            choice = choose_tokens(
-                example.ordinary & (example.block == BLOCK_B) if bridge else example.ordinary,
-                example_rng(self.seed, step, i, Purpose.TOKENS),
-                masking.text_ratio,
-                masking.shift,
-                at_least_one=bridge,
-            )
-            hidden[i] = within_budget(choice, self.config.rows.masked_per_row)
-            dropped += len(choice.index) - len(hidden[i])
-        return hidden, dropped
-
-    def _hide(
-        self, batch: Arrays, examples: Mapping[int, Example], rows: Sequence[Sequence[int]], hidden: _Hidden, step: int
-    ) -> None:
-        masking = self.config.masking
-        if masking is None:
-            return
-        budget, mask_id = self.config.rows.masked_per_row, self.processor.mask_id
-        hide_tokens(batch, examples, rows, hidden, budget, masking.shift, mask_id)
-        if self.config.stage == "warmup":
-            size = self.processor.config.vision.unit_patches
-            units = {
-                i: choose_units(
-                    examples[i].patches // size, example_rng(self.seed, step, i, Purpose.UNITS), masking.image_ratio
-                )
-                for row in rows
-                for i in row
-            }
-            hide_units(batch, examples, rows, units, size)
-
-
-def _keys(taken: Sequence[Taken], negatives: int) -> Arrays:
-    """Numbers in place of keys, equal where the keys are, for the loss to know who is no negative of whom."""
-    records = [one.record for one in taken]
-    wrong = [content_key(content) for record in records for content in record.negatives[:negatives]]
-    targets = np.unique([*(record.target_key for record in records), *wrong], return_inverse=True)[1].astype(np.int32)
-    shown = np.array([record.image_key for record in records])
-    pictures = np.where(shown == "", -1, np.unique(shown, return_inverse=True)[1]).astype(np.int32)
-    keys = {"target_key": targets[: len(records)], "image_key": pictures}
-    return keys | {"negative_key": targets[len(records) :]} if negatives else keys
-
-
-_Hidden = dict[int, Int32[np.ndarray, " m"]]
-
-
-def _lengths(examples: Mapping[int, Example], hidden: _Hidden) -> Int64[np.ndarray, "n 3"]:
-    rows = [(len(example.tokens), example.patches, len(hidden.get(i, ()))) for i, example in examples.items()]
-    return np.array(rows, np.int64).reshape(-1, 3)
-
-
-def _flat_index(rows: Sequence[Sequence[int]], total: int, per_row: int) -> Int32[np.ndarray, " X"]:
-    flat = np.full(total, -1, np.int32)
-    for row, members in enumerate(rows):
-        flat[list(members)] = row * per_row + np.arange(len(members))
-    return flat
+    def __call__(self, step: int) -> np.ndarray:
+        return np.asarray(self.windows[step // self.steps])
 
 
 def embedding_rows(
@@ -348,6 +260,7 @@ def embedding_rows(
     Raises:
         ExampleError, ImageError, PackingError: naming the content.
     """
+    rows = dataclasses.replace(rows, window=1)
     widest, slots = rows.widest, rows.examples_per_row
     if not widest.patches and any(content.images or content.videos for content in contents):
         raise PackingError("rows.shapes has no patches and there are pictures to embed: give it a shape with patches")
@@ -358,7 +271,7 @@ def embedding_rows(
         for i in range(start, min(start + window, len(contents))):
             examples[i] = processor.embedding(contents[i], widest.tokens)
             check_fits(len(examples[i].tokens), examples[i].patches, rows, f"content {i}")
-        lengths = _lengths(examples, {})
+        lengths = lengths_of(examples, {})
         plan = plan_rows(lengths, capacity, slots)
         for first in range(0, len(plan), widest.rows):
             # Some rows of a first-fit plan, planned again alone, need no more rows than they are.

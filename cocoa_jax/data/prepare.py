@@ -186,7 +186,7 @@ def _finish(folder: epath.Path, work: Work, shards: int, parts: Sequence[Part], 
         "source_records": plan["records"],
         "records": sum(counts),
         "fingerprint": digest,
-        "rejected": dict(Counter(_kind(reason) for _, reason in rejected).most_common()),
+        "rejected": dict(Counter(_kind(reason) for _, reason in rejected).most_common(50)),
         "bytes": sum(part.bytes for part in parts),
         "pictures": _pictures(parts),
         "tokens": {stage: _spread(values) for stage, values in _lengths_by_stage(lengths, 0)},
@@ -229,9 +229,12 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def _kind(reason: str) -> str:
-    """A reason without what names the record: everything before its last ``: NAME: `` and every number."""
-    words = re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", reason)
-    return re.sub(r"\d+", "#", re.sub(r"^.*?\d[^:]*: ", "", words))[:160]
+    """A reason without names and numbers; names come first, each before a colon, and are seldom three words."""
+    parts = reason.split(": ")
+    while len(parts) > 1 and len(parts[0].split()) < 3:
+        parts.pop(0)
+    words = re.sub(r"b?'[^']*'|b?\"[^\"]*\"", "'...'", ": ".join(parts))
+    return re.sub(r"\d+", "#", words)[:160]
 
 
 def _slug(name: str) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -19,11 +19,11 @@ from jaxtyping import Int32
 
 from cocoa_jax.data.bad import BAD
 from cocoa_jax.data.masking import Purpose, example_rng
-from cocoa_jax.data.pixels import PixelSettings, decode
+from cocoa_jax.data.pixels import ImageError, PixelSettings, decode
 from cocoa_jax.data.prepared import SPLIT, Lengths, serialize
 from cocoa_jax.data.processor import ExampleError, Processor
 from cocoa_jax.data.readers.stages import Stage, for_stage
-from cocoa_jax.data.sources import Content, Image, Record, RecordError
+from cocoa_jax.data.sources import Content, Image, Record, RecordError, content_key
 
 if TYPE_CHECKING:
     from cocoa_jax.data.pairs import RecordSource
@@ -105,7 +105,8 @@ def write_shard(work: Work, shard: int, shards: int, progress: Callable[[int], o
         known = {field: getattr(part, field) for field in ("shard", "seen", "bytes", "digest", "rejected")}
         path = os.path.join(aside, "part")
         with open(path, "wb") as file:
-            np.savez(file, known=np.array(json.dumps(known)), sizes=table, **part.lengths.arrays())
+            arrays: dict[str, Any] = {"known": np.array(json.dumps(known)), "sizes": table, **part.lengths.arrays()}
+            np.savez(file, **arrays)
         _publish(path, work.part(shard))
     return part
 
@@ -123,7 +124,7 @@ def read_part(work: Work, shard: int) -> Part | None:
 
 
 Measured = tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int, int]], list[int]]
-"""Of one record: warm-up, bridge, query and target; wrong targets; hashes of its keys."""
+"""Of one record: warm-up, bridge, query and target; wrong targets; hashes of all keys."""
 
 
 def prepare_record(work: Work, index: int) -> tuple[Record, Measured, list[tuple[int, int, int, int]]]:
@@ -142,7 +143,10 @@ def prepare_record(work: Work, index: int) -> tuple[Record, Measured, list[tuple
         images = []
         for image in content.images:
             if id(image) not in done:  # a picture may stand on both sides
-                done[id(image)] = working_picture(image, work.processor.pixels, work.quality)
+                try:
+                    done[id(image)] = working_picture(image, work.processor.pixels, work.quality)
+                except ImageError as error:
+                    raise ImageError(f"{record.dataset} {record.id}: {error}") from error
             images.append(done[id(image)])
             sizes.append((image.width, image.height, images[-1].width, images[-1].height))
         return dataclasses.replace(content, images=tuple(images))
@@ -153,21 +157,21 @@ def prepare_record(work: Work, index: int) -> tuple[Record, Measured, list[tuple
         target=stored(record.target),
         negatives=tuple(map(stored, record.negatives)),
     )
-    keys = [_hash(record.target_key), _hash(record.image_key)]
-    return small, (*_measured(small, work.processor, work.made_for), keys), sizes
+    keys = [record.target_key, record.image_key, *map(content_key, record.negatives)]
+    return small, (*_measured(small, work.processor, work.made_for), list(map(_hash, keys))), sizes
 
 
 def working_picture(image: Image, pixels: PixelSettings, quality: int) -> Image:
-    """``image`` no larger than the model sees it; a small one keeps its pixels, and its bytes where that is enough.
+    """``image`` no larger than the model sees it; one within the limits keeps its pixels, and mostly its bytes.
 
     Raises:
         ImageError: it cannot be decoded.
     """
     picture = decode(image)
     _, rows, columns = pixels.grid(image)
-    width, height = columns * pixels.patch_size, rows * pixels.patch_size
     buffer = io.BytesIO()
-    if picture.width * picture.height > width * height:
+    if picture.width * picture.height > pixels.max_pixels:
+        width, height = columns * pixels.patch_size, rows * pixels.patch_size
         picture = picture.resize((width, height), PIL.Image.Resampling(pixels.resample))
         if quality:
             picture.save(buffer, "JPEG", quality=quality)
@@ -216,7 +220,8 @@ def _lengths(rows: list[Measured]) -> Lengths:
         contrastive=single[:, 2:],
         negatives=np.array([entry for row in rows for entry in row[1]], np.int32).reshape(-1, 4),
         negative_count=np.array([len(row[1]) for row in rows], np.int32),
-        keys=np.array([row[2] for row in rows], np.uint64).reshape(-1, 2),
+        keys=np.array([row[2][:2] for row in rows], np.uint64).reshape(-1, 2),
+        negative_keys=np.array([key for row in rows for key in row[2][2 : 2 + len(row[1])]], np.uint64),
     )
 
 

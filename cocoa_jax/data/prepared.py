@@ -98,6 +98,7 @@ class Lengths:
         negatives: of the wrong targets of all records in order.
         negative_count: how many each record has.
         keys: a hash of `target_key` and of `image_key`; 0 for none.
+        negative_keys: of the wrong targets, in the manner of `target_key`.
     """
 
     warmup: Int32[np.ndarray, "n 4"]
@@ -106,6 +107,7 @@ class Lengths:
     negatives: Int32[np.ndarray, "m 4"]
     negative_count: Int32[np.ndarray, " n"]
     keys: UInt64[np.ndarray, "n 2"]
+    negative_keys: UInt64[np.ndarray, " m"]
 
     @classmethod
     def joined(cls, parts: Sequence[Lengths]) -> Lengths:
@@ -123,13 +125,14 @@ class Lengths:
         return np.concatenate([[0], np.cumsum(self.negative_count)[:-1]]).astype(np.int64)
 
     def examples(self, index: int, stage: Stage, negatives: int) -> Int32[np.ndarray, "x 4"]:
-        """The examples that a record gives a stage."""
+        """The examples that a record gives a stage; of wrong targets as many as are asked for, or as it has."""
         if stage == "warmup":
             return self.warmup[index, None]
         if stage == "bridge":
             return self.bridge[index, None]
         first = self.first_negative[index]
-        return np.concatenate([self.contrastive[index], self.negatives[first : first + negatives]])
+        end = first + min(negatives, self.negative_count[index])
+        return np.concatenate([self.contrastive[index], self.negatives[first:end]])
 
 
 def raw_records(folder: str, split: str) -> Any:

@@ -78,7 +78,8 @@ class GridCounts:
 
     Args:
         steps: grid steps in all.
-        begin: runs of each predicated region before the compute regions, in their order; one entry serves them all.
+        begin: runs of each predicated region before the compute regions, in their order; one entry serves them all,
+            and so does the largest where the compiler has left fewer regions.
         compute: runs of each compute region, those with the fewest comparisons (the unmasked ones) first; a kernel
             with one compute region runs it for all of them.
         finish: as ``begin``, behind the compute regions.
@@ -322,9 +323,13 @@ def _outermost(regions: list[Region]) -> list[Region]:
 
 
 def _times(name: str, cycles: tuple[float, ...], runs: tuple[float, ...]) -> float:
-    """Cycles times runs; a single count serves every region of ``begin`` and ``finish``."""
-    if len(runs) == 1 and name != "compute":
-        runs = runs * len(cycles)
+    """Cycles times runs; a single count serves every region of ``begin`` and ``finish``.
+
+    The compiler turns a short region into predicated instructions, which count with the step: of those that are left
+    it is not known which they are, so each is charged the largest count.
+    """
+    if name != "compute" and (len(runs) == 1 or len(cycles) < len(runs)):
+        runs = (max(runs, default=0.0),) * len(cycles)
     if len(runs) != len(cycles):
         raise LloError(f"the kernel has {len(cycles)} regions of kind {name!r}, counts are given for {len(runs)}")
     return sum(part * run for part, run in zip(cycles, runs, strict=True))

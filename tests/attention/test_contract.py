@@ -23,7 +23,7 @@ SCALE = 0.35
 # Blocks far smaller than the rows, and none that divides them: many tiles of every kind at little cost.
 IMPLEMENTATIONS = {
     "reference": reference.attend,
-    "blockwise": functools.partial(blockwise.attend, blocks=Blocks(16, 8)),
+    "blockwise": functools.partial(blockwise.attend, cut=blockwise.Cut(Blocks(16, 8), 1)),
 }
 each = pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
 B, T, N, K, H = 2, 52, 4, 2, 8

@@ -390,6 +390,9 @@ def test_another_architecture_is_refused(source, tmp_path):
 
 
 def test_the_wrong_way_is_refused(source, stage, tmp_path):
+    adapted = Path(shutil.copytree(stage, tmp_path / "adapted"))
+    (adapted / "base").mkdir()
+    assert "trained an adapter: cocoa adapter merge" in refused(adapted, tmp_path / "out", orbax_to_hf)
     assert "is a stage already" in refused(stage, tmp_path / "out")
     assert "is a Hugging Face folder already" in refused(source, tmp_path / "out", orbax_to_hf)
     assert "is not a folder" in refused(tmp_path / "nowhere", tmp_path / "out", orbax_to_hf)
@@ -539,13 +542,6 @@ def test_bad_usage_is_one_line(arguments, words, capsys):
     assert ended.value.code not in (0, None)
     said, told = capsys.readouterr()
     assert not said and told.count("\n") == 1 and told.startswith("cocoa: ") and words in told
-
-
-@pytest.mark.parametrize("way", cli.CONVERSIONS)
-def test_help_of_each_way(way, capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["convert", way, "--help"])
-    assert ended.value.code == 0 and cli.CONVERSIONS[way] in " ".join(capsys.readouterr().out.split())
 
 
 def test_sizes():

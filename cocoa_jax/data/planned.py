@@ -1,0 +1,180 @@
+"""Batches planned from stored lengths: rows are known before any record is read, and a process reads its own alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int64
+
+from cocoa_jax.data.batches import choose, flat_index, hide, numbered_keys
+from cocoa_jax.data.masking import Purpose
+from cocoa_jax.data.mixture import CappedSource, NamedSource
+from cocoa_jax.data.packing import PackingError, plan_batch, share
+from cocoa_jax.data.prepared import Lengths, PreparedSource
+from cocoa_jax.data.readers.stages import StagedSource
+from cocoa_jax.data.rows import Arrays, write_rows
+from cocoa_jax.data.sources import RecordError
+
+if TYPE_CHECKING:
+    from cocoa_jax.data.intake import Intake
+    from cocoa_jax.data.pairs import RecordSource
+    from cocoa_jax.data.pipeline import BatchConfig
+    from cocoa_jax.data.processor import Example, Processor
+
+_TRIES = 64  # records drawn in a row that are of no use to the stage
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class StoredLengths:
+    """The stored lengths of a source's records.
+
+    Args:
+        place: where the record of each index is stored; None where it is the index.
+    """
+
+    source: PreparedSource
+    place: Int64[np.ndarray, " n"] | None
+
+    @property
+    def lengths(self) -> Lengths:
+        """Read by each process when it first needs them."""
+        return self.source.lengths
+
+    def stored(self, index: int) -> int:
+        """Where the record at ``index`` is stored."""
+        return index if self.place is None else int(self.place[index])
+
+
+def stored_lengths(source: RecordSource, config: BatchConfig, processor: Processor) -> StoredLengths | None:
+    """The stored lengths of ``source``; None where it has none, or not those of this processor and these rows."""
+    place = None
+    while not isinstance(source, PreparedSource):
+        if isinstance(source, CappedSource):
+            place = source.kept if place is None else source.kept[place]
+        elif not isinstance(source, NamedSource | StagedSource):
+            return None
+        source = source.source
+    if source.statistics["processor"] != processor.fingerprint():
+        return None
+    # A longer text would be cut to the row, and its length with it.
+    table = {"warmup": source.lengths.warmup, "bridge": source.lengths.bridge}.get(
+        config.stage, np.concatenate([source.lengths.contrastive.reshape(-1, 4), source.lengths.negatives])
+    )
+    widest = config.rows.widest
+    fits = (table[:, :2].max(axis=0, initial=0) <= (widest.tokens, widest.patches)).all()
+    return StoredLengths(source, place) if fits else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PlannedBuilder:
+    """(step, [N, 2] of source and record) -> batch; with a window, N records of all its steps.
+
+    It builds what ``BatchBuilder`` builds. ``processes`` are this process's index and how many there are.
+    """
+
+    config: BatchConfig
+    intake: Intake
+    lengths: tuple[StoredLengths, ...]
+    processor: Processor
+    seed: int
+    processes: tuple[int, int]
+
+    def __call__(self, step: int, draws: np.ndarray) -> Arrays:
+        config = self.config
+        window, turn = divmod(step, config.rows.window)
+        draws, table, replaced = self._useful(draws, window)
+        owner, part = _arrangement(*table.shape[:2])
+        parts = table[owner, part]
+        allowed = {i: _allowed(*entry) for i, entry in enumerate(parts[:, [0, 2, 3]].tolist())}
+        hidden, dropped = choose(config, allowed, self.seed, window)
+        masked = [len(hidden.get(i, ())) for i in range(len(parts))]
+        lengths = np.column_stack([parts[:, :2], masked]).astype(np.int64)
+        shape, plan = plan_batch(lengths, config.rows)
+        plan = plan[turn :: config.rows.window]
+        rows = plan + [[] for _ in range(shape.rows - len(plan))]
+        local = rows[share(shape.rows, *self.processes)]
+        examples = self._read(draws, window, [(i, owner[i], part[i]) for row in local for i in row], lengths)
+        slots, truncated = config.rows.examples_per_row, config.stage == "bridge"
+        batch = write_rows(examples, local, self.processor, shape, slots, config.visibility, truncated)
+        hide(batch, config, self.processor, examples, local, hidden, self.seed, window)
+        if config.rows.window == 1:
+            batch["example"] = flat_index(rows, len(parts), slots)
+        else:  # their number varies and a batch must not; stages 1 and 2 never ask
+            batch["example"] = np.full(shape.rows * slots, -1, np.int32)
+        if config.stage == "contrastive":
+            batch |= self._keys(draws)
+        kind = int(draws[0, 0]) if config.stage == "contrastive" and config.interleave == 1 else -1
+        extra = 0 if shape in config.rows.shapes else shape.rows - config.rows.widest.rows
+        tokens, patches, _ = lengths[[i for row in plan for i in row]].sum(axis=0)
+        batch["stats"] = np.array([kind, len(plan), tokens, patches, extra, replaced, dropped], np.int32)
+        return batch
+
+    def _useful(self, draws: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Draws and their stored lengths [N, x, 4]; others stand in for records of no use to the stage."""
+        config = self.config
+        chosen, table, replaced = draws.copy(), [], 0
+        for place, (kind, index) in enumerate(draws):
+            known = self.lengths[kind]
+            for attempt in range(_TRIES):
+                if attempt:
+                    rng = np.random.default_rng((self.seed, window, place, int(Purpose.RECORD), attempt))
+                    index = int(rng.integers(len(self.intake.sources[kind])))
+                found = known.lengths.examples(known.stored(int(index)), config.stage, config.negatives)
+                if (found[:, 0] >= 0).all() and len(found) == (2 + config.negatives if config.masking is None else 1):
+                    break
+                replaced += 1
+                if config.bad.action == "stop" or attempt + 1 == _TRIES:
+                    raise RecordError(
+                        f"{known.source.name} record {index} is of no use to stage {config.stage!r} (or has too few "
+                        "hard negatives): leave its data set out of the stage or set bad.action to skip"
+                    )
+            chosen[place, 1] = index
+            table.append(found)
+        return chosen, np.stack(table), replaced
+
+    def _read(
+        self, draws: np.ndarray, window: int, wanted: list[tuple[int, int, int]], lengths: np.ndarray
+    ) -> dict[int, Example]:
+        """The examples that this process writes.
+
+        Raises:
+            PackingError: one is longer than it was when it was stored.
+        """
+        taken = {}
+        for place in sorted({int(owner) for _, owner, _ in wanted}):
+            taken[place] = self.intake.one(window, place, *map(int, draws[place]))
+        examples = {i: taken[int(owner)].examples[part] for i, owner, part in wanted}
+        for i, example in examples.items():
+            if (len(example.tokens), example.patches) != tuple(lengths[i, :2]):
+                raise PackingError(
+                    f"example {i} has {len(example.tokens)} tokens and {example.patches} patches, stored are "
+                    f"{lengths[i, :2].tolist()}: build the data again"
+                )
+        return examples
+
+    def _keys(self, draws: np.ndarray) -> Arrays:
+        targets, shown, wrong = [], [], []
+        for kind, index in draws:
+            known = self.lengths[kind]
+            place, lengths = known.stored(int(index)), known.lengths
+            first = int(lengths.first_negative[place])
+            targets.append(lengths.keys[place, 0])
+            shown.append(lengths.keys[place, 1])
+            wrong += lengths.negative_keys[first : first + self.config.negatives].tolist()
+        keys = np.array([*targets, *wrong], np.uint64)
+        return numbered_keys(keys, np.array(shown, np.uint64), np.uint64(0), len(draws))
+
+
+def _arrangement(count: int, each: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which record each example belongs to and which part it is of it: queries, targets, then wrong targets."""
+    first = min(each, 2)
+    owner = np.concatenate([np.tile(np.arange(count), first), np.repeat(np.arange(count), each - first)])
+    return owner, np.concatenate([np.repeat(np.arange(first), count), np.tile(np.arange(first, each), count)])
+
+
+def _allowed(tokens: int, first: int, count: int) -> np.ndarray:
+    able = np.zeros(tokens, bool)
+    able[first : first + count] = True
+    return able

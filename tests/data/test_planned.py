@@ -1,0 +1,159 @@
+"""Batches planned from stored lengths are the batches that reading all records would have made."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
+from cocoa_jax.data.packing import PackingError, RowsConfig
+from cocoa_jax.data.pipeline import STATS, BatchConfig, MaskingConfig, stage_batches, stage_dataset
+from cocoa_jax.data.planned import PlannedBuilder
+from cocoa_jax.data.prepare import BuildConfig, build
+from cocoa_jax.data.prepared import PreparedSource
+from tests.data.test_prepare import Mixed
+
+ROWS = RowsConfig(batch_size=6, shapes=((4, 64, 192), (8, 64, 192)), examples_per_row=4, masked_per_row=24)
+MASKING = MaskingConfig(text_ratio=0.5, image_ratio=0.5)
+STAGES = {
+    "warmup": BatchConfig("warmup", ROWS, masking=MASKING),
+    "bridge": BatchConfig("bridge", ROWS, masking=MASKING),
+    "contrastive": BatchConfig("contrastive", ROWS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Long(Mixed):
+    """All records are of use to all stages, and their texts are of different lengths."""
+
+    def record(self, index, rng):
+        record = super().record(index, rng)
+        query = dataclasses.replace(record.query, text="Find it: " + "a kiwi " * (index % 4))
+        target = dataclasses.replace(record.target, text="two small boats " * (1 + index % 3), images=())
+        return dataclasses.replace(record, query=query, target=target)
+
+
+@pytest.fixture(scope="module")
+def prepared(noise, processors, tmp_path_factory):
+    sizes = [(28 * (1 + i % 4), 28 * (1 + i // 4 % 3)) for i in range(11)]
+    source = Long(tuple(noise(w, h, i) for i, (w, h) in enumerate(sizes)), name="long")
+    folder = tmp_path_factory.mktemp("prepared")
+    return build("long", source, "x", processors["2"], str(folder), BuildConfig(workers=0, shard_records=8))
+
+
+def mixture(prepared, stage):
+    dataset = DatasetConfig("prepared", path=prepared.folder, cap=17)
+    return open_mixture(MixtureConfig({"long": dataset}), stage)
+
+
+def dataset(prepared, processors, stage, config=None, **more):
+    options = {"seed": 5, "steps": 8} | more
+    mixed = mixture(prepared, stage)
+    return stage_dataset(config or STAGES[stage], mixed.sources, mixed.weights, processors["2"], **options)
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for key in left:
+        assert left[key].dtype == right[key].dtype
+        np.testing.assert_array_equal(left[key], right[key], err_msg=key)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_it_is_what_reading_all_records_makes(prepared, processors, stage, monkeypatch):
+    planned = dataset(prepared, processors, stage)
+    with monkeypatch.context() as patch:
+        patch.setattr("cocoa_jax.data.pipeline.stored_lengths", lambda *_: None)
+        plain = dataset(prepared, processors, stage)
+    for step in range(8):
+        left, right = planned[step], plain[step]
+        for key in ("target_key", "image_key"):  # hashes are numbered in another order than the keys themselves
+            if key in left:
+                mine, other = left.pop(key), right.pop(key)
+                np.testing.assert_array_equal(mine[:, None] == mine, other[:, None] == other)
+                np.testing.assert_array_equal(mine == -1, other == -1)
+        assert_same(left, right)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_process_reads_only_what_its_rows_hold(prepared, processors, stage, monkeypatch):
+    whole = dataset(prepared, processors, stage)[1]
+    read = []
+    plain = PreparedSource.record
+
+    def spy(self, index, rng=None):
+        read.append(index)
+        return plain(self, index, rng)
+
+    monkeypatch.setattr(PreparedSource, "record", spy)
+    parts, seen = [], []
+    for index in (0, 1):
+        read.clear()
+        parts.append(dataset(prepared, processors, stage, process_index=index, process_count=2)[1])
+        seen.append(set(read))
+    assert len(seen[0] | seen[1]) == 6 and (stage == "contrastive" or not seen[0] & seen[1])
+    for key, value in whole.items():
+        if key in ("example", "target_key", "image_key", "stats"):
+            np.testing.assert_array_equal(parts[0][key], value)
+        else:
+            np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), value, err_msg=key)
+
+
+WINDOW = dataclasses.replace(ROWS, window=3, batch_size=5, shapes=((4, 64, 192), (6, 64, 192)))
+
+
+def test_a_window_is_an_exact_cover_of_its_records(prepared, processors, monkeypatch):
+    config = dataclasses.replace(STAGES["bridge"], rows=WINDOW)
+    read = []
+    plain = PlannedBuilder._read
+
+    def spy(self, *given):
+        found = plain(self, *given)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(PlannedBuilder, "_read", spy)
+    batches = dataset(prepared, processors, "bridge", config, steps=6)
+    rows = [batches[step] for step in range(6)]
+    for window in (rows[:3], rows[3:]):
+        assert len({batch["tokens"].shape for batch in window}) == 1
+        documents = sum(int((batch["pool"] >= 0).sum()) for batch in window)
+        assert documents == 15
+    assert sum(read) == 30
+    used = [batch["stats"][STATS.index("rows_used")] for batch in rows[:3]]
+    assert max(used) - min(used) <= 1
+    again = dataset(prepared, processors, "bridge", config, steps=6)
+    for step in (5, 0, 4):  # in any order: a window is a function of its number
+        assert_same(again[step], rows[step])
+
+
+def test_workers_hosts_and_resuming_change_nothing(prepared, processors, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    config = dataclasses.replace(STAGES["warmup"], rows=WINDOW)
+    mixed = mixture(prepared, "warmup")
+    for host in (0, 1):
+        share = {"process_index": host, "process_count": 2}
+        whole = dataset(prepared, processors, "warmup", config, **share)
+        for workers in (0, 2):
+            batches = stage_batches(
+                config, mixed.sources, mixed.weights, processors["2"],
+                seed=5, steps=8, threads=1, workers=workers if host else 0, **share,
+            )  # fmt: skip
+            iterator = iter(batches)
+            for step in range(4):
+                assert_same(next(iterator), whole[step])
+            state = iterator.get_state()
+            assert_same(next(iterator), whole[4])
+            iterator.set_state(state)
+            for step in range(4, 8):
+                assert_same(next(iterator), whole[step])
+            iterator.close()
+
+
+def test_a_window_needs_stored_lengths(prepared, processors, noise):
+    config = dataclasses.replace(STAGES["bridge"], rows=WINDOW)
+    with pytest.raises(PackingError, match=r"'long'.* have no stored lengths for these settings: build them"):
+        dataset(prepared, {"2": processors["2.5"]}, "bridge", config)
+    with pytest.raises(ValueError, match="a batch of stage 3 is planned alone"):
+        BatchConfig("contrastive", WINDOW)
