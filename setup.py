@@ -17,7 +17,7 @@ setup(
     package_dir={"cocoa_jax.configs": "configs"},
     package_data={
         "cocoa_jax": ["data/pictures/*", "data/pictures/*/*", "evaluation/*.css"],
-        "cocoa_jax.configs": ["*/*.yaml"],
+        "cocoa_jax.configs": ["*/*.yaml", "backbones/*/config.json"],
     },
     entry_points={"console_scripts": ["cocoa = cocoa_jax.cli:main"]},
     # Lower bounds are the versions that were tried together. Upper bounds have their reasons beside them.
@@ -40,18 +40,22 @@ setup(
         "jaxtyping>=0.3.11",
         "jsonargparse[signatures]>=4.53",
         "pyyaml>=6.0.3",
+        "matplotlib>=3.11",
         "tqdm>=4.70",
         "tensorboardX>=2.6.5",
         "etils>=1.15",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
+        # The compiler of TPU slices, which runs anywhere; the version that jax 0.10.2's own tpu extra names.
+        "profile": ["libtpu==0.0.42.*"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         # Only to build the embedded pictures again from their table.
         "data": ["pyarrow>=26"],
         "test": [
             "pytest>=9.2",
             "pytest-timeout>=2.4",
+            "libtpu==0.0.42.*",
             "hypothesis>=6.170",
             # Exactly this one: newer builds for CPUs were not compared.
             "torch==2.13.0",

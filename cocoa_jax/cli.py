@@ -7,20 +7,18 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
-    from cocoa_jax.commands.command import Command
-
-Verbs = Mapping[str, Union["Command", "Verbs"]]
+    from cocoa_jax.commands.command import Command, Group
 
 
-def commands() -> Verbs:
-    """Every sub-command by name; a group of verbs is a mapping of its own."""
+def commands() -> dict[str, Command | Group]:
+    """Every sub-command by name."""
     # They pull in JAX; they are imported when somebody calls, not when somebody imports this module.
-    from cocoa_jax.commands import adapter, preparing, reading, training
+    from cocoa_jax.commands import adapter, conversion, data, profiling, reading, training
 
     return {
         "demo": training.DEMO,
@@ -29,18 +27,14 @@ def commands() -> Verbs:
         "evaluate": reading.EVALUATE,
         "embed": reading.EMBED,
         "report": reading.REPORT,
-        "adapter": {"export": adapter.EXPORT, "merge": adapter.MERGE},
-        "data": {"build": preparing.BUILD},
+        "adapter": adapter.GROUP,
+        "convert": conversion.GROUP,
+        "data": data.GROUP,
+        "profile": profiling.GROUP,
     }
 
 
-GROUPS = {  # what each group of verbs is for
-    "adapter": "Write a LoRA or DoRA adapter as PEFT does, or merged into its weights.",
-    "data": "Bring training data into form, and measure how fast it comes.",
-}
-
-
-def build_parser(verbs: Verbs, about: str) -> ArgumentParser:
+def build_parser(verbs: Mapping[str, Command | Group], about: str) -> ArgumentParser:
     """All sub-commands and their settings."""
     from cocoa_jax.commands.command import Parser
 
@@ -49,23 +43,23 @@ def build_parser(verbs: Verbs, about: str) -> ArgumentParser:
     return parser
 
 
-def _add_verbs(parser: ArgumentParser, verbs: Verbs) -> None:
-    from cocoa_jax.commands.command import Parser
+def _add_verbs(parser: ArgumentParser, verbs: Mapping[str, Command | Group]) -> None:
+    from cocoa_jax.commands.command import Group
 
     added = parser.add_subcommands(dest="command", metavar="COMMAND")
     for name, verb in verbs.items():
-        if isinstance(verb, Mapping):
-            group = Parser(description=GROUPS[name])
-            added.add_subcommand(name, group, help=GROUPS[name])  # before its own verbs: jsonargparse goes by level
-            _add_verbs(group, verb)
-        else:
-            added.add_subcommand(name, verb.parser(), help=verb.about)
+        own = verb.parser()
+        added.add_subcommand(name, own, help=verb.about)  # before its own verbs: jsonargparse goes by level
+        if isinstance(verb, Group):
+            _add_verbs(own, verb.verbs)
 
 
-def chosen(verbs: Verbs, parsed: Namespace) -> tuple[Command, Namespace]:
+def chosen(verbs: Mapping[str, Command | Group], parsed: Namespace) -> tuple[Command, Namespace]:
     """The command that was asked for, and what it was given."""
+    from cocoa_jax.commands.command import Group
+
     verb, given = verbs[parsed.command], parsed[parsed.command]
-    return chosen(verb, given) if isinstance(verb, Mapping) else (verb, given)
+    return chosen(verb.verbs, given) if isinstance(verb, Group) else (verb, given)
 
 
 def _installed(arguments: Sequence[str]) -> list[str]:

@@ -96,8 +96,8 @@ class Embedder:
 def default_settings(folder: str | Path) -> EvaluateConfig:
     """How a folder wants to be read: as it was trained, or by the checkpoint's own limits."""
     backbone = open_backbone(folder)
-    if backbone.trained:
-        return evaluate_config_of(read_metadata(folder)["config"])
+    if backbone.trained and (trained_with := read_metadata(folder)["config"]) is not None:
+        return evaluate_config_of(trained_with)
     # Pictures of up to 448 x 448 pixels, as the method trains on; dense attention over larger rows needs gigabytes.
     units = 256
     rows = RowsConfig(

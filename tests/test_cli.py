@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 from cocoa_jax import cli
+from cocoa_jax.commands.command import Group
 
 
 def names(verbs, before=()):
     """Every verb with the words that lead to it."""
     for name, verb in verbs.items():
-        yield from names(verb, (*before, name)) if isinstance(verb, dict) else [(*before, name)]
+        yield from names(verb.verbs, (*before, name)) if isinstance(verb, Group) else [(*before, name)]
 
 
 COMMANDS = list(names(cli.commands()))

@@ -19,6 +19,7 @@ from cocoa_jax.checkpoints.orbax import (
     load_trees,
     read_metadata,
 )
+from cocoa_jax.checkpoints.sharded import is_placed, read_onto
 from cocoa_jax.models.config import Qwen2VLConfig, read_config
 from cocoa_jax.models.lora import AdapterRecord, adapted_graph, merge
 from cocoa_jax.models.qwen2_vl import Compute, Params, abstract_params
@@ -46,15 +47,15 @@ class Backbone:
         """The weights, in float32 where ``wanted`` does not say otherwise; an adapter is merged into them.
 
         Args:
-            wanted: shapes, types and shardings; a trained stage is read straight onto them, a Hugging Face
-                folder into host memory.
+            wanted: shapes, types and shardings, straight onto which the weights are read; a Hugging Face folder is
+                read into host memory where they name no shardings.
 
         Raises:
             CheckpointError: weights that are missing, damaged or of another shape.
         """
         described = abstract_params(self.config) if wanted is None else wanted
         if not self.trained:
-            return read_folder(self.path, described)
+            return read_onto(self.path, described) if is_placed(described) else read_folder(self.path, described)
         if not is_adapted(self.path):
             return load_params(self.path, described)
         record, adapter = self.adapter()

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from cocoa_jax.checkpoints.errors import CheckpointError
 
 Shape = tuple[int, ...]
+Index = tuple[slice, ...]
 Tree = Mapping[str, Any]
 
 
@@ -35,21 +36,35 @@ class Transform:
     """How one tensor differs from its place in a leaf.
 
     ``tensor_shape`` gives the tensor's shape from that of its place and from the patch (channels, time, height,
-    width); ``read`` is a view of the tensor with the shape of its place; ``write`` is the inverse.
+    width); ``read`` is a view of the tensor with the shape of its place; ``write`` is the inverse. ``part`` splits an
+    index of the place in two: what to take of the tensor, and what to take of that after ``read``.
     """
 
     tensor_shape: Callable[[Shape, Shape], Shape]
     read: Callable[[np.ndarray], np.ndarray]
     write: Callable[[np.ndarray, Shape], np.ndarray]
+    part: Callable[[Index], tuple[Index, Index]]
 
 
-KEEP = Transform(lambda place, patch: place, lambda tensor: tensor, lambda value, shape: value)
-TRANSPOSE = Transform(lambda place, patch: place[::-1], lambda tensor: tensor.T, lambda value, shape: value.T)
-FLATTEN = Transform(
-    lambda place, patch: (place[-1], *patch),
-    lambda tensor: tensor.reshape(len(tensor), -1).T,
-    lambda value, shape: value.T.reshape(shape),
+KEEP = Transform(
+    tensor_shape=lambda place, patch: place,
+    read=lambda tensor: tensor,
+    write=lambda value, shape: value,
+    part=lambda index: (index, ()),
 )
+TRANSPOSE = Transform(
+    tensor_shape=lambda place, patch: place[::-1],
+    read=lambda tensor: tensor.T,
+    write=lambda value, shape: value.T,
+    part=lambda index: (index[::-1], ()),
+)
+FLATTEN = Transform(
+    tensor_shape=lambda place, patch: (place[-1], *patch),
+    read=lambda tensor: tensor.reshape(len(tensor), -1).T,
+    write=lambda value, shape: value.T.reshape(shape),
+    part=lambda index: (index[1:], index[:1]),
+)
+_BAND = 128  # columns of a matrix that are turned at once: a band of them stays in the cache
 
 # Path of a leaf (regex) -> key on the hub, transform. "{layer}" in a key: the leaf stacks one tensor per layer.
 TABLE: tuple[tuple[str, str, Transform], ...] = (
@@ -79,8 +94,10 @@ TABLE: tuple[tuple[str, str, Transform], ...] = (
 # transformers 5 nests both towers under "model" in memory; files of either layout exist.
 _NEWER_LAYOUT = ((re.compile(r"^model\.visual\."), "visual."), (re.compile(r"^model\.language_model\."), "model."))
 
-# Tensors that carry nothing of their own: a tied head, and rotary tables that older versions saved.
-IGNORED = re.compile(r"lm_head\.weight|.*\.rotary_(pos_)?emb\.inv_freq")
+# Tensors that carry nothing of their own: a tied head, which must equal the embedding, and rotary tables that older
+# versions saved.
+TIED_HEAD, TIED_TO = "lm_head.weight", "model.embed_tokens.weight"
+IGNORED = re.compile(r".*\.rotary_(pos_)?emb\.inv_freq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +111,26 @@ class Slot:
 
     def put(self, tensor: np.ndarray, leaf: np.ndarray) -> None:
         """Write the tensor into its place, in the dtype of the leaf."""
-        leaf[... if self.layer is None else self.layer] = self.transform.read(tensor)
+        _copy(self.transform.read(tensor), leaf if self.layer is None else leaf[self.layer])
 
     def take(self, leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """The tensor that belongs to this place, contiguous as a file holds it."""
         value = leaf if self.layer is None else leaf[self.layer]
-        return np.ascontiguousarray(self.transform.write(value, self.shape), dtype=dtype)
+        tensor = self.transform.write(value, self.shape)
+        if tensor.flags.c_contiguous:
+            return np.ascontiguousarray(tensor, dtype=dtype)
+        turned = np.empty(tensor.shape, dtype)
+        _copy(tensor, turned)
+        return turned
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """Copy between a matrix and a transposed one, several times faster than numpy does by itself."""
+    if target.ndim != 2 or source.flags.c_contiguous:
+        target[...] = source
+        return
+    for start in range(0, target.shape[1], _BAND):
+        target[:, start : start + _BAND] = source[:, start : start + _BAND]
 
 
 def plan(tree: Tree, patch: Shape) -> dict[str, Slot]:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,13 +21,27 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
+from cocoa_jax.checkpoints.aside import require_free, written_aside
 from cocoa_jax.checkpoints.errors import CheckpointError
-from cocoa_jax.checkpoints.hub_layout import IGNORED, Leaf, Shape, Slot, Tree, hub_key, plan, raise_problems
+from cocoa_jax.checkpoints.hub_layout import (
+    IGNORED,
+    TIED_HEAD,
+    TIED_TO,
+    Leaf,
+    Shape,
+    Slot,
+    Tree,
+    hub_key,
+    plan,
+    raise_problems,
+)
 from cocoa_jax.models.config import read_config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_SIZE = 5_000_000_000
+_SYNC = 2**28  # bytes of a file that wait for the disk at most
+_ROWS = 4096  # rows of two tables that are compared at once
 
 # Whatever a backbone's folder holds beside its weights: config, tokenizer, preprocessor, chat template, licence.
 _SIDE_FILES = ("*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
@@ -34,7 +49,8 @@ _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def _patch(folder: Path) -> Shape:
+def patch_of(folder: Path) -> Shape:
+    """(channels, time, height, width) of the patches that a folder's config.json describes."""
     vision = read_config(folder).vision
     return (vision.channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
 
@@ -57,29 +73,35 @@ def read_folder(folder: str | Path, abstract: Tree) -> dict[str, Any]:
     return unflatten_dict(dict(read_leaves(folder, abstract)), sep=".")
 
 
-def read_leaves(folder: str | Path, abstract: Tree) -> Iterator[tuple[str, np.ndarray]]:
+def read_leaves(folder: str | Path, abstract: Tree, *, keep_dtype: bool = False) -> Iterator[tuple[str, np.ndarray]]:
     """``read_folder`` one leaf at a time, as (dotted path, array), for whoever cannot hold them all.
 
+    Args:
+        keep_dtype: give every leaf in the dtype of the file, whatever ``abstract`` says.
+
     Raises:
-        CheckpointError: see ``read_folder``.
+        CheckpointError: see ``read_folder``; also a leaf whose layers differ in dtype, where it is to be kept.
     """
     folder = Path(folder)
-    slots = plan(abstract, _patch(folder))
+    slots = plan(abstract, patch_of(folder))
     leaves = flatten_dict(abstract, sep=".")
     with ExitStack() as stack:
-        tensors = _open(folder, slots, stack)
+        tensors = open_tensors(folder, slots, stack)
+        dtypes = _dtypes(folder, slots, tensors) if keep_dtype else {path: leaf.dtype for path, leaf in leaves.items()}
         for path, group in itertools.groupby(slots.items(), key=lambda item: item[1].path):
-            leaf = np.empty(leaves[path].shape, leaves[path].dtype)
+            leaf = np.empty(leaves[path].shape, dtypes[path])
             for key, slot in group:
                 file, name = tensors[key]
                 slot.put(file.get_tensor(name), leaf)
             yield path, leaf
+            del leaf  # so that only the caller holds it while the next one is read
 
 
-def _open(folder: Path, slots: Mapping[str, Slot], stack: ExitStack) -> dict[str, tuple[Any, str]]:
+def open_tensors(folder: Path, slots: Mapping[str, Slot], stack: ExitStack) -> dict[str, tuple[Any, str]]:
     """Open every shard and find the file and the name of each wanted tensor, or raise all that is wrong."""
     problems: list[str] = []
     found: dict[str, tuple[Any, str]] = {}
+    heads: list[tuple[Any, str]] = []
     for shard, listed in _shards(folder, problems).items():
         try:
             file = stack.enter_context(safe_open(folder / shard, framework="np"))
@@ -97,11 +119,43 @@ def _open(folder: Path, slots: Mapping[str, Slot], stack: ExitStack) -> dict[str
             elif key in slots:
                 found[key] = (file, name)
                 problems += _misfit(name, file.get_slice(name), slots[key])
+            elif key == TIED_HEAD:
+                heads.append((file, name))
             elif not IGNORED.fullmatch(key):
                 problems.append(f"{name}: unexpected, the config has no place for it")
     problems += [f"{key}: missing, wanted {list(slot.shape)}" for key, slot in slots.items() if key not in found]
+    problems += [problem for head in heads if TIED_TO in found for problem in _untied(head, found[TIED_TO])]
     raise_problems(f"{folder} does not hold the weights that its config.json describes", problems)
     return found
+
+
+def _untied(head: tuple[Any, str], table: tuple[Any, str]) -> list[str]:
+    """What makes a saved head other than the embedding that config.json ties it to; a part is held at a time."""
+    (file, name), (table_file, table_name) = head, table
+    left, right = file.get_slice(name), table_file.get_slice(table_name)
+    rows = list(left.get_shape())[:1]
+    same = (
+        (left.get_shape(), left.get_dtype()) == (right.get_shape(), right.get_dtype())
+        and rows
+        and all(
+            left[start:end].tobytes() == right[start:end].tobytes()
+            for start, end in itertools.pairwise([*range(0, rows[0], _ROWS), rows[0]])
+        )
+    )
+    return [] if same else [f"{name}: differs from {table_name}, to which config.json ties it: untie it there"]
+
+
+def _dtypes(folder: Path, slots: Mapping[str, Slot], tensors: Mapping[str, tuple[Any, str]]) -> dict[str, np.dtype]:
+    """The dtype of every leaf in the files."""
+    held: dict[str, dict[str, int]] = {}
+    for key, slot in slots.items():
+        file, name = tensors[key]
+        counts = held.setdefault(slot.path, {})
+        dtype = file.get_slice(name).get_dtype()
+        counts[dtype] = counts.get(dtype, 0) + 1
+    mixed = [f"{path}: its layers are {counts}, expected one dtype" for path, counts in held.items() if len(counts) > 1]
+    raise_problems(f"{folder} cannot be kept byte for byte", mixed)
+    return {path: _DTYPES[next(iter(counts))] for path, counts in held.items()}
 
 
 def _misfit(name: str, header: Any, slot: Slot) -> list[str]:
@@ -156,24 +210,14 @@ def write_folder(
         CheckpointError: the destination is taken, the disk is too small, or the parameters do not fit the config.
     """
     folder, source = Path(folder), Path(config_source_folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty: give another destination or remove it")
+    require_free(folder)
     leaves = flatten_dict(params, sep=".")
-    slots = plan(params, _patch(source))
+    slots = plan(params, patch_of(source))
     entries = _entries(slots, leaves, None if dtype is None else np.dtype(dtype))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(folder.parent, sum(entry.size for entry in entries))
-    partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with written_aside(folder, sum(entry.size for entry in entries)) as partial:
         copy_side_files(source, partial)
         _state_dtype(partial / "config.json", {entry.dtype for entry in entries})
         _write_shards(partial, entries, leaves, max_shard_size)
-        partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def copy_side_files(source: str | Path, destination: str | Path) -> None:
@@ -210,12 +254,6 @@ def _entries(slots: Mapping[str, Slot], leaves: Mapping[str, Leaf], dtype: np.dt
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
-def _check_space(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise CheckpointError(f"{folder} has {free:,} bytes free, the weights take {size:,}: make room")
-
-
 def _state_dtype(config: Path, dtypes: set[np.dtype]) -> None:
     """Make config.json name the dtype of the weights, which transformers would otherwise cast them from."""
     values = json.loads(config.read_text())
@@ -240,8 +278,6 @@ def _write_shards(folder: Path, entries: list[_Entry], leaves: Mapping[str, Leaf
     for name, shard in zip(names, shards, strict=True):
         with open(folder / name, "wb") as file:
             _write_safetensors(file, shard, load)
-            file.flush()
-            os.fsync(file.fileno())
     if count > 1:
         places = {entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         index = {"metadata": {"total_size": sum(entry.size for entry in entries)}, "weight_map": places}
@@ -256,6 +292,7 @@ class _LastLeaf:
 
     def __call__(self, path: str) -> np.ndarray:
         if path != self._path:
+            self._value = np.empty(0)  # the old one is gone before the new one comes
             self._path, self._value = path, np.asarray(self._leaves[path])
         return self._value
 
@@ -277,5 +314,29 @@ def _write_safetensors(file: BinaryIO, entries: list[_Entry], load: Callable[[st
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for entry in entries:
-        file.write(entry.slot.take(load(entry.slot.path), entry.dtype).view(np.uint8).data)
+    writer = _Writer(file)
+    # A tensor is written, and reaches the disk, while the next one is turned.
+    with ThreadPoolExecutor(1) as pool:
+        pending = None
+        for entry in entries:
+            data = entry.slot.take(load(entry.slot.path), entry.dtype).view(np.uint8).data
+            if pending is not None:
+                pending.result()
+            pending = pool.submit(writer, data)
+        if pending is not None:
+            pending.result()
+
+
+class _Writer:
+    """Writes to a file and has the disk take it every now and then, not all at the end."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._waiting = file, 0
+
+    def __call__(self, data: memoryview) -> None:
+        self._file.write(data)
+        self._waiting += data.nbytes
+        if self._waiting > _SYNC:
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
+            self._waiting = 0

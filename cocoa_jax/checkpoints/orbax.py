@@ -58,11 +58,11 @@ class StageCheckpoints:
     def __init__(self, stage_dir: str | Path, keep: int):
         if keep < 1:
             raise CheckpointError(f"keep is {keep}: at least one checkpoint has to be kept")
-        self._directory = _directory(stage_dir)
+        self._directory = steps_folder(stage_dir)
         self._damaged: set[int] = set()
         self._checkpointer = ocp.training.Checkpointer(
             self._directory,
-            context=_context(),
+            context=stage_context(),
             preservation_policy=_NewestUndamaged(keep, self._damaged),
             cleanup_tmp_directories=True,
         )
@@ -138,7 +138,7 @@ class StageCheckpoints:
             CheckpointError: all steps are damaged, or the newest good one holds other arrays than those described.
         """
         self.wait()
-        for step in _newest_first(self._directory, missing_ok=True):
+        for step in newest_first(self._directory, missing_ok=True):
             try:
                 return self.restore(step, abstract)
             except DamagedCheckpointError as error:
@@ -179,8 +179,8 @@ def load_params(stage_dir: str | Path, abstract_params: Tree) -> Tree:
 
 def load_trees(stage_dir: str | Path, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
     """Any of params, adapter, head, optimizer, all from the newest checkpoint that is good; else as ``load_params``."""
-    directory = _directory(stage_dir)
-    for step in _newest_first(directory):
+    directory = steps_folder(stage_dir)
+    for step in newest_first(directory):
         try:
             return _read(directory / str(step), abstract, same_dtype=False)[0]
         except DamagedCheckpointError as error:
@@ -211,10 +211,10 @@ def fingerprint(stage_dir: str | Path) -> str:
 
 
 def _newest_records(stage_dir: str | Path) -> dict[str, Any]:
-    directory = _directory(stage_dir)
-    for step in _newest_first(directory):
+    directory = steps_folder(stage_dir)
+    for step in newest_first(directory):
         try:
-            return _read_records(directory / str(step))
+            return read_records(directory / str(step))
         except DamagedCheckpointError as error:
             _log.warning("%s; trying the one before", error)
     raise DamagedCheckpointError(f"all checkpoints in {directory} are damaged: train this stage again")
@@ -243,7 +243,7 @@ def save_base(stage_dir: str | Path, params: Tree) -> None:
 
 def has_base(stage_dir: str | Path) -> bool:
     """Whether ``save_base`` has finished in this stage."""
-    return is_adapted(stage_dir) and _steps(_directory(base_folder(stage_dir))) == [0]
+    return is_adapted(stage_dir) and _steps(steps_folder(base_folder(stage_dir))) == [0]
 
 
 def carry_backbone(source: str | Path, stage_dir: str | Path) -> Path:
@@ -264,7 +264,7 @@ def _read(
     path: epath.Path, abstract: Mapping[str, Tree], *, same_dtype: bool
 ) -> tuple[dict[str, Tree], dict[str, Any]]:
     """Trees and records of one checkpoint, checked against ``abstract`` before and against checksums after."""
-    records = _read_records(path)
+    records = read_records(path)
     problems = []
     for name, tree in abstract.items():
         problems += mismatches(name, tree, records["contents"][name], same_dtype=same_dtype)
@@ -272,7 +272,7 @@ def _read(
         raise CheckpointError("\n  ".join([f"{path} does not fit ({len(problems)} differences):", *problems]))
     stored = {name: _as_stored(tree, records["contents"][name]) for name, tree in abstract.items()}
     full = {name: tree for name, tree in stored.items() if jax.tree.leaves(tree)}
-    trees = {**stored, **(_load(path, full) if full else {})}
+    trees = {**stored, **(load_items(path, full) if full else {})}
     changed = [
         f"{name}/{key}"
         for name, tree in full.items()
@@ -285,21 +285,29 @@ def _read(
     return cast, records
 
 
-def _read_records(path: epath.Path) -> dict[str, Any]:
-    return _load(path, dict.fromkeys(_RECORDS))
+def read_records(path: epath.Path) -> dict[str, Any]:
+    return load_items(path, dict.fromkeys(_RECORDS))
 
 
-def _load(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Items of one checkpoint as Orbax reads them; whatever goes wrong there is damage."""
+def load_items(path: epath.Path, wanted: Mapping[str, Any], *, part: bool = False) -> dict[str, Any]:
+    """Items of one checkpoint as Orbax reads them; whatever goes wrong there is damage.
+
+    ``part``: the trees may name some of the stored arrays only.
+    """
+    context = ocp.Context(stage_context())
+    context.pytree.loading.partial_load = part
     try:
-        with _context():
+        with context:
             return ocp.load_checkpointables(path, dict(wanted))
     except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-        cause: BaseException = error
-        while (deeper := cause.__cause__ or cause.__context__) is not None:
-            cause = deeper
-        reason = str(cause).splitlines()[0][:300] if str(cause) else repr(cause)
-        raise DamagedCheckpointError(f"{path} is damaged: {reason}") from error
+        raise DamagedCheckpointError(f"{path} is damaged: {root_cause(error)}") from error
+
+
+def root_cause(error: BaseException) -> str:
+    """One line of what an error came from in the end."""
+    while (deeper := error.__cause__ or error.__context__) is not None:
+        error = deeper
+    return str(error).splitlines()[0][:300] if str(error) else repr(error)
 
 
 def _as_stored(tree: Tree, contents: Contents) -> Tree:
@@ -317,7 +325,7 @@ def _as_stored(tree: Tree, contents: Contents) -> Tree:
 
 
 @functools.cache
-def _context() -> ocp.Context:
+def stage_context() -> ocp.Context:
     # Named handlers: by itself Orbax takes an optimizer state without arrays for JSON.
     registry = ocp.handlers.local_registry()
     for name in TREES:
@@ -342,7 +350,7 @@ class _NewestUndamaged:
         return [info.step in good for info in checkpoints]
 
 
-def _directory(stage_dir: str | Path) -> epath.Path:
+def steps_folder(stage_dir: str | Path) -> epath.Path:
     path = epath.Path(stage_dir)
     # Orbax wants absolute paths; resolving would break those of object stores.
     return (path if "://" in str(path) else path.resolve()) / "checkpoints"
@@ -353,7 +361,7 @@ def _steps(directory: epath.Path) -> list[int]:
     return sorted(info.step for info in found)
 
 
-def _newest_first(directory: epath.Path, missing_ok: bool = False) -> Iterator[int]:
+def newest_first(directory: epath.Path, missing_ok: bool = False) -> Iterator[int]:
     steps = _steps(directory)
     if not steps and not missing_ok:
         raise CheckpointError(f"{directory} holds no checkpoint: give the folder of a stage that was trained")

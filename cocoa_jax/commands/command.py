@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -49,6 +49,23 @@ class Command:
             made.add_argument("--config", action=ActionConfigFile, help=CONFIG_HELP)
         self.options(made)
         return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Verbs under one word, such as ``cocoa convert``.
+
+    Args:
+        about: one sentence for its help.
+        verbs: each by its name.
+    """
+
+    about: str
+    verbs: Mapping[str, Command]
+
+    def parser(self) -> ArgumentParser:
+        """The parser of its word, without its verbs."""
+        return Parser(description=self.about)
 
 
 def fields(given: Namespace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cocoa_jax.data.masking import Purpose, example_rng
 from cocoa_jax.data.packing import PackingError, RowsConfig, check_fits
 from cocoa_jax.data.pixels import ImageError, decode
 from cocoa_jax.data.processor import Example, ExampleError, Processor
-from cocoa_jax.data.sources import RecordError
+from cocoa_jax.data.sources import Image, RecordError
 
 if TYPE_CHECKING:
     from cocoa_jax.data.pairs import RecordSource
@@ -131,9 +131,11 @@ def decode_all(taken: Taken) -> None:
         ImageError: naming the record and its first picture that cannot be decoded.
     """
     for example in taken.examples:
-        for image in example.images:
+        for shown in example.images:
+            if not isinstance(shown, Image):
+                continue  # videos come decoded
             try:
-                decode(image)
+                decode(shown)
             except ImageError as error:
                 raise ImageError(f"{taken.record.dataset} {taken.record.id}: {error}") from error
 

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -105,7 +105,8 @@ def write_shard(work: Work, shard: int, shards: int, progress: Callable[[int], o
         known = {field: getattr(part, field) for field in ("shard", "seen", "bytes", "digest", "rejected")}
         path = os.path.join(aside, "part")
         with open(path, "wb") as file:
-            np.savez(file, known=np.array(json.dumps(known)), sizes=table, **part.lengths.arrays())
+            arrays: dict[str, Any] = {"known": np.array(json.dumps(known)), "sizes": table, **part.lengths.arrays()}
+            np.savez(file, **arrays)
         _publish(path, work.part(shard))
     return part
 

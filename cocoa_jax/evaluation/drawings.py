@@ -92,7 +92,7 @@ def _run(
     """The patches that the model saw, and those that its head drew."""
     mesh = make_mesh(settings.mesh)
     graph, shapes = graph_of(config, settings.compute)
-    head_graph, head_shapes = decoder_graph(config)
+    head_graph, head_shapes = decoder_graph(config, settings.compute.attention)
     both = {"backbone": shapes, "head": head_shapes}
     wanted = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), both, param_shardings(both, mesh)

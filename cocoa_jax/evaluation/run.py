@@ -103,8 +103,9 @@ def embed_tasks(embedder: Embedder, tasks: Iterable[Task]) -> dict[str, Embeddin
 def first_ancestor(checkpoint: str | Path) -> Path:
     """The folder that training began with, found by following what each stage noted about its parent."""
     folder = Path(checkpoint)
-    while open_backbone(folder).trained:
-        folder = Path(read_metadata(folder)["parent"]["path"])
+    # A stage without a parent was converted, not trained: training began with it.
+    while open_backbone(folder).trained and (parent := read_metadata(folder)["parent"]) is not None:
+        folder = Path(parent["path"])
     return folder
 
 

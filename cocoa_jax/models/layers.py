@@ -90,6 +90,7 @@ class GatedMLP(nnx.Module):
         self.up_proj = Linear(width, hidden, bias=bias, rngs=rngs)
         self.down_proj = Linear(hidden, width, bias=bias, rngs=rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -101,6 +102,7 @@ class QuickMLP(nnx.Module):
         self.fc1 = Linear(width, hidden, bias=True, rngs=rngs)
         self.fc2 = Linear(hidden, width, bias=True, rngs=rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         x = self.fc1(x)
         return self.fc2(x * jax.nn.sigmoid(1.702 * x))

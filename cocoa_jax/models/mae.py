@@ -18,9 +18,9 @@ from cocoa_jax.models.text import DecoderLayer
 class ImageDecoder(nnx.Module):
     """States of the language model -> processor-normalised pixels of a visual unit, 4 C numbers."""
 
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen2VLConfig, *, attention: str | None = None, rngs: nnx.Rngs):
         self.config = config.text
-        self.layer = DecoderLayer(config.text, rngs=rngs)
+        self.layer = DecoderLayer(config.text, attention=attention, rngs=rngs)
         unit_values = config.vision.unit_patches * config.vision.patch_values
         self.proj = Linear(config.text.width, unit_values, bias=True, rngs=rngs)
 
@@ -44,9 +44,9 @@ class ImageDecoder(nnx.Module):
         return self.proj(jnp.take_along_axis(x, token_of_unit[..., None], axis=1))
 
 
-def decoder_graph(config: Qwen2VLConfig) -> tuple[nnx.GraphDef, Params]:
+def decoder_graph(config: Qwen2VLConfig, attention: str | None = None) -> tuple[nnx.GraphDef, Params]:
     """The structure of the decoder and the shapes of its parameters."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: ImageDecoder(config, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: ImageDecoder(config, attention=attention, rngs=nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
 
 

@@ -23,10 +23,17 @@ Params = dict[str, Any]  # nested dicts of arrays, the form in which parameters 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a backbone computes, whatever its weights: ``dtype`` of activations and ``remat`` policy of both towers."""
+    """How a backbone computes, whatever its weights.
+
+    Args:
+        dtype: of activations, in both towers.
+        remat: see ``layers.scan_layers``.
+        attention: a name from ``attention.api.IMPLEMENTATIONS``; null takes what suits the platform and the shapes.
+    """
 
     dtype: str = "float32"
     remat: str = "none"
+    attention: str | None = None
 
 
 class Qwen2VL(nnx.Module):
@@ -34,8 +41,8 @@ class Qwen2VL(nnx.Module):
 
     def __init__(self, config: Qwen2VLConfig, compute: Compute = Compute(), *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
-        self.text = TextModel(config.text, rngs=rngs)
-        self.vision = VisionTower(config.vision, rngs=rngs)
+        self.text = TextModel(config.text, attention=compute.attention, rngs=rngs)
+        self.vision = VisionTower(config.vision, attention=compute.attention, rngs=rngs)
 
     def __call__(self, inputs: Inputs) -> Float[Array, "B T D"]:
         """States after the final norm, which the LM head and the embeddings read."""

@@ -32,25 +32,27 @@ def _norm(config: VisionConfig, rngs: nnx.Rngs) -> LayerNorm | RMSNorm:
 class VisionAttention(nnx.Module):
     """Multi-head attention with one joint map for queries, keys and values."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
-        self.heads = config.heads
+    def __init__(self, config: VisionConfig, *, attention: str | None, rngs: nnx.Rngs):
+        self.heads, self.implementation = config.heads, attention
         self.qkv = Linear(config.width, 3 * config.width, bias=True, rngs=rngs)
         self.proj = Linear(config.width, config.width, bias=True, rngs=rngs)
 
+    @jax.named_scope("attention")
     def __call__(self, x: Float[Array, "B P E"], rotation: Rotation, spans: Spans) -> Float[Array, "B P E"]:
         B, P, E = x.shape
         q, k, v = (part.reshape(B, P, self.heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        out = attend(rotation.apply(q), rotation.apply(k), v, spans, scale=(E // self.heads) ** -0.5)
+        q, k, scale = rotation.apply(q), rotation.apply(k), (E // self.heads) ** -0.5
+        out = attend(q, k, v, spans, scale=scale, implementation=self.implementation)
         return self.proj(out.reshape(B, P, E))
 
 
 class VisionLayer(nnx.Module):
     """Attention and MLP behind norms: LayerNorm and QuickGELU in family 2, RMSNorm and SwiGLU in 2.5."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, attention: str | None, rngs: nnx.Rngs):
         E, F = config.width, config.mlp_width
         self.norm1 = _norm(config, rngs)
-        self.attention = VisionAttention(config, rngs=rngs)
+        self.attention = VisionAttention(config, attention=attention, rngs=rngs)
         self.norm2 = _norm(config, rngs)
         if config.family == "2.5":
             self.mlp: GatedMLP | QuickMLP = GatedMLP(E, F, bias=True, rngs=rngs)
@@ -80,12 +82,13 @@ class Merger(nnx.Module):
 class VisionTower(nnx.Module):
     """Patches to visual tokens; order, windows and positions come from the host as arrays."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, attention: str | None, rngs: nnx.Rngs):
         self.config = config
         self.patch_embed = Linear(config.patch_values, config.width, bias=False, rngs=rngs)
-        self.layers = stacked(lambda rngs: VisionLayer(config, rngs=rngs), config.layers, rngs)
+        self.layers = stacked(lambda rngs: VisionLayer(config, attention=attention, rngs=rngs), config.layers, rngs)
         self.merger = Merger(config, rngs=rngs)
 
+    @jax.named_scope("vision")
     def states(
         self,
         patches: Float[Array, "B P C"],

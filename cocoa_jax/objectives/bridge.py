@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import jax
 from jaxtyping import Array, Float
 
 from cocoa_jax.models.inputs import Inputs
@@ -11,6 +12,7 @@ from cocoa_jax.models.qwen2_vl import Qwen2VL
 from cocoa_jax.objectives.masked_text import masked_text_loss
 
 
+@jax.named_scope("stage2")
 def bridge_loss(model: Qwen2VL, batch: Mapping[str, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Cross-entropy of the masked tokens of block B; the truncated attention is in the batch's spans.
 

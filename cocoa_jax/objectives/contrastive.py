@@ -55,6 +55,7 @@ def embed_examples(model: Qwen2VL, batch: Mapping[str, Array]) -> Float[Array, "
     return jnp.take(unit.reshape(B * E, -1), batch["example"], axis=0)
 
 
+@jax.named_scope("stage3")
 def contrastive_loss(
     model: Qwen2VL, batch: Mapping[str, Array], config: ContrastiveConfig, progress: Float[Array, ""] | float = 1.0
 ) -> tuple[Float[Array, ""], dict[str, Array]]:

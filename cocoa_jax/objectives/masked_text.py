@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from cocoa_jax.models.qwen2_vl import Qwen2VL
 
 
+@jax.named_scope("loss")
 def masked_text_loss(
     model: Qwen2VL,
     hidden: Float[Array, "B T D"],

@@ -22,6 +22,7 @@ class WarmupConfig:
     mae_weight: float = 0.5
 
 
+@jax.named_scope("stage1")
 def warmup_loss(
     model: Qwen2VL, decoder: ImageDecoder, batch: Mapping[str, Array], config: WarmupConfig
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -47,6 +48,7 @@ def hide_units(
     return jnp.where(hidden_unit[..., None], draw(unit_seed), units).astype(patches.dtype).reshape(B, P, C)
 
 
+@jax.named_scope("decoder")
 def picture_loss(
     decoder: ImageDecoder, hidden: Float[Array, "B T D"], inputs: Inputs, hidden_unit: Bool[Array, "B U"]
 ) -> Float[Array, ""]:

@@ -25,6 +25,7 @@ from cocoa_jax.checkpoints.orbax import (
     save_base,
 )
 from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
+from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.data.pipeline import STATS, stage_batches
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.training.inputs import known_bad, open_sources
@@ -65,11 +66,14 @@ def train(config: TrainConfig) -> Path:
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
     program = stage_program(config, backbone.config, (processor.mask_id, *processor.bridge_ids))
     wanted = abstract_state(program.shapes, optimizer, mesh)
-    batches = iter(_batches(config, processor))
+    mixture = open_sources(config)
+    batches = iter(open_batches(config, processor, mixture))
 
     # --------------------------------------------------------------------------------- the state: continued or new
     output.mkdir(parents=True, exist_ok=True)
     _check_settings(output / "config.json", to_dict(config))
+    if config.data.mixture:
+        _check_settings(output / "mixture.json", dict(mixture.identity))
     carry_backbone(backbone.side_files, output)
     with StageCheckpoints(output, config.loop.keep) as checkpoints, _stop_requests() as stopping:
         restored = checkpoints.restore_latest(_trees(wanted))
@@ -127,11 +131,9 @@ def count_pictures(batch: Mapping[str, np.ndarray]) -> int:
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def _batches(config: TrainConfig, processor: Processor) -> Any:
-    mixture = open_sources(config)
-    if config.data.mixture:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        _check_settings(Path(config.output) / "mixture.json", dict(mixture.identity))
+def open_batches(config: TrainConfig, processor: Processor, mixture: Mixture | None = None) -> Any:
+    """The batches that a run of these settings is fed on this host; ``mixture`` spares opening its data again."""
+    mixture = open_sources(config) if mixture is None else mixture
     # Hosts draw the same records, so that one of them names the bad ones for all.
     report = Path(config.output) / "bad_records.jsonl" if jax.process_index() == 0 else None
     return stage_batches(

@@ -13,13 +13,12 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))  # rows are spread over both; parameters over fsdp and tensor
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices of all hosts.
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """Devices along each of ``AXES``, with -1 worked out.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
     sizes = [config.data, config.fsdp, config.tensor]
     fixed = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -28,7 +27,17 @@ def make_mesh(config: MeshConfig) -> Mesh:
         sizes[sizes.index(-1)] = devices // fixed
     if math.prod(sizes) != devices:
         raise ValueError(f"mesh {config} asks for {fixed} devices at least, there are {devices}: change mesh.data")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    return sizes[0], sizes[1], sizes[2]
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over all devices of all hosts.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes = mesh_sizes(config, jax.device_count())
+    return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -94,7 +94,7 @@ def _with_loss(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shape
 
 
 def _warmup(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shapes: Params) -> Program:
-    head_graph, head_shapes = decoder_graph(backbone)
+    head_graph, head_shapes = decoder_graph(backbone, config.compute.attention)
 
     def loss(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
         return warmup_loss(model(params, batch), bind(head_graph, params["head"]), batch, config.warmup)

@@ -38,8 +38,9 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, wanted: Train
             return loss({**state.params, **part}, batch, state.step / steps)
 
         (value, metrics), gradients = jax.value_and_grad(of_trained, has_aux=True)(trained)
-        updates, moments = optimizer.update(gradients, state.optimizer, trained)
-        params = {**state.params, **optax.apply_updates(trained, updates)}
+        with jax.named_scope("optimizer"):
+            updates, moments = optimizer.update(gradients, state.optimizer, trained)
+            params = {**state.params, **optax.apply_updates(trained, updates)}
         metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, params, moments), metrics
 

@@ -62,7 +62,7 @@ def test_a_stage_reads_the_training_pictures_alone(read, monkeypatch, path):
     config = load_config(TrainConfig, path)
     made = {}
     monkeypatch.setattr(loop, "stage_batches", lambda batches, sources, *more, **named: made.update(sources))
-    loop._batches(config, processor=None)
+    loop.open_batches(config, processor=None)
     assert read == ["train"] and made.keys() == config.data.kinds.keys()
     for source in made.values():
         assert {picture.split for picture in source.pictures} == {"train"}

@@ -154,7 +154,9 @@ def test_embeddings_at_the_bridge(golden_batch, golden_params, family, side, mas
     np.testing.assert_allclose(got, batch.files[f"{mask}.emb_bridge"], atol=LOSS)
 
 
-@pytest.mark.parametrize("compute", [Compute(remat="full"), Compute(dtype="bfloat16")], ids=str)
+@pytest.mark.parametrize(
+    "compute", [Compute(remat="full"), Compute(dtype="bfloat16"), Compute(attention="blockwise")], ids=str
+)
 def test_other_ways_to_compute(golden_batch, golden_params, compute):
     batch = golden_batch("qwen2_5", "left")
     graph, _ = graph_of(batch.config, compute)

@@ -94,7 +94,6 @@ def test_a_stage_keeps_its_adapter_and_the_weights_that_it_began_with(finished, 
     assert metadata["parent"]["path"] == str(backbone) and metadata["config"]["lora"]["rank"] == 4
     step = finished / "checkpoints" / str(STEPS)
     assert (step / "adapter").is_dir() and not (step / "params").exists()
-    assert records(finished)[-1]["loss"] < records(finished)[0]["loss"]
 
 
 def test_stopped_in_the_middle_it_continues_bit_for_bit(finished, settings_in, tmp_path, monkeypatch):
@@ -217,27 +216,30 @@ def test_only_the_adapter_has_optimizer_state(step_of):
     moments = [leaf for leaf in jax.tree.leaves(wanted.optimizer) if leaf.ndim]
     assert sum(leaf.size for leaf in moments) == 2 * numbers
     assert numbers < 0.25 * sum(leaf.size for leaf in jax.tree.leaves(program.shapes["backbone"]))
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params["backbone"])} == {jnp.bfloat16}
-    assert {leaf.dtype for leaf in jax.tree.leaves([state.params["adapter"], moments])} == {jnp.float32}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params["backbone"])} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves([state.params["adapter"], moments])} == {jnp.dtype("float32")}
 
 
-def test_a_frozen_backbone_passes_through_in_its_own_memory(step_of):
-    _, optimizer, wanted, state = step_of()
+def test_a_frozen_backbone_passes_through_in_its_own_memory():
+    kernel, a = np.ones((1, 64, 64), np.float32), np.ones((1, 64, 2), np.float32)
+    trees = {"backbone": {"kernel": kernel}, "adapter": {"a": a}}
+    params = {name: {"layers": {"attention": {"q_proj": tree}}} for name, tree in trees.items()} | {"head": {}}
+    optimizer = make_optimizer(OptimizerConfig(schedule="constant", warmup_steps=0), STEPS)
+    wanted = abstract_state(jax.eval_shape(lambda: params), optimizer, make_mesh(MeshConfig()))
 
-    def loss(params, batch, progress):  # cheap to compile; the real one is trained above
-        frozen = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params["backbone"]))
-        return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params["adapter"])) * (1 + 0 * frozen), {}
+    def loss(params, batch, progress):
+        part = jax.tree.leaves(params["backbone"])[0] @ jax.tree.leaves(params["adapter"])[0]
+        return jnp.sum(part), {"step": batch["step"]}
 
     step = make_step(loss, optimizer, wanted, STEPS)
-    place = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.params["backbone"])]
-    before = jax.device_get(state.params)
-    state, _ = step(state, {})
-    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.params["backbone"])] == place
-    assert same(state.params["backbone"], before["backbone"])
-    moved = jax.tree.map(
-        lambda x, y: np.array_equal(x, y) and y.any(), jax.device_get(state.params["adapter"]), before["adapter"]
-    )
-    assert not any(jax.tree.leaves(moved))
+    state, _ = step(first_state(params, optimizer, wanted), {})  # now all of it is memory of its own
+    (frozen,) = jax.tree.leaves(state.params["backbone"])
+    place = frozen.unsafe_buffer_pointer()
+    state, metrics = step(state, {})
+    assert frozen.is_deleted() and metrics["step"] == 1
+    (frozen,) = jax.tree.leaves(state.params["backbone"])
+    assert frozen.unsafe_buffer_pointer() == place
+    assert np.array_equal(frozen, kernel) and (np.asarray(jax.tree.leaves(state.params["adapter"])[0]) != a).all()
 
 
 def test_dropout_depends_on_seed_and_step_alone(step_of, monkeypatch):

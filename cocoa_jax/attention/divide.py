@@ -1,0 +1,53 @@
+"""Rows and heads over the devices of the mesh in use: XLA cannot divide a loop over tiles, nor a kernel, by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from cocoa_jax.attention.spans import Spans
+
+ROWS, HEADS = ("data", "fsdp"), "tensor"  # mesh axes over which the rows of a batch and the heads are spread
+Attend = Callable[[Array, Array, Array, Spans, float], Array]
+
+
+def divided(attend: Attend) -> Attend:
+    """``attend`` on every device's own rows and heads, where a mesh is in use (``jax.set_mesh``).
+
+    Axes that the caller's own ``shard_map`` already took are left alone. An axis that does not divide the rows or the
+    query heads is not used: its devices do the same work. Key heads fewer than the axis are whole on every device,
+    which takes the one that its query heads share.
+    """
+
+    def call(q: Array, k: Array, v: Array, spans: Spans, scale: float) -> Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        free = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+        rows = tuple(name for name in ROWS if name in free)
+        if q.shape[0] % math.prod(mesh.shape[name] for name in rows):
+            rows = ()
+        N, K = q.shape[2], k.shape[2]
+        parts = mesh.shape[HEADS] if HEADS in free else 1
+        heads = HEADS if parts > 1 and N % parts == 0 and (K % parts == 0 or parts % K == 0) else None
+        if math.prod(mesh.shape[name] for name in rows) == 1 and heads is None:
+            return attend(q, k, v, spans, scale)
+        whole = heads is not None and K % parts != 0
+
+        def own(q: Array, k: Array, v: Array, spans: Spans) -> Array:
+            if whole:
+                first = jax.lax.axis_index(HEADS) * K // parts
+                k, v = (jax.lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k, v))
+            return attend(q, k, v, spans, scale)
+
+        queries, keys = P(rows, None, heads), P(rows, None, None if whole else heads)
+        # Unchecked: a Pallas call does not say over which axes its output varies.
+        over = jax.shard_map(
+            own, mesh=mesh, in_specs=(queries, keys, keys, P(rows)), out_specs=queries, check_vma=False
+        )
+        return over(q, k, v, spans)
+
+    return call

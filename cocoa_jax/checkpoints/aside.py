@@ -1,0 +1,65 @@
+"""Folders that appear whole or not at all: written aside, flushed, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cocoa_jax.checkpoints.errors import CheckpointError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def require_free(folder: Path) -> None:
+    """Refuse a destination that holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty: give another destination or remove it")
+
+
+@contextmanager
+def written_aside(folder: Path, size: int) -> Iterator[Path]:
+    """A folder to fill, which becomes ``folder`` when it is whole and is removed when it is not.
+
+    A killed process leaves ``.NAME.partial`` beside the destination, which the next attempt removes.
+
+    Args:
+        size: bytes that will be written, for which there must be room.
+
+    Raises:
+        CheckpointError: the destination is taken, or the disk is too small.
+    """
+    require_free(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(folder.parent, size)
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
+        partial.replace(folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise CheckpointError(f"{folder} cannot be written ({error.strerror}): make room") from error
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a file or a folder before anything is renamed."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise CheckpointError(f"{folder} has {free:,} bytes free, the weights take {size:,}: make room")

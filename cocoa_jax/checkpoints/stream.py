@@ -1,0 +1,136 @@
+"""A backbone in the form of a trained stage, written and read one array at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from cocoa_jax.checkpoints.contents import checksum_of, mismatches
+from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
+from cocoa_jax.checkpoints.hub_layout import Tree, raise_problems
+from cocoa_jax.checkpoints.orbax import (
+    TREES,
+    load_items,
+    newest_first,
+    read_records,
+    root_cause,
+    stage_context,
+    steps_folder,
+)
+
+_STATE = "state"  # what Orbax calls a tree that is saved by itself
+_log = logging.getLogger(__name__)
+
+
+def save_params(stage_dir: str | Path, leaves: Iterable[tuple[str, np.ndarray]], metadata: dict[str, Any]) -> None:
+    """Write step 0 of a stage that holds a backbone and nothing else, while at most two of its arrays are in memory.
+
+    An array is written while the next one is being made. The folder must be nobody else's: it is not atomic.
+
+    Args:
+        leaves: dotted path and array; they are not changed afterwards.
+        metadata: what this stage is (JSON).
+
+    Raises:
+        CheckpointError: the disk does not take it.
+    """
+    folder = steps_folder(stage_dir)
+    folder.mkdir(parents=True)
+    weights, step = folder / "weights", folder / "0"
+    contents: dict[str, Any] = {}
+    pending: list[Any] = []
+    for path, leaf in leaves:
+        with _errors_of(folder):
+            if pending:
+                pending.pop().result()
+            with _streaming():
+                pending.append(ocp.partial.save_async(weights, unflatten_dict({path: leaf}, sep=".")))
+        what = {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "checksum": checksum_of(leaf)}
+        contents[path.replace(".", "/")] = what
+        del leaf
+    found = {name: contents if name == "params" else {} for name in TREES}
+    with _errors_of(folder):
+        pending.pop().result()
+        with _streaming():
+            ocp.partial.finalize(weights)
+        with stage_context():
+            ocp.save_checkpointables(step, {"loop": {"step": 0}, "metadata": metadata, "contents": found})
+    # A partial save holds one tree of a fixed name; beside the records it is what a stage calls its params.
+    (weights / _STATE).rename(step / "params")
+    shutil.rmtree(weights)
+
+
+@contextmanager
+def _errors_of(folder: epath.Path) -> Iterator[None]:
+    """Whatever goes wrong while Orbax writes is one line: it, TensorStore and JSON each raise their own."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{folder} cannot be written ({root_cause(error)}): make room and start again"
+        raise CheckpointError(reason) from error
+
+
+def _streaming() -> ocp.Context:
+    context = ocp.Context()
+    # Random bits do not compress, and the arrays are not touched while they are written.
+    context.array.saving.use_compression = False
+    context.memory.deepcopy_host_arrays = False
+    return context
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLeaf:
+    """An array of a checkpoint that is read, and compared with its checksum, when numpy asks for it."""
+
+    step: epath.Path
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    checksum: int
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        like = np.broadcast_to(np.zeros((), self.dtype), self.shape)  # a description: it takes no memory
+        read = load_items(self.step, {"params": unflatten_dict({self.path: like}, sep=".")}, part=True)
+        value = flatten_dict(read["params"], sep=".")[self.path]
+        if checksum_of(value) != self.checksum:
+            raise DamagedCheckpointError(f"{self.step} is damaged: other bytes than were saved in params {self.path}")
+        return value
+
+
+def stored_params(stage_dir: str | Path, abstract: Tree) -> Iterator[dict[str, Any]]:
+    """The backbone of every step of a stage, newest first, as a tree of ``StoredLeaf``; a damaged step is logged.
+
+    Args:
+        abstract: the shapes that the backbone must have; dtypes are those of the checkpoint.
+
+    Raises:
+        CheckpointError: a step holds other arrays than those described: all differences.
+    """
+    folder = steps_folder(stage_dir)
+    for number in newest_first(folder):
+        step = folder / str(number)
+        try:
+            contents = read_records(step)["contents"]["params"]
+        except DamagedCheckpointError as error:
+            _log.warning("%s; trying the one before", error)
+            continue
+        raise_problems(
+            f"{step} does not fit its config.json", mismatches("params", abstract, contents, same_dtype=False)
+        )
+        yield unflatten_dict({path: _stored(step, path, contents) for path in flatten_dict(abstract, sep=".")}, sep=".")
+
+
+def _stored(step: epath.Path, path: str, contents: Mapping[str, Any]) -> StoredLeaf:
+    what = contents[path.replace(".", "/")]
+    return StoredLeaf(step, path, tuple(what["shape"]), np.dtype(jnp.dtype(what["dtype"])), what["checksum"])

@@ -1,0 +1,148 @@
+"""The page of `cocoa data inspect`: real rows drawn, in one file that loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cocoa_jax.evaluation.charts import matrix_chart
+from cocoa_jax.evaluation.inspection import Document, DrawnRow
+from cocoa_jax.evaluation.markup import Child, Element, element, encode_webp, render
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def write_page(
+    path: Path, title: str, facts: Sequence[str], datasets: Sequence[Mapping[str, str]], rows: Sequence[DrawnRow]
+) -> None:
+    """Write the page whole or not at all.
+
+    Args:
+        facts: sentences under the title.
+        datasets: rows of the table of data sets, all of the same keys.
+    """
+    text = "<!DOCTYPE html>\n" + render(_page(title, facts, datasets, rows)) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _page(title: str, facts: Sequence[str], datasets: Sequence[Mapping[str, str]], rows: Sequence[DrawnRow]) -> Element:
+    files = resources.files("cocoa_jax.evaluation")
+    style = "".join(files.joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "inspection.css"))
+    head = element(
+        "head",
+        {},
+        element("meta", {"charset": "utf-8"}),
+        element("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
+        element("meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY}),
+        element("meta", {"name": "color-scheme", "content": "light dark"}),
+        element("title", {}, title),
+        element("style", {}, style),
+    )
+    header = element(
+        "header",
+        {},
+        element("p", {"class": "eyebrow"}, "CoCoA: what the model is fed"),
+        element("h1", {}, title),
+        element("ol", {"class": "summary"}, *(element("li", {}, fact) for fact in facts)),
+    )
+    parts = [_section("Data sets", "What this stage draws from.", [_table(datasets)])]
+    for number, row in enumerate(rows):
+        parts.append(_section(f"Row {number}", _said(row), _row(row)))
+    return element("html", {"lang": "en"}, head, element("body", {}, header, element("main", {}, *parts), _footer()))
+
+
+def _section(title: str, note: str, content: Sequence[Element]) -> Element:
+    heading = element("div", {"class": "heading"}, element("h2", {}, title), element("p", {}, note))
+    return element("section", {}, heading, element("div", {"class": "content"}, *content))
+
+
+def _said(row: DrawnRow) -> str:
+    tokens, patches = (sum(part) for part in zip(*((d.tokens, d.patches) for d in row.documents), strict=True))
+    count = len(row.documents)
+    text = f"{count} document{'s fill' if count > 1 else ' fills'} {tokens} of {row.tokens} token slots"
+    return f"{text} and {patches} of {row.patches} patch slots." if row.patches else f"{text}."
+
+
+def _table(datasets: Sequence[Mapping[str, str]]) -> Element:
+    names = list(datasets[0])
+    head = element("tr", {}, *(element("th", {"scope": "col"}, name) for name in names))
+    body = [element("tr", {}, *(element("td", {}, each[name]) for name in names)) for each in datasets]
+    table = element("table", {"class": "datasets"}, element("thead", {}, head), element("tbody", {}, *body))
+    return element("div", {"class": "wide"}, table)
+
+
+def _row(row: DrawnRow) -> list[Element]:
+    strips = [
+        element("div", {"class": "strips"}, _strip("tokens", [d.tokens for d in row.documents], row.tokens)),
+        element("div", {"class": "strips"}, _strip("patches", [d.patches for d in row.documents], row.patches)),
+    ]
+    documents = [_document(document, place) for place, document in enumerate(row.documents)]
+    chart = matrix_chart(row.mask, row.kinds, "who sees whom in this row")
+    note = element(
+        "p",
+        {"class": "note"},
+        "Rows ask, columns answer. Of a run of image tokens its ends and every eighth are drawn.",
+    )
+    figure = element("figure", {"class": "sees"}, chart, note)
+    return [*strips, _legend(), element("div", {"class": "documents"}, *documents), figure]
+
+
+def _strip(name: str, parts: Sequence[int], total: int) -> Element:
+    pieces: list[Child] = [
+        element("i", {"class": f"part {'ab'[place % 2]}", "style": f"flex-grow:{size}", "title": f"{size} {name}"})
+        for place, size in enumerate(parts)
+        if size
+    ]
+    rest = total - sum(parts)
+    if rest:
+        pieces.append(element("i", {"class": "part rest", "style": f"flex-grow:{rest}", "title": f"{rest} unused"}))
+    used = 100 * sum(parts) / total if total else 0
+    label = element("span", {"class": "label"}, f"{name} {used:.0f} %")
+    return element("div", {"class": "strip"}, label, element("div", {"class": "bar parts"}, *pieces))
+
+
+def _legend() -> Element:
+    keys = [("a", "block A, or a document"), ("eos", "bridge"), ("b", "block B, or the next document")]
+    shown = [element("span", {"class": "key"}, element("i", {"class": f"slot {kind}"}), text) for kind, text in keys]
+    shown.append(element("span", {"class": "key"}, element("i", {"class": "token hidden a"}, "word"), "hidden"))
+    return element("div", {"class": "legend"}, *shown)
+
+
+def _document(document: Document, place: int) -> Element:
+    pictures = [
+        element("img", {"src": _uri(picture), "alt": f"picture of {document.role or place}"})
+        for picture in document.pictures
+    ]
+    tokens = [
+        element("span", {"class": f"token {p.kind}{' hidden' if p.hidden else ''}"}, p.text or "�")
+        for p in document.pieces
+    ]
+    hidden = sum(piece.hidden for piece in document.pieces)
+    said = f"{document.role}: {document.tokens} tokens" + (f", {hidden} hidden" if hidden else "")
+    return element(
+        "article",
+        {"class": "document"},
+        element("p", {"class": "note"}, said),
+        element("div", {"class": "shown"}, *pictures),
+        element("p", {"class": "tokens"}, *tokens),
+    )
+
+
+def _uri(picture: np.ndarray) -> str:
+    image = Image.fromarray(picture)
+    image.thumbnail((224, 224))
+    return "data:image/webp;base64," + base64.b64encode(encode_webp(image)).decode("ascii")
+
+
+def _footer() -> Element:
+    text = "Drawn from the arrays that a step is given, not from the files. This page loads nothing."
+    return element("footer", {}, element("p", {}, text))

@@ -1,0 +1,111 @@
+"""Measurements in processes of their own, each kept in a file so that a long series can be stopped and continued."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cocoa_jax.profiling.llo import FLAGS
+from cocoa_jax.profiling.topology import ENVIRONMENT
+
+Spec = Mapping[str, Any]
+"""What to measure, as plain JSON values; ``program`` names the measurement in ``worker.py``."""
+
+_PACKAGE = Path(__file__).parents[1]
+_MODEL = tuple(
+    f"profiling/{name}.py" for name in ("attention", "chips", "hlo", "kernels", "llo", "masks", "model", "splash")
+)
+_READ = {  # the code that a measurement depends on
+    "attention": ("attention/*.py", *_MODEL),
+    "step": ("attention/*.py", "models/*.py", "objectives/*.py", "training/*.py", "profiling/*.py"),
+}
+
+
+class MeasurementError(RuntimeError):
+    """A measurement that failed; the message is the last line of what its process said."""
+
+
+class Cells:
+    """A folder of measurements by what was measured, with what, and with which code.
+
+    Args:
+        folder: where they are kept; None keeps nothing.
+    """
+
+    def __init__(self, folder: str | Path | None):
+        self._folder = Path(folder) if folder else None
+
+    def get(self, spec: Spec) -> dict[str, Any]:
+        """The result for ``spec``: kept from before, or measured now in a process of its own.
+
+        Raises:
+            MeasurementError: it cannot be measured.
+        """
+        versions = _versions(str(spec["program"]))
+        path = self._folder / f"{_slug(spec)}.json" if self._folder else None
+        if path and path.is_file():
+            kept = json.loads(path.read_text())
+            if kept["spec"] == dict(spec) and kept["versions"] == versions:
+                return kept["result"]
+        result = _measure(spec)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".partial")
+            text = json.dumps({"spec": dict(spec), "versions": versions, "result": result}, indent=1)
+            aside.write_text(text + "\n")
+            os.replace(aside, path)
+        return result
+
+
+def _measure(spec: Spec) -> dict[str, Any]:
+    """libtpu reads where to dump once, when it is loaded: hence a process for each measurement."""
+    with tempfile.TemporaryDirectory(prefix="cocoa-profile-") as folder:
+        dump, answer = Path(folder, "dump"), Path(folder, "answer.json")
+        dump.mkdir()
+        environment = {
+            **os.environ,
+            **ENVIRONMENT,
+            "LIBTPU_INIT_ARGS": FLAGS.format(folder=dump),
+            "PYTHONPATH": os.pathsep.join([str(_PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
+        }
+        command = [sys.executable, "-m", "cocoa_jax.profiling.worker", json.dumps(dict(spec)), str(dump), str(answer)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode or not answer.is_file():
+            raise MeasurementError(f"{_slug(spec)}: {_reason(done.stderr)}")
+        return json.loads(answer.read_text())
+
+
+def _reason(said: str) -> str:
+    """The line that names the error, without JAX's frames around it."""
+    lines = [
+        line.strip() for line in said.splitlines() if line.strip() and not line.startswith((" ", "---", "W0", "E0"))
+    ]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b.*:", line)]
+    return (named or lines or ["the process died without a word"])[-1]
+
+
+def _versions(program: str) -> dict[str, str]:
+    digest = hashlib.sha256()
+    for pattern in _READ[program]:
+        for path in sorted(_PACKAGE.glob(pattern)):
+            digest.update(path.read_bytes())
+    found = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    return {**found, "code": digest.hexdigest()[:12]}
+
+
+def _slug(spec: Spec) -> str:
+    words = [str(value).lower() if not isinstance(value, dict) else _short(value) for value in spec.values()]
+    return re.sub(r"[^\w.=-]+", "-", "_".join(words))
+
+
+def _short(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,197 @@
+"""Bytes over the interconnect, by collective and mesh axis, from the text of a compiled module."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cocoa_jax.profiling.hlo import Module, Op, hbm
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+Groups = frozenset[frozenset[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Args:
+        name: of the operation.
+        kind: ``all-gather`` and so on; ``all-reduce-scatter`` for an all-reduce of which each device keeps a part.
+        axis: mesh axes that its groups run along, joined by ``+``; ``other`` where they follow none.
+        group: devices of one group.
+        payload: bytes of its result on one device (of its input for a reduce-scatter).
+        runs: how often it runs in one call of the program.
+        wire: bytes that one device sends over the interconnect in one call, all runs together.
+        scope: where the source made it.
+    """
+
+    name: str
+    kind: str
+    axis: str
+    group: int
+    payload: float
+    runs: float
+    wire: float
+    scope: str
+
+
+def ring_bytes(kind: str, payload: float, group: int) -> float:
+    """Bytes that one device sends in a ring of ``group`` devices.
+
+    Args:
+        payload: of an all-gather the gathered array, of a reduce-scatter the scattered part, else the array.
+    """
+    share = (group - 1) / group
+    factors = {
+        "all-gather": share,
+        "reduce-scatter": float(group - 1),
+        "all-reduce": 2 * share,
+        "all-reduce-scatter": share,
+        "all-to-all": share,
+        "ragged-all-to-all": share,
+    }
+    return payload * factors.get(kind, 1.0)  # a permutation sends what it has once
+
+
+def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
+    """Every collective of a module that runs.
+
+    Args:
+        mesh: devices along each axis, in the order of the mesh.
+    """
+    found, seen = [], set()
+    scattered = _scattered(module)
+    for where, times in _running(module).items():
+        for op in module.computations[where]:
+            kind = op.kind.removesuffix("-start")
+            if kind not in _KINDS or not times:
+                continue
+            channel = re.search(r"channel_id=(\d+)", op.rest)
+            # A collective fused with the product that it hides behind is printed at its start, middle and end.
+            key = (kind, channel[1] if channel else op.name)
+            if key in seen:
+                continue
+            seen.add(key)
+            groups = _groups(op, math.prod(mesh.values()))
+            group = max((len(members) for members in groups), default=1)
+            payload = _payload(op, kind, group)
+            label = "all-reduce-scatter" if kind == "all-reduce" and where in scattered else kind
+            wire = ring_bytes(label, payload, group) * times if group > 1 else 0.0
+            axis = axes_of(groups, mesh) if kind != "collective-permute" else _permuted_axis(groups, mesh)
+            found.append(Collective(op.name, label, axis, group, payload, times, wire, op.scope))
+    return found
+
+
+def by_axis(found: Sequence[Collective]) -> list[tuple[str, str, int, int, float]]:
+    """Sums as (collective, axis, sites, runs, bytes that one device sends), the largest first."""
+    sums: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])
+    for one in found:
+        total = sums[one.kind, one.axis]
+        total[0], total[1], total[2] = total[0] + 1, total[1] + one.runs, total[2] + one.wire
+    rows = [(kind, axis, int(v[0]), int(v[1]), v[2]) for (kind, axis), v in sums.items()]
+    return sorted(rows, key=lambda row: -row[4])
+
+
+def axes_of(groups: Groups, mesh: Mapping[str, int]) -> str:
+    """The mesh axes, joined by ``+``, along which these groups of device places run."""
+    axes = [name for name, size in mesh.items() if size > 1]
+    for count in range(1, len(axes) + 1):
+        for chosen in itertools.combinations(axes, count):
+            if groups == _mesh_groups(mesh, chosen):
+                return "+".join(chosen)
+    return "other"
+
+
+def _permuted_axis(groups: Groups, mesh: Mapping[str, int]) -> str:
+    """The fewest axes in whose groups every pair of a permutation lies."""
+    axes = [name for name, size in mesh.items() if size > 1]
+    for count in range(1, len(axes) + 1):
+        for chosen in itertools.combinations(axes, count):
+            if all(any(pair <= whole for whole in _mesh_groups(mesh, chosen)) for pair in groups):
+                return "+".join(chosen)
+    return "other"
+
+
+def _mesh_groups(mesh: Mapping[str, int], chosen: Sequence[str]) -> Groups:
+    names = list(mesh)
+    places = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+    kept = [names.index(name) for name in names if name not in chosen]
+    moved = [names.index(name) for name in chosen]
+    rows = places.transpose(kept + moved).reshape(-1, math.prod(mesh[name] for name in chosen))
+    return frozenset(frozenset(map(int, row)) for row in rows)
+
+
+def _groups(op: Op, devices: int) -> Groups:
+    """The groups of an operation in any of XLA's four spellings."""
+    pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", op.rest)
+    if pairs:
+        members = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+        return frozenset(frozenset((int(a), int(b))) for a, b in members if a != b)
+    plain = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", op.rest)
+    if plain:
+        return frozenset(frozenset(map(int, row.split(","))) for row in re.findall(r"\{([\d,]+)\}", plain[1]))
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", op.rest)
+    if iota:
+        rows = _iota(iota[2]).reshape(_numbers(iota[1]))
+        return frozenset(frozenset(map(int, row)) for row in rows.reshape(-1, rows.shape[-1]))
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\))\)| *, device_ids=\((\[[\d,]+\])\))? *\{([^}]*)\}",
+        op.rest,
+    )
+    if named:
+        sides = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        ids = _iota(named[2] or named[3]) if named[2] or named[3] else np.arange(math.prod(sides.values()))
+        return frozenset(
+            frozenset(int(ids[place]) for place in group)
+            for group in _mesh_groups(sides, re.findall(r"'([^']+)'", named[4]))
+        )
+    return frozenset({frozenset(range(devices))})  # none given: everybody
+
+
+def _iota(text: str) -> np.ndarray:
+    sides = _numbers(text[1 : text.index("]")])
+    ids = np.arange(math.prod(sides)).reshape(sides)
+    order = re.search(r"T\(([\d,]+)\)", text)
+    return (ids.transpose(_numbers(order[1])) if order else ids).reshape(-1)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def _payload(op: Op, kind: str, group: int) -> float:
+    """Bytes of the result; a ``-start`` shows input and result side by side."""
+    size = float(hbm(op.shape, any_space=True))
+    if not op.kind.endswith("-start") or not op.shape.startswith("("):
+        return size
+    return size * group / (group + 1) if kind == "all-gather" else size / 2
+
+
+def _scattered(module: Module) -> set[str]:
+    """Computations in which an all-reduce is kept in parts: the compiler names them so."""
+    found = {name for name in module.computations if "all-reduce-scatter" in name}
+    for ops in module.computations.values():
+        found |= {called for op in ops if "all-reduce-scatter" in op.name for called in op.called}
+    return found
+
+
+def _running(module: Module) -> dict[str, float]:
+    """How often each computation runs, fusions included: collectives may be fused."""
+    times = dict(module.runs)
+    waiting = list(times)
+    while waiting:
+        where = waiting.pop()
+        for op in module.computations.get(where, []):
+            if op.kind in ("fusion", "custom-call"):
+                for called in op.called:
+                    if called in module.computations and called not in times:
+                        times[called] = times[where]
+                        waiting.append(called)
+    return times

@@ -1,0 +1,114 @@
+"""Bytes over the interconnect: ring formulas, groups in every spelling, and a program on eight virtual devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cocoa_jax.profiling.collectives import axes_of, by_axis, collectives, ring_bytes
+from cocoa_jax.profiling.hlo import Module
+
+MESH = {"data": 2, "fsdp": 4, "tensor": 1}
+KIB = 1024.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        ("all-gather", 3.0),  # 4 KiB gathered from 4: each sends its 1 KiB on 3 times
+        ("reduce-scatter", 12.0),  # 4 KiB is one part
+        ("all-reduce", 6.0),
+        ("all-reduce-scatter", 3.0),
+        ("all-to-all", 3.0),
+        ("collective-permute", 4.0),
+    ],
+)
+def test_ring_formulas(kind, sent):
+    assert ring_bytes(kind, 4 * KIB, 4) == sent * KIB
+
+
+def module(attributes: str, kind: str = "all-reduce", shape: str = "f32[256]{0}") -> Module:
+    return Module(
+        f"HloModule x\n\nENTRY %main (p: f32[256]) -> f32[256] {{\n  %p = f32[256]{{0}} parameter(0)\n"
+        f"  ROOT %r = {shape} {kind}(%p), channel_id=1, {attributes}\n}}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("groups", "axis", "size"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", "fsdp", 4),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", "data", 2),
+        ("replica_groups=[2,4]<=[8]", "fsdp", 4),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", "data", 2),
+        ("replica_groups=[1,8]<=[8]", "data+fsdp", 8),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", "fsdp", 4),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", "data", 2),
+        ("replica_groups={{0,3},{1,2},{4,7},{5,6}}", "other", 2),
+        ("replica_groups={}", "data+fsdp", 8),
+    ],
+)
+def test_groups_are_named_by_the_mesh_axes(groups, axis, size):
+    (found,) = collectives(module(groups), MESH)
+    assert (found.axis, found.group, found.payload) == (axis, size, KIB)
+    assert found.wire == ring_bytes("all-reduce", KIB, size)
+
+
+def test_a_permutation_belongs_to_the_axis_that_it_turns():
+    (found,) = collectives(module("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", "collective-permute"), MESH)
+    assert (found.axis, found.wire) == ("fsdp", KIB)
+
+
+def test_a_start_shows_its_input_too_and_one_channel_counts_once():
+    start = module("replica_groups=[2,4]<=[8]", "all-gather-start", "(f32[64]{0}, f32[256]{0})")
+    assert collectives(start, MESH)[0].payload == KIB
+    line = "  %again = f32[256]{0} all-reduce(%p), channel_id=1, replica_groups=[2,4]<=[8]\n  ROOT"
+    twice = Module(
+        "HloModule x\n\nENTRY %main (p: f32[256]) -> f32[256] {\n  %p = f32[256]{0} parameter(0)\n"
+        f"{line} %r = f32[256]{{0}} all-reduce(%p), channel_id=1, replica_groups=[2,4]<=[8]\n}}\n"
+    )
+    assert len(collectives(twice, MESH)) == 1
+
+
+def test_no_axis_fits_uneven_groups():
+    assert axes_of(frozenset({frozenset({0, 1, 2}), frozenset({3, 4, 5, 6, 7})}), MESH) == "other"
+
+
+PROGRAM = """
+import json, jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from cocoa_jax.profiling.collectives import by_axis, collectives
+from cocoa_jax.profiling.hlo import Module
+mesh = jax.make_mesh((2, 4, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+def shard(x):  # float32 [1, 256] on each of eight devices
+    def turn(c, _):
+        g = jax.lax.all_gather(c, "fsdp", axis=0, tiled=True)
+        c = jax.lax.psum_scatter(jnp.sin(g), "fsdp", scatter_dimension=0, tiled=True)
+        return c + jax.lax.ppermute(c, "data", [(0, 1), (1, 0)]), None
+    x = jax.lax.scan(turn, x, None, length=3)[0]
+    return jax.lax.psum(x, ("data", "fsdp"))
+f = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=P(("data", "fsdp")), out_specs=P(), check_vma=False))
+text = f.lower(jax.ShapeDtypeStruct((8, 256), jnp.float32)).compile().as_text()
+print(json.dumps(by_axis(collectives(Module(text), dict(mesh.shape)))))
+"""
+
+
+def test_a_program_on_eight_virtual_devices():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env={**os.environ, **flags}, capture_output=True, text=True, check=True
+    )
+    found = {(kind, axis): (runs, sent) for kind, axis, _, runs, sent in json.loads(done.stdout.splitlines()[-1])}
+    # Three turns of the loop each; 1 KiB a device is the part, 4 KiB the whole.
+    assert found["all-gather", "fsdp"] == (3, 3 * ring_bytes("all-gather", 4 * KIB, 4))
+    assert found["reduce-scatter", "fsdp"] == (3, 3 * ring_bytes("reduce-scatter", KIB, 4))
+    assert found["collective-permute", "data"] == (3, 3 * KIB)
+    assert found["all-reduce", "data+fsdp"] == (1, ring_bytes("all-reduce", KIB, 8))
+
+
+def test_sums_are_the_largest_first():
+    one, two = (collectives(module("replica_groups=[2,4]<=[8]", kind), MESH) for kind in ("all-to-all", "all-reduce"))
+    assert [row[0] for row in by_axis([*one, *two])] == ["all-reduce", "all-to-all"]

@@ -1,0 +1,56 @@
+"""What is refused before anything is compiled, and the table of chips."""
+
+import importlib.util
+
+import pytest
+
+from cocoa_jax.profiling.chips import CHIPS, chip_of_kind, known_topologies
+from cocoa_jax.profiling.topology import Slice, TopologyError, parse_topology, slice_mesh, tpu_slice
+
+
+def test_devices_of_a_slice():
+    assert parse_topology("v5e:4x4")[1] == 16
+    assert parse_topology("v5p:2x2x4", 2)[1] == 32
+    assert parse_topology("tpu7x:2x2x1")[1] == 8  # two devices a chip
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:3x3", "v9:1x1", "v5e:4x4x4", ""])
+def test_an_unknown_topology_is_refused_with_those_that_are_known(name):
+    with pytest.raises(TopologyError, match=r"is unknown: choose one of .*v5e:\{1x1,2x2.*v6e:\{"):
+        parse_topology(name)
+
+
+def test_no_slices_are_refused():
+    with pytest.raises(TopologyError, match="0 slices of v5e:4x4"):
+        parse_topology("v5e:4x4", 0)
+
+
+def test_a_missing_libtpu_says_how_to_install_it(monkeypatch):
+    tpu_slice.cache_clear()
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else found(name))
+    with pytest.raises(TopologyError, match=r"needs libtpu: pip install 'libtpu==0\.0\.42\.\*'"):
+        tpu_slice("v5e:1x1")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices", "message"),
+    [
+        ({"data": 4, "fsdp": 8}, 1, r"has 32 devices, v5e:4x4 x 1 has 16"),
+        ({"data": 1, "fsdp": 3, "tensor": 4}, 2, r"has 12 devices, v5e:4x4 x 2 has 16"),
+        ({"data": 1, "fsdp": 1, "tensor": 16}, 3, r"tensor is 16, no multiple of the slices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, slices, message):
+    target = Slice("v5e:4x4", CHIPS["v5e"], tuple(range(16)), slices)
+    with pytest.raises(TopologyError, match=message):
+        slice_mesh(target, sizes)
+
+
+def test_clocks_follow_from_the_peak():
+    # Known clocks: v5e 1.5 GHz, v5p 1.75 GHz; within the rounding of the published peaks.
+    assert CHIPS["v5e"].clock == pytest.approx(1.5e9, rel=5e-3)
+    assert CHIPS["v5p"].clock == pytest.approx(1.75e9, rel=5e-3)
+    assert chip_of_kind("TPU v5 lite") is CHIPS["v5e"]
+    assert chip_of_kind("NVIDIA H200") is None
+    assert all(name.partition(":")[0] in CHIPS for name in known_topologies())
