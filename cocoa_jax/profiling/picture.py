@@ -41,7 +41,10 @@ def draw_masks(names: Sequence[str], length: int, block: int, path: str | Path) 
         at = np.linspace(0, length - 1, _PIXELS).round().astype(int)
         seen = np.asarray(spans.as_mask(length))[0][np.ix_(at, at)]
         axis.imshow(
-            np.where(seen[..., None], _colour(SEEN, 0.45), 0.0), extent=(0, length, length, 0), interpolation="nearest"
+            np.where(seen[..., None], _colour(SEEN, 0.45), 0.0),
+            extent=(0, length, length, 0),
+            interpolation="nearest",
+            zorder=2,  # above the tiles
         )
         axis.set(xlim=(0, length), ylim=(length, 0), aspect="equal", xticks=[0, length], yticks=[0, length])
         axis.set(xlabel="keys", ylabel="queries")
