@@ -50,7 +50,7 @@ setup(
         # The compiler of TPU slices, which runs anywhere; the version that jax 0.10.2's own tpu extra names.
         "profile": ["libtpu==0.0.42.*"],
         "cuda": ["jax[cuda13]>=0.10.2"],
-        # Only to build the embedded pictures again from their table.
+        # To read Parquet, in which MMEB is published; JSON lines, zips and prepared data need nothing more.
         "data": ["pyarrow>=26"],
         "test": [
             "pytest>=9.2",

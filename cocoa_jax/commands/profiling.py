@@ -1,4 +1,4 @@
-"""``cocoa profile attention``, ``step`` and ``trace``: what a program costs, here or on a TPU slice."""
+"""``cocoa profile attention``, ``step``, ``trace``, ``masks``: what a program costs, here or on a TPU slice."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cocoa_jax.commands.command import Command, Group
 from cocoa_jax.config import TrainConfig
 from cocoa_jax.profiling.attention import IMPLEMENTATIONS, MODELLED, ProfileError
 from cocoa_jax.profiling.masks import MASKS
+from cocoa_jax.profiling.picture import draw_masks
 from cocoa_jax.profiling.run import attention_table, step_table
 from cocoa_jax.profiling.trace import record_trace
 
@@ -64,6 +65,17 @@ def _trace(given: Namespace) -> None:
     sys.stdout.write(f"trace: {record_trace(_config(given), given.steps, given.trace)}\n")
 
 
+def _masks_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--masks", default="full,causal,bridge,packed-bridge", help=f"of {', '.join(MASKS)}")
+    parser.add_argument("--length", type=int, default=4096, help="tokens in the row")
+    parser.add_argument("--block", type=int, default=512, help="side of a tile")
+    parser.add_argument("--output", required=True, help="SVG or PNG file to write")
+
+
+def _masks(given: Namespace) -> None:
+    sys.stdout.write(f"drawn: {draw_masks(given.masks.split(','), given.length, given.block, given.output)}\n")
+
+
 _ATTENTION = Command(
     about="Attention by mask, length and implementation.",
     example="cocoa profile attention --topology v5e:1x1 --lengths 1024,4096 --masks full,packed-bridge --backward",
@@ -84,7 +96,13 @@ _TRACE = Command(
     run=_trace,
     config=True,
 )
+_MASKS = Command(
+    about="Draw masks and the tiles that a span kernel visits under them.",
+    example="cocoa profile masks --masks bridge,packed-bridge --output masks.png",
+    options=_masks_options,
+    run=_masks,
+)
 GROUP = Group(
     "What attention or a train step costs on a TPU slice that need not be there, or here.",
-    {"attention": _ATTENTION, "step": _STEP, "trace": _TRACE},
+    {"attention": _ATTENTION, "step": _STEP, "trace": _TRACE, "masks": _MASKS},
 )

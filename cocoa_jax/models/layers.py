@@ -55,7 +55,7 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm; statistics in float32, the scale applied in the type of ``x`` as Hugging Face does."""
+    """Root-mean-square norm, in float32 up to the scale: Hugging Face rounds before it, and strays further."""
 
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
         self.eps = eps
@@ -64,7 +64,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return (wide * self.scale[...]).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -1,5 +1,6 @@
 """A tiny checkpoint folder (tokenizer, picture settings, config), pictures, and small data sets as published."""
 
+import dataclasses
 import io
 import json
 import zipfile
@@ -17,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cocoa_jax.checkpoints.scratch import SPECIAL_TOKENS
 from cocoa_jax.data.processor import Processor, ProcessorConfig
-from cocoa_jax.data.sources import Image
+from cocoa_jax.data.sources import Content, Image, Record
 from cocoa_jax.models.config import Qwen2VLConfig, parse_config
 
 SPECIAL = list(SPECIAL_TOKENS)
@@ -201,3 +202,29 @@ def mmeb(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(4):
             archive.writestr(f"MSCOCO_t2i/Train/{i}.jpg", jpeg(10 + i))
     return root
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """Pairs of all kinds: text and pictures, hard negatives, equal keys; ``broken`` lists records that are bad."""
+
+    pictures: tuple[Image, ...]
+    broken: tuple[int, ...] = ()
+    name: str = "Mixed-1"
+
+    def __len__(self) -> int:
+        return 2 * len(self.pictures)
+
+    def record(self, index: int, rng: np.random.Generator) -> Record:
+        picture = self.pictures[index // 2]
+        if index in self.broken:
+            picture = dataclasses.replace(picture, data=picture.data[: len(picture.data) // 2])
+        query = Content("Find it: a kiwi", (picture,), instruction="Find it:")
+        target = Content(f"a boat {index}") if index % 2 else Content("", (picture, picture))
+        wrong = (Content("no"), Content("never", (picture,)))[: index % 3]
+        return Record(f"{index}", self.name, query, target, f"key {index % 5}", wrong, f"image {index // 2}")
+
+
+@pytest.fixture(scope="session")
+def mixed_pairs() -> type[Mixed]:
+    return Mixed

@@ -12,7 +12,6 @@ from cocoa_jax.data.pipeline import STATS, BatchConfig, MaskingConfig, stage_bat
 from cocoa_jax.data.planned import PlannedBuilder
 from cocoa_jax.data.prepare import BuildConfig, build
 from cocoa_jax.data.prepared import PreparedSource
-from tests.data.test_prepare import Mixed
 
 ROWS = RowsConfig(batch_size=6, shapes=((4, 64, 192), (8, 64, 192)), examples_per_row=4, masked_per_row=24)
 MASKING = MaskingConfig(text_ratio=0.5, image_ratio=0.5)
@@ -23,19 +22,18 @@ STAGES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Long(Mixed):
-    """All records are of use to all stages, and their texts are of different lengths."""
-
-    def record(self, index, rng):
-        record = super().record(index, rng)
-        query = dataclasses.replace(record.query, text="Find it: " + "a kiwi " * (index % 4))
-        target = dataclasses.replace(record.target, text="two small boats " * (1 + index % 3), images=())
-        return dataclasses.replace(record, query=query, target=target)
-
-
 @pytest.fixture(scope="module")
-def prepared(noise, processors, tmp_path_factory):
+def prepared(noise, mixed_pairs, processors, tmp_path_factory):
+    @dataclasses.dataclass(frozen=True)
+    class Long(mixed_pairs):
+        """All records are of use to all stages, and their texts are of different lengths."""
+
+        def record(self, index, rng):
+            record = super().record(index, rng)
+            query = dataclasses.replace(record.query, text="Find it: " + "a kiwi " * (index % 4))
+            target = dataclasses.replace(record.target, text="two small boats " * (1 + index % 3), images=())
+            return dataclasses.replace(record, query=query, target=target)
+
     sizes = [(28 * (1 + i % 4), 28 * (1 + i // 4 % 3)) for i in range(11)]
     source = Long(tuple(noise(w, h, i) for i, (w, h) in enumerate(sizes)), name="long")
     folder = tmp_path_factory.mktemp("prepared")

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -27,37 +28,15 @@ from cocoa_jax.data.prepare import BuildConfig, PrepareError, build, summary
 from cocoa_jax.data.prepare_shard import working_picture
 from cocoa_jax.data.prepared import LENGTHS, STATISTICS, open_prepared
 from cocoa_jax.data.processor import BLOCK_B, ExampleError, Processor, ProcessorConfig, ProcessorError
-from cocoa_jax.data.sources import Content, Image, Record, SourceError
-from tests.data.killed_build import run
+from cocoa_jax.data.sources import Content, Image, SourceError
 
 WORDS = st.text("abc kiwi", max_size=40)
 
 
-@dataclasses.dataclass(frozen=True)
-class Mixed:
-    """Pairs of all kinds: text and pictures, hard negatives, equal keys; ``broken`` lists records that are bad."""
-
-    pictures: tuple[Image, ...]
-    broken: tuple[int, ...] = ()
-    name: str = "Mixed-1"
-
-    def __len__(self) -> int:
-        return 2 * len(self.pictures)
-
-    def record(self, index: int, rng: np.random.Generator) -> Record:
-        picture = self.pictures[index // 2]
-        if index in self.broken:
-            picture = dataclasses.replace(picture, data=picture.data[: len(picture.data) // 2])
-        query = Content("Find it: a kiwi", (picture,), instruction="Find it:")
-        target = Content(f"a boat {index}") if index % 2 else Content("", (picture, picture))
-        wrong = (Content("no"), Content("never", (picture,)))[: index % 3]
-        return Record(f"{index}", self.name, query, target, f"key {index % 5}", wrong, f"image {index // 2}")
-
-
 @pytest.fixture(scope="module")
-def mixed(noise):
+def mixed(noise, mixed_pairs):
     sizes = [(28, 28), (200, 90), (56, 300), (112, 112), (640, 480)]
-    return Mixed(tuple(noise(w, h, i) for i, (w, h) in enumerate(sizes)))
+    return mixed_pairs(tuple(noise(w, h, i) for i, (w, h) in enumerate(sizes)))
 
 
 def made(source, processor, output, **options):
@@ -192,10 +171,11 @@ def files(folder: str) -> dict[str, bytes]:
 
 
 def test_a_killed_build_goes_on_where_it_was_and_workers_change_nothing(backbone, tmp_path, monkeypatch):
-    root = Path(__file__).parents[2]
+    root, script = Path(__file__).parents[2], Path(__file__).with_name("killed_build.py")
+    run = runpy.run_path(str(script))["run"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     killed = tmp_path / "killed"
-    command = [sys.executable, str(root / "tests/data/killed_build.py"), str(backbone), str(killed)]
+    command = [sys.executable, str(script), str(backbone), str(killed)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     parts = killed / "caption" / "1.0.0" / "parts"
     while not (parts / "00001.npz").exists():
@@ -215,14 +195,14 @@ def test_a_killed_build_goes_on_where_it_was_and_workers_change_nothing(backbone
     assert run(str(backbone), str(killed), 0) == again  # nothing left to do
 
 
-def test_a_folder_belongs_to_one_build(mixed, processors, tmp_path):
+def test_a_folder_belongs_to_one_build(mixed, mixed_pairs, processors, tmp_path):
     made(mixed, processors["2"], tmp_path)
     with pytest.raises(PrepareError, match=r"quality: 95, 80\): give another output or remove it"):
         made(mixed, processors["2"], tmp_path, quality=80)
     with pytest.raises(PrepareError, match="processor: "):
         made(mixed, processors["2.5"], tmp_path)
     with pytest.raises(PrepareError, match="has no records"):
-        made(Mixed(()), processors["2"], tmp_path / "none")
+        made(mixed_pairs(()), processors["2"], tmp_path / "none")
 
 
 def test_rejected_records_are_named_and_counted_by_reason(mixed, processors, tmp_path):

@@ -113,7 +113,7 @@ class FolderStore:
 
 
 class ZipStore:
-    """Members of a zip, read at random; 33 bytes of memory a member instead of zipfile's half a kilobyte.
+    """Members of a zip, read at random; 56 bytes of memory a member instead of zipfile's half a kilobyte.
 
     A row's path may have leading folders that the zip lacks, and the other way round: published zips were made at
     different levels.

@@ -158,8 +158,11 @@ class ParquetTable:
     """
 
     def __init__(self, paths: Sequence[Path], columns: Sequence[str]):
-        import pyarrow
-        from pyarrow import parquet
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError as error:
+            raise SourceError(f"{paths[0]} is Parquet, which needs pyarrow: install cocoa-jax[data]") from error
 
         self._paths, self._columns = tuple(paths), tuple(dict.fromkeys(columns))
         self._files, rows = [], []
