@@ -84,7 +84,8 @@ def choose(
 
     Before the rows are planned, which then make room for them: the choice depends on no other example.
     """
-    masking, hidden, dropped = config.masking, {}, 0
+    masking, dropped = config.masking, 0
+    hidden: dict[int, np.ndarray] = {}
     if masking is None:
         return hidden, dropped
     for i, able in allowed.items():
