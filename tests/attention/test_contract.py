@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cocoa_jax.attention import blockwise, reference
+from cocoa_jax.attention import blockwise, flash_tpu, reference
 from cocoa_jax.attention.spans import Spans, bidirectional, causal, segments, truncated
 from cocoa_jax.attention.tiles import Blocks
 
@@ -24,6 +24,7 @@ SCALE = 0.35
 IMPLEMENTATIONS = {
     "reference": reference.attend,
     "blockwise": functools.partial(blockwise.attend, cut=blockwise.Cut(Blocks(16, 8), 1)),
+    "flash_tpu": functools.partial(flash_tpu.attend, interpret=True),  # one tile here; test_flash_tpu has rows of many
 }
 each = pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
 B, T, N, K, H = 2, 52, 4, 2, 8
