@@ -78,7 +78,10 @@ def _static(q: Array, k: Array, spans: Spans, scale: float, sizes: Tuning | None
     S, K = k.shape[1:3]
     kind = _device_kind()
     limits = device(kind)
-    sizes = tuning(kind, H, S) if sizes is None else sizes
+    if sizes is None:
+        sizes = tuning(kind, H, S)
+        if q.dtype == jnp.float32:  # a product in float32 is six, and the program that much longer to compile
+            sizes = sizes._replace(heads=1)
     sizes = Tuning(fit(sizes.forward, T, S), fit(sizes.backward, T, S), heads_per_tile(N // K, sizes.heads))
     tiles = _known_tiles(spans, S, sizes.forward), _known_tiles(spans, S, sizes.backward)
     return Static(float(scale), sizes, limits.vmem, limits.keys, tiles, interpret)
