@@ -67,9 +67,9 @@ def abstract_batch(config: TrainConfig, backbone: Qwen2VLConfig, mesh: Mesh) -> 
     if vision.window:
         integers |= {"window_start": (B, P), "window_end": (B, P)}
     if config.stage == "contrastive":
-        wrong = config.data.negatives * N
-        integers |= {"example": (2 * N + wrong,), "target_key": (N,), "image_key": (N,)}
-        integers |= {"negative_key": (wrong,)} if wrong else {}
+        R = N * config.data.negatives
+        integers |= {"example": (2 * N + R,), "target_key": (N,), "image_key": (N,)}
+        integers |= {"negative_key": (R,)} if R else {}
     else:
         integers |= {"predict_at": (B, M), "predict_id": (B, M)}
     shapes = {name: (shape, jnp.int32) for name, shape in integers.items()}

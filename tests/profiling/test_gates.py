@@ -1,0 +1,39 @@
+"""Figures of the TPU kernels that must not get worse: the compiler is deterministic, so they can be held to."""
+
+import re
+
+import pytest
+
+from cocoa_jax.profiling.attention import profile_attention
+from cocoa_jax.profiling.masks import mask_spans
+
+ROOM = 1.03  # a change of the kernel that costs less than this is not worth a red test
+LENGTH = 1024
+# Bundles per 512 x 512 tile and query head on a v5e, unmasked and masked; the MXU bound is 1024 and 2560.
+BUNDLES = {"forward": (1015, 1037), "backward": (2164, 2169)}
+TEMPORARY = 2**20  # bytes; a dense mask alone would take that much for one row, the scores 50 times as much
+
+
+@pytest.fixture(scope="module")
+def row():
+    return profile_attention("v5e:1x1", [LENGTH], ["packed-bridge"], ["flash_tpu"], backward=True)[0]
+
+
+def test_bundles_per_tile(row):
+    query, key, heads = map(int, re.findall(r"\d+", row.blocks))
+    tile = query * key * heads / 512**2
+    assert set(BUNDLES) == {name.split("_")[2].split(".")[0] for name in row.bundles}
+    for name, found in row.bundles.items():
+        limits = BUNDLES[name.split("_")[2].split(".")[0]]
+        assert len(found) == 2
+        for bundles, limit in zip(found, limits, strict=True):
+            assert bundles / tile <= limit * ROOM, (name, found)
+
+
+def test_memory_and_tiles(row):
+    query, key, _ = map(int, re.findall(r"\d+", row.blocks))
+    mask = mask_spans("packed-bridge", LENGTH).as_mask(LENGTH)[0]
+    tiles = mask.reshape(LENGTH // query, query, LENGTH // key, key).swapaxes(1, 2)
+    assert row.temporary <= TEMPORARY
+    assert row.visited == tiles.any((2, 3)).sum()
+    assert row.masked == row.visited - tiles.all((2, 3)).sum()
