@@ -5,9 +5,9 @@ What they are made of, and what is only assumed:
 - which sides have pictures: as published (design of MMEB: classification and questions ask about a picture, t2i and
   VisDial look for one, CIRR, NIGHTS and grounding have one on both sides);
 - instructions: the published strings, their words counted;
-- shapes of pictures: the true aspect ratios of the embedded pictures (train split), each drawn at random. ASSUMED:
-  every picture has more pixels than the resolution allows, so that all are resized to the upper limit; documents of
-  MMEB are taller than these pictures;
+- shapes of pictures: the true aspect ratios of the embedded pictures (train split), drawn at random. ASSUMED: every
+  picture has more pixels than the resolution allows, so that all are resized to the upper limit; documents of MMEB are
+  taller than these pictures;
 - words: ASSUMED to be as many as the embedded pictures' captions have (labels, answers) or their descriptions
   (questions, captions, news), ten descriptions for a dialogue; 1.3 tokens a word, rounded up.
 """

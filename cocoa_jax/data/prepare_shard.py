@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 PARTS = "parts"  # what each shard found, until all are there
 # Pictures are compressed already; one record a chunk is what random access reads fastest.
-WRITER_OPTIONS = "group_size:1,zstd:1"
+WRITER_OPTIONS = "group_size:1,uncompressed"
+_TEXTS_KNOWN = 1024  # texts of a shard whose tokens are counted once: instructions and classes come again and again
 _NONE = (-1, -1, -1, -1)  # a stage has no use for the record
 _KEPT = ("JPEG", "PNG", "WEBP")
 
@@ -80,14 +82,15 @@ def write_shard(work: Work, shard: int, shards: int, progress: Callable[[int], o
     first = shard * work.shard_records
     indices = range(first, min(first + work.shard_records, len(work.source)))
     rows, rejected, sizes = [], [], []
-    digest, total = hashlib.sha256(), 0
+    digest, total = hashlib.blake2b(digest_size=16), 0
+    count = functools.lru_cache(_TEXTS_KNOWN)(work.processor.count)
     local = not work.folder.startswith("gs://")
     with tempfile.TemporaryDirectory(dir=epath.Path(work.folder) / PARTS if local else None) as aside:
         path = os.path.join(aside, "shard")
         writer = ArrayRecordWriter(path, WRITER_OPTIONS)
         for index in indices:
             try:
-                record, measured, shown = prepare_record(work, index)
+                record, measured, shown = prepare_record(work, index, count)
             except BAD as error:
                 rejected.append((index, str(error)))
             else:
@@ -127,7 +130,9 @@ Measured = tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int, int]
 """Of one record: warm-up, bridge, query and target; wrong targets; hashes of all keys."""
 
 
-def prepare_record(work: Work, index: int) -> tuple[Record, Measured, list[tuple[int, int, int, int]]]:
+def prepare_record(
+    work: Work, index: int, count: Callable[[str], int]
+) -> tuple[Record, Measured, list[tuple[int, int, int, int]]]:
     """A record with its pictures as they are stored, what rows are planned from, and the sizes of its pictures.
 
     Raises:
@@ -158,7 +163,7 @@ def prepare_record(work: Work, index: int) -> tuple[Record, Measured, list[tuple
         negatives=tuple(map(stored, record.negatives)),
     )
     keys = [record.target_key, record.image_key, *map(content_key, record.negatives)]
-    return small, (*_measured(small, work.processor, work.made_for), list(map(_hash, keys))), sizes
+    return small, (*_measured(small, work.processor, work.made_for, count), list(map(_hash, keys))), sizes
 
 
 def working_picture(image: Image, pixels: PixelSettings, quality: int) -> Image:
@@ -185,19 +190,19 @@ def working_picture(image: Image, pixels: PixelSettings, quality: int) -> Image:
 
 
 def _measured(
-    record: Record, processor: Processor, made_for: str
+    record: Record, processor: Processor, made_for: str, count: Callable[[str], int]
 ) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int, int]]]:
     found = []
     why = ""
     for stage in ("warmup", "bridge"):
         try:
-            found.append(_staged(record, processor, stage, ready=made_for == stage))
+            found.append(_staged(record, processor, stage, made_for == stage, count))
         except (RecordError, ExampleError) as error:
             found.append(_NONE)
             why = str(error)
     try:
-        found += [processor.measure(record.query), processor.measure(record.target)]
-        wrong = [processor.measure(content) for content in record.negatives]
+        found += [processor.measure(content, count=count) for content in (record.query, record.target)]
+        wrong = [processor.measure(content, count=count) for content in record.negatives]
     except ExampleError as error:
         found, wrong, why = [*found[:2], _NONE, _NONE], [], str(error)
     if all(entry == _NONE for entry in found):
@@ -205,11 +210,13 @@ def _measured(
     return found, wrong
 
 
-def _staged(record: Record, processor: Processor, stage: Stage, ready: bool) -> tuple[int, int, int, int]:
+def _staged(
+    record: Record, processor: Processor, stage: Stage, ready: bool, count: Callable[[str], int]
+) -> tuple[int, int, int, int]:
     staged = record if ready else for_stage(record, stage)
     if stage == "warmup":
-        return processor.measure(staged.query, with_bridge=False)
-    return processor.measure(staged.query, staged.target)
+        return processor.measure(staged.query, with_bridge=False, count=count)
+    return processor.measure(staged.query, staged.target, count=count)
 
 
 def _lengths(rows: list[Measured]) -> Lengths:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,26 +136,32 @@ class Processor:
         """``content`` and the bridge tokens at which it is embedded: a document of stage 3 and of inference."""
         return self._example(content, None, room, with_bridge=True)
 
-    def measure(self, a: Content, b: Content | None = None, with_bridge: bool = True) -> tuple[int, int, int, int]:
+    def measure(
+        self, a: Content, b: Content | None = None, with_bridge: bool = True, count: Callable[[str], int] | None = None
+    ) -> tuple[int, int, int, int]:
         """Tokens, patches, first token that may be hidden and how many may, of the example that these would become.
 
-        ``b`` given is stage 2, no bridge is stage 1, else nothing may be hidden.
+        ``b`` given is stage 2, no bridge is stage 1, else nothing may be hidden. ``count`` knows the tokens of a text.
 
         Raises:
             ExampleError, ImageError: they can become none.
         """
         units = [t * h * w // self.config.vision.unit_patches for t, h, w in map(self.pixels.grid, a.images)]
-        limit = self.settings.max_text_tokens
-        shown = len(self.token_ids(a.text)[:limit]) if a.text else 0
-        rebuilt = len(self.token_ids(b.text)[:limit]) if b is not None and b.text else 0
+        limit, count = self.settings.max_text_tokens, count or self.count
+        shown = min(limit, count(a.text)) if a.text else 0
+        rebuilt = min(limit, count(b.text)) if b is not None and b.text else 0
         if b is not None and (b.images or not rebuilt):
             raise ExampleError(f"{_name(b)}: block B is text alone and not empty: leave the record out of stage 2")
         if not units and not shown and not rebuilt:
             raise ExampleError("a content has neither text nor pictures: leave it out")
         pictures = sum(units) + 2 * len(units)
         tokens = pictures + shown + (len(self.bridge_ids) if with_bridge else 0) + rebuilt
-        first, count = (tokens - rebuilt, rebuilt) if b is not None else (0, 0) if with_bridge else (pictures, shown)
-        return tokens, sum(units) * self.config.vision.unit_patches, first, count
+        able = (tokens - rebuilt, rebuilt) if b is not None else (0, 0) if with_bridge else (pictures, shown)
+        return tokens, sum(units) * self.config.vision.unit_patches, *able
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has."""
+        return len(self.token_ids(text))
 
     def fill_patches(self, example: Example, out: Float32[np.ndarray, "n C"]) -> None:
         """Decode the example's pictures into ``out``, patches in stored order (window order for family 2.5).

@@ -1,0 +1,106 @@
+"""Batches of stage 3 beside the collation of published pipelines: `python -m benchmarks.collation CHECKPOINT`.
+
+The same JPEGs and texts, two cores. Theirs, in one process: open, convert, squash to the side, one call of the
+transformers processor a row, then padding to the longest and one tensor (the collator of VLM2Vec; its pixel values are
+joined, not padded). Ours: the pipeline of `cocoa train` with two worker processes, packed rows, from the JPEGs and from
+data that `cocoa data build` made of them. In turns, in one run; wall seconds, and pairs a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from benchmarks.jpegs import JpegSource, make_jpegs
+from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.data.packing import RowsConfig
+from cocoa_jax.data.pipeline import BatchConfig, stage_batches
+from cocoa_jax.data.prepare import BuildConfig, build
+from cocoa_jax.data.processor import Processor, ProcessorConfig
+
+SIDE, BATCH, PICTURES, TURNS, BATCHES = 448, 32, 64, 4, 3
+ROWS = RowsConfig(BATCH, ((5, 2048, 7168), (6, 2048, 7168)), 64, 1)
+
+
+def their_batches(source: JpegSource, folder: str) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches of query and target sides, padded."""
+    from transformers import AutoTokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pictures = Qwen2VLImageProcessorPil.from_pretrained(folder, min_pixels=SIDE**2, max_pixels=SIDE**2)
+
+    def row(text: str, data: bytes | None) -> dict[str, Any]:
+        """One call a row, as the processor does it: pixels, then as many image tokens in the text, then ids."""
+        seen: dict[str, Any] = {}
+        if data is not None:
+            with PIL.Image.open(io.BytesIO(data)) as opened:
+                seen = dict(pictures(images=[opened.convert("RGB").resize((SIDE, SIDE))], return_tensors="np"))
+            tokens = int(seen["image_grid_thw"].prod()) // pictures.merge_size**2
+            text = f"<|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>{text}"
+        return seen | {"input_ids": tokenizer(text, truncation=True, max_length=2048)["input_ids"]}
+
+    def padded(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        batch = dict(
+            tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], padding=True, return_tensors="np")
+        )
+        if "pixel_values" in rows[0]:
+            batch["pixel_values"] = np.concatenate([row["pixel_values"] for row in rows])
+        return batch
+
+    place = 0
+    while True:
+        records = [source.record((place + i) % len(source)) for i in range(BATCH)]
+        place += BATCH
+        queries = padded([row(r.query.text, r.query.images[0].data) for r in records])
+        targets = padded([row(r.target.text, None) for r in records])
+        yield queries | {f"target_{name}": value for name, value in targets.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Pairs a second of each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="whose tokenizer and picture settings count")
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args(arguments)
+    backbone = open_backbone(given.checkpoint)
+    folder = backbone.side_files
+    processor = Processor.load(folder, backbone.config, ProcessorConfig(resolution=f"square:{SIDE}"))
+    source = JpegSource(tuple(make_jpegs(PICTURES)))
+    with tempfile.TemporaryDirectory() as output:
+        prepared = build("jpegs", source, "benchmark", processor, output, BuildConfig(workers=0))
+
+        def ours(chosen: Any) -> Any:
+            batches = stage_batches(
+                BatchConfig("contrastive", ROWS), {"it": chosen}, {"it": 1.0}, processor,
+                seed=0, steps=10**6, threads=1, workers=given.workers,
+            )  # fmt: skip
+            return iter(batches)
+
+        sides = {"theirs": their_batches(source, str(folder)), "ours": ours(source), "ours, prepared": ours(prepared)}
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(TURNS + 1):
+            for name, batches in sides.items():
+                # Workers fill their buffers while the others have their turn: empty them first.
+                for _ in range(2 * given.workers + 2 if name != "theirs" else 1):
+                    next(batches)
+                began = time.perf_counter()
+                for _ in range(BATCHES * given.workers):
+                    next(batches)
+                if turn:
+                    seconds[name].append((time.perf_counter() - began) / (BATCHES * given.workers))
+        theirs = np.array(seconds["theirs"])
+        for name, each in seconds.items():
+            ratio = float(np.median(theirs / np.array(each)))
+            print(f"{name:15} {BATCH / np.median(each):7.1f} pairs/s, {ratio:.2f} of theirs")
+
+
+if __name__ == "__main__":
+    main()
