@@ -59,6 +59,7 @@ setup(
             "hypothesis>=6.170",
             # Exactly this one: newer builds for CPUs were not compared.
             "torch==2.13.0",
+            "peft>=0.21",
             "pyarrow>=26",
             "ruff>=0.17",
             "mypy>=2.4",

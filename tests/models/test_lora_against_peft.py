@@ -176,6 +176,7 @@ def test_states_logits_and_every_gradient_are_pefts(case_of, name):
     assert max(found.values()) <= GRADIENTS, found
 
 
+@pytest.mark.slow  # compiles the model once more; the formula itself is tested in test_lora
 def test_the_gradient_does_not_pass_through_the_norm(case_of, monkeypatch):
     case = case_of("dora")
     monkeypatch.setattr(low_rank.jax.lax, "stop_gradient", lambda x: x)
