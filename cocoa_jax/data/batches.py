@@ -18,7 +18,7 @@ from cocoa_jax.data.rows import Arrays, hide_tokens, hide_units, write_rows
 from cocoa_jax.data.sources import content_key
 
 if TYPE_CHECKING:
-    from cocoa_jax.data.pipeline import BatchConfig
+    from cocoa_jax.data.batch_config import BatchConfig
 
 STATS = ("kind", "rows_used", "tokens_used", "patches_used", "extra_rows", "bad_records", "dropped_masks")
 """Entries of ``batch["stats"]``, int32: the source's place among the sorted names (stage 3 of one source a batch, else

@@ -17,8 +17,8 @@ from cocoa_jax.data.processor import Example, ExampleError, Processor
 from cocoa_jax.data.sources import Image, RecordError
 
 if TYPE_CHECKING:
+    from cocoa_jax.data.batch_config import BatchConfig
     from cocoa_jax.data.pairs import RecordSource
-    from cocoa_jax.data.pipeline import BatchConfig
     from cocoa_jax.data.sources import Content, Record
 
 _TRIES = 64  # records drawn in a row that are all bad: the ceiling stops a data set long before, but not a small one

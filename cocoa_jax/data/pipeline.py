@@ -7,7 +7,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
@@ -15,6 +15,7 @@ from absl import flags
 from jaxtyping import Int32
 
 from cocoa_jax.data.bad import BAD, BadConfig, KnownBad, Ledger
+from cocoa_jax.data.batch_config import BatchConfig, Stage
 from cocoa_jax.data.batches import STATS, BatchBuilder, lengths_of
 from cocoa_jax.data.intake import Intake, examples_of
 from cocoa_jax.data.masking import MaskingConfig, Purpose, example_rng
@@ -41,45 +42,7 @@ __all__ = [
     "stage_dataset",
 ]
 
-Stage = Literal["warmup", "bridge", "contrastive"]
-
 _WINDOW = 8  # inference plans rows over this many batches at once, so that rows fill up and lengths are alike
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchConfig:
-    """All that a batch depends on beside its records, its seed and its step.
-
-    Args:
-        masking: what to hide; None in stage 3.
-        negatives: hard negatives taken from each record of stage 3.
-        interleave: stage 3, in how many equal parts a batch is drawn, each from one source.
-        bad: what happens to records that cannot be used.
-    """
-
-    stage: Stage
-    rows: RowsConfig
-    visibility: VisibilityConfig = dataclasses.field(default_factory=VisibilityConfig)
-    masking: MaskingConfig | None = None
-    negatives: int = 0
-    interleave: int = 1
-    bad: BadConfig = dataclasses.field(default_factory=BadConfig)
-
-    def __post_init__(self) -> None:
-        if (self.masking is None) != (self.stage == "contrastive"):
-            raise ValueError(f"stage {self.stage!r} with masking={self.masking}: stages 1 and 2 need it, 3 has none")
-        if self.stage == "bridge" and self.visibility.attention != "bidirectional":
-            raise ValueError("stage 'bridge' is truncated at the bridge, not causal: set attention to 'bidirectional'")
-        if self.negatives and self.stage != "contrastive":
-            raise ValueError(f"stage {self.stage!r} has no use for {self.negatives} negatives: set negatives to 0")
-        if self.interleave < 1 or self.rows.batch_size % self.interleave:
-            raise ValueError(
-                f"interleave is {self.interleave} for a batch_size of {self.rows.batch_size}: choose a divisor of it"
-            )
-        if self.rows.window > 1 and self.stage == "contrastive":
-            raise ValueError(f"rows.window is {self.rows.window}: a batch of stage 3 is planned alone, set it to 1")
-        if self.interleave > 1 and self.stage != "contrastive":
-            raise ValueError(f"stage {self.stage!r} mixes its sources record by record: set interleave to 1")
 
 
 def stage_dataset(
