@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cocoa_jax.commands.command import Command, fields
 from cocoa_jax.config import TrainConfig
-from cocoa_jax.training.data_reports import check_data, inspect_data
+from cocoa_jax.evaluation.data_reports import check_data, inspect_data
 
 
 def _inspect_options(parser: ArgumentParser) -> None:

@@ -12,8 +12,8 @@ from cocoa_jax.config import SettingsError, TrainConfig, parse
 from cocoa_jax.data.pipeline import stage_dataset
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.sources import load_pictures
+from cocoa_jax.evaluation.data_reports import check_data, inspect_data
 from cocoa_jax.evaluation.inspection import read_rows
-from cocoa_jax.training.data_reports import check_data, inspect_data
 from cocoa_jax.training.inputs import known_bad, open_sources
 
 
