@@ -143,8 +143,8 @@ def test_the_norm_is_that_of_the_sum(shape, scale, seed):
     kernel = random(seed, L, inputs, outputs)
     a, b = random(seed + 1, L, inputs, rank), random(seed + 2, L, rank, outputs)
     whole = kernel.astype(np.float64) + scale * (a.astype(np.float64) @ b)
-    # Three sums of squares that may nearly cancel: the error is relative to the largest of them.
-    size = np.linalg.norm(kernel, axis=1) ** 2 + np.linalg.norm(scale * (a @ b), axis=1) ** 2
+    # Sums of products that may nearly cancel: the error is relative to the largest that they can be.
+    size = (np.linalg.norm(kernel, axis=1) + scale * np.linalg.norm(np.abs(a) @ np.abs(b), axis=1)) ** 2
     got = np.asarray(norm_of(kernel, a, b, scale), np.float64)
     assert (np.abs(got**2 - np.linalg.norm(whole, axis=1) ** 2) <= 2e-5 * size).all()
 
