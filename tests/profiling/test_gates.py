@@ -9,8 +9,8 @@ from cocoa_jax.profiling.masks import mask_spans
 
 ROOM = 1.03  # a change of the kernel that costs less than this is not worth a red test
 LENGTH = 1024
-# Bundles per 512 x 512 scores and query head on a v5e, unmasked and masked; the MXU bound is 1024 and 2560. The tiles of
-# the table for this length are 256 x 512: they cost more than larger ones for each score, and skip more.
+# Bundles per 512 x 512 scores and query head on a v5e, unmasked and masked; the MXU bound is 1024 and 2560. The tiles
+# of the table for this length are 256 x 512: they cost more than larger ones for each score, and skip more.
 BUNDLES = {"forward": (1052, 1083), "backward": (2392, 2461)}
 TEMPORARY = 2**20  # bytes; a dense mask alone would take that much for one row, the scores 50 times as much
 
