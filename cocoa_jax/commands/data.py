@@ -7,5 +7,5 @@ from cocoa_jax.commands.command import Group
 
 GROUP = Group(
     "Bring training data into form, look at it, check it, and measure how fast it comes.",
-    {"build": preparing.BUILD, "check": looking.CHECK, "inspect": looking.INSPECT},
+    {"bench": preparing.BENCH, "build": preparing.BUILD, "check": looking.CHECK, "inspect": looking.INSPECT},
 )

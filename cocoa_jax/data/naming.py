@@ -18,7 +18,7 @@ NAMES = "a mixture file, pictures:KIND, pictures:KIND:validation, or the folder 
 
 
 @dataclasses.dataclass(frozen=True)
-class NamedSource:
+class OpenedSource:
     """An opened source.
 
     Args:
@@ -32,7 +32,7 @@ class NamedSource:
     made_for: Literal["", "warmup", "bridge"] = ""
 
 
-def open_named(words: str, mixture: MixtureConfig | None) -> Iterator[NamedSource]:
+def open_named(words: str, mixture: MixtureConfig | None) -> Iterator[OpenedSource]:
     """The sources that ``words`` name; several for a mixture, which is given where they name one.
 
     Raises:
@@ -54,10 +54,10 @@ def open_named(words: str, mixture: MixtureConfig | None) -> Iterator[NamedSourc
         path = epath.Path(folder)
         versioned = path.name[:1].isdigit()
         tfds = open_tfds(folder, (path.parent if versioned else path).name, split)
-        yield NamedSource(tfds.name, tfds, tfds.fingerprint())
+        yield OpenedSource(tfds.name, tfds, tfds.fingerprint())
 
 
-def _opened(name: str, dataset: DatasetConfig, root: Path) -> NamedSource:
+def _opened(name: str, dataset: DatasetConfig, root: Path) -> OpenedSource:
     source, contents = open_dataset(name, dataset, root)
     made_for = dataset.kind if dataset.kind in ("warmup", "bridge") else ""
-    return NamedSource(name, source, contents, made_for)  # type: ignore[arg-type]
+    return OpenedSource(name, source, contents, made_for)  # type: ignore[arg-type]

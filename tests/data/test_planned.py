@@ -126,17 +126,19 @@ def test_a_window_is_an_exact_cover_of_its_records(prepared, processors, monkeyp
         assert_same(again[step], rows[step])
 
 
-def test_workers_hosts_and_resuming_change_nothing(prepared, processors, monkeypatch):
+@pytest.mark.parametrize("most", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_workers_hosts_and_resuming_change_nothing(prepared, processors, monkeypatch, most):
+    """0 and 2 workers, and in the slow form 0, 1, 2 and 4 on both hosts: a worker takes seconds to start."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     config = dataclasses.replace(STAGES["warmup"], rows=WINDOW)
     mixed = mixture(prepared, "warmup")
     for host in (0, 1):
         share = {"process_index": host, "process_count": 2}
         whole = dataset(prepared, processors, "warmup", config, **share)
-        for workers in (0, 2):
+        for workers in (0, 1, 2, 4) if most == 4 else (0, 2 * host):
             batches = stage_batches(
                 config, mixed.sources, mixed.weights, processors["2"],
-                seed=5, steps=8, threads=1, workers=workers if host else 0, **share,
+                seed=5, steps=8, threads=1, workers=workers, **share,
             )  # fmt: skip
             iterator = iter(batches)
             for step in range(4):

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from cocoa_jax import cli
 from cocoa_jax.data.bad import BadConfig, TooManyBad
 from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
 from cocoa_jax.data.naming import open_named
@@ -317,3 +318,14 @@ def test_what_cannot_be_read_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(SourceError, match="kind 'x' does not exist"):
         list(open_named("pictures:x", None))
     assert LENGTHS == "lengths.npz"
+
+
+def test_the_command(backbone, tmp_path, capsys):
+    options = ["--output", str(tmp_path), "--checkpoint", str(backbone), "--build.workers=0"]
+    cli.main(["data", "build", "pictures:skin-tone:validation", *options, "--processor.resolution=dynamic:1..4"])
+    told = capsys.readouterr().out
+    assert told.startswith(f"{tmp_path}/skin_tone/1.0.0: ") and "fingerprint" in told
+    assert len(open_prepared(f"{tmp_path}/skin_tone/1.0.0")) > 10
+    with pytest.raises(SystemExit):
+        cli.main(["data", "build", "nowhere", *options])
+    assert capsys.readouterr().err.count("\n") == 1

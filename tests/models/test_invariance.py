@@ -23,6 +23,7 @@ from cocoa_jax.objectives.contrastive import embed_examples
 TOLERANCE = 1e-5  # float32, summed in another order
 SHAPES = {
     "packed": RowsConfig(batch_size=9, shapes=((3, 64, 64),), examples_per_row=6, masked_per_row=6),
+    "one a row": RowsConfig(batch_size=9, shapes=((9, 64, 64),), examples_per_row=1, masked_per_row=1),
     "padded": RowsConfig(batch_size=9, shapes=((5, 96, 80),), examples_per_row=2, masked_per_row=2),
 }
 
@@ -111,6 +112,7 @@ def test_company_order_padding_and_packing_do_not_matter(tiny, family):
     assert spread.min() > 0.05  # all differ, or equality would say nothing
     others = {
         "alone": np.concatenate([model.embed([content], "packed") for content in CONTENTS]),
+        "one a row": model.embed(CONTENTS, "one a row"),
         "more padding": model.embed(CONTENTS, "padded"),
         "backwards": model.embed(CONTENTS[::-1], "packed")[::-1],
         "fewer": np.concatenate([model.embed(CONTENTS[:3], "packed"), model.embed(CONTENTS[3:], "packed")]),
