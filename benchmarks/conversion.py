@@ -1,6 +1,6 @@
 """Both conversions beside `cp` of the same files: seconds, MB/s, and the most anonymous memory of each process.
 
-    python benchmarks/conversion.py --folder /tmp/conversion [--rounds 2] [--config config.json]
+    python benchmarks/conversion.py --folder runs/conversion [--rounds 2] [--config config.json]
 
 Makes a checkpoint of random bfloat16 weights (the shape of Qwen2-VL-2B, 4.4 GB, where no config is given), converts it
 there and back in processes of their own with a copy before and after, compares every byte and removes everything.

@@ -112,4 +112,4 @@ def loss_and_gradients(
     loss.backward()
     named = ((hub_key(name), parameter.grad) for name, parameter in model.named_parameters())
     norms = {key: float(gradient.double().norm()) for key, gradient in named if gradient is not None}
-    return float(loss), norms
+    return float(loss.detach()), norms
