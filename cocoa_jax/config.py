@@ -45,6 +45,7 @@ class DataConfig:
         negatives: hard negatives of each record in stage 3.
         interleave: in how many equal parts a batch of stage 3 is drawn, each from one data set.
         bad: what happens to records that cannot be used.
+        decoded_mib: MiB of memory in which pictures stay decoded, for data that is seen many times and fits.
         threads: threads that build batches ahead.
         workers: processes that do so instead; 0 for none.
     """
@@ -60,12 +61,15 @@ class DataConfig:
     negatives: int = 0
     interleave: int = 1
     bad: BadConfig = BadConfig()  # noqa: RUF009
+    decoded_mib: int = 0
     threads: int = 1
     workers: int = 0
 
     def __post_init__(self) -> None:
         if bool(self.kinds) == bool(self.mixture):
             raise SettingsError(f"kinds is {self.kinds} and mixture {self.mixture}: give one of the two")
+        if self.decoded_mib < 0:
+            raise SettingsError(f"decoded_mib is {self.decoded_mib}: give the MiB that pictures may take, 0 for none")
 
 
 @dataclasses.dataclass(frozen=True)

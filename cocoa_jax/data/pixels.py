@@ -100,16 +100,23 @@ class PixelSettings:
         Raises:
             ImageError: the bytes are no picture, or one of another size than they claimed.
         """
-        _, rows, columns = self.grid(image)
-        out = np.empty((rows * columns, self.patch_values), np.float32)
-        self.patches_into(image, out)
+        bytes_ = self.patch_bytes(image)
+        out = np.empty((bytes_.shape[1], self.patch_values), np.float32)
+        self.normalise_into(bytes_, out)
         return out
 
-    def patches_into(self, image: Image, out: Float32[np.ndarray, "n C"]) -> None:
-        """Like ``patches``, written into ``out``, whose rows must be contiguous."""
+    def patch_bytes(self, image: Image) -> UInt8[np.ndarray, "3 n S"]:
+        """Decode ``image`` into the bytes of each colour of each patch.
+
+        Raises:
+            ImageError: the bytes are no picture, or one of another size than they claimed.
+        """
         _, rows, columns = self.grid(image)
-        bytes_ = self._bytes(decode(image), rows, columns)
-        target = out.reshape(rows * columns, 3, self.temporal_patch_size, self.patch_size**2)
+        return self._bytes(decode(image), rows, columns)
+
+    def normalise_into(self, bytes_: UInt8[np.ndarray, "3 n S"], out: Float32[np.ndarray, "n C"]) -> None:
+        """Patches of ``patch_bytes``, normalised, written into ``out``, whose rows must be contiguous."""
+        target = out.reshape(bytes_.shape[1], 3, self.temporal_patch_size, self.patch_size**2)
         for colour in range(3):
             # A still picture is the same slice repeated.
             target[:, colour] = self.table[colour].take(bytes_[colour])[:, None]

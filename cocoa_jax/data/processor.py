@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
-from jaxtyping import Bool, Float32, Int8, Int32
+from jaxtyping import Bool, Float32, Int8, Int32, UInt8
 
+from cocoa_jax.data.decoded import DecodedPictures
 from cocoa_jax.data.pixels import PixelSettings, normalisation_table
 from cocoa_jax.data.sources import Image, Video
 from cocoa_jax.data.vision_plan import Grid, Positions, VisionPlan, VisionRun, plan_image, token_positions
@@ -89,11 +90,16 @@ class Processor:
     pixels: PixelSettings
     mask_id: int
     bridge_ids: tuple[int, ...]
+    decoded: DecodedPictures | None = None
 
     @classmethod
-    def load(cls, folder: str | Path, config: Qwen2VLConfig, settings: ProcessorConfig) -> Processor:
+    def load(
+        cls, folder: str | Path, config: Qwen2VLConfig, settings: ProcessorConfig, decoded_mib: int = 0
+    ) -> Processor:
         """Read tokenizer and picture settings from a checkpoint's folder.
 
+        Args:
+            decoded_mib: MiB of memory in which pictures stay once they are decoded.
         Raises:
             ProcessorError: a file or a token is missing, or the settings contradict the checkpoint.
         """
@@ -116,7 +122,8 @@ class Processor:
         full = tokenizer.backend_tokenizer
         mask_id, bridge_ids = _method_tokens(full, tokenizer.pad_token_id, config, settings)
         pixels = _pixel_settings(pictures, config, settings)
-        return cls(config, settings, _without_added_tokens(full), pixels, mask_id, bridge_ids)
+        decoded = DecodedPictures(decoded_mib << 20) if decoded_mib else None
+        return cls(config, settings, _without_added_tokens(full), pixels, mask_id, bridge_ids, decoded)
 
     def warmup(self, content: Content, room: int | None = None) -> Example:
         """Pictures then text, no bridge: a document of stage 1; the text is cut to fit ``room`` tokens."""
@@ -177,10 +184,15 @@ class Processor:
             if isinstance(image, Video):
                 self.pixels.video_into(image, read)
             else:
-                self.pixels.patches_into(image, read)
+                self.pixels.normalise_into(self._patch_bytes(image), read)
             if windowed:
                 np.take(read, plan_image(grid, self.config.vision).order, axis=0, out=place)
             offset += len(place)
+
+    def _patch_bytes(self, image: Image) -> UInt8[np.ndarray, "3 n S"]:
+        if self.decoded is None:
+            return self.pixels.patch_bytes(image)
+        return self.decoded.get(image, self.pixels.patch_bytes)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits over all that tokens and pixels depend on; equal ones make equal examples."""

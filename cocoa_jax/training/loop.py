@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> Path:
     backbone = open_backbone(config.checkpoint)
     mesh = make_mesh(config.mesh)
     config.data.rows.check_shared(batch_shards(mesh), "devices")
-    processor = Processor.load(backbone.side_files, backbone.config, config.data.processor)
+    processor = Processor.load(backbone.side_files, backbone.config, config.data.processor, config.data.decoded_mib)
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
     program = stage_program(config, backbone.config, (processor.mask_id, *processor.bridge_ids))
     wanted = abstract_state(program.shapes, optimizer, mesh)
