@@ -6,6 +6,7 @@ python benchmarks/demo_seeds.py runs/seed0 runs/seed1 runs/seed2
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -31,4 +32,6 @@ def table(folders: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table(sys.argv[1:]) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="outputs of `cocoa demo`")
+    sys.stdout.write(table(parser.parse_args().folders) + "\n")
