@@ -56,6 +56,21 @@ class MetricsWriter:
         self._lines.close()
 
 
+class NoMetrics:
+    """A writer that writes nothing: of several processes one writes for all."""
+
+    def write(self, step: int, metrics: Mapping[str, float], pictures: int) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> NoMetrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
 def _truncate(path: Path, first: int) -> None:
     """Keep the lines of steps before ``first``; a torn last line is dropped too."""
     if not path.exists():
