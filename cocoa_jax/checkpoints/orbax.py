@@ -17,6 +17,7 @@ import logging
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from jax.sharding import SingleDeviceSharding
 from cocoa_jax.checkpoints.contents import Contents, Tree, checksums, contents_of, flat, mismatches
 from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
 from cocoa_jax.checkpoints.huggingface import copy_side_files
+from cocoa_jax.checkpoints.places import folder_at, is_remote, twin
 
 TREES = ("params", "adapter", "head", "optimizer")
 _RECORDS = ("loop", "metadata", "contents")
@@ -108,7 +110,8 @@ class StageCheckpoints:
         for name, record in records.items():
             _require_json(name, record)
         self._damaged.discard(step)  # before the save, which asks at its start what to keep after it
-        self._checkpointer.save_checkpointables_async(step, items | records, force=True, overwrite=damaged)
+        with self._saving():
+            self._checkpointer.save_checkpointables_async(step, items | records, force=True, overwrite=damaged)
         if wait:
             self.wait()
 
@@ -151,18 +154,39 @@ class StageCheckpoints:
         return None
 
     def wait(self) -> None:
-        """Return when everything saved so far is on disk, or raise what kept it from it."""
-        self._checkpointer.wait()
+        """Return when everything saved so far is on disk.
+
+        Raises:
+            CheckpointError: what kept it from it.
+        """
+        with self._saving():
+            self._checkpointer.wait()
 
     def close(self) -> None:
-        """``wait``, then release the directory."""
-        self._checkpointer.close()
+        """``wait``, then release the directory; else as ``wait``."""
+        with self._saving():
+            self._checkpointer.close()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Whatever goes wrong with a save is one line; Orbax, TensorStore and the system each raise their own."""
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self._directory} ({root_cause(error)}): those before it are "
+                "whole, make room and continue by the same command"
+            ) from error
 
     def __enter__(self) -> StageCheckpoints:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if kind is None:  # else there is an error already, of which this one is another face
+                raise
 
 
 # ------------------------------------------------------------------------------ what others take from a stage
@@ -222,12 +246,12 @@ def _newest_records(stage_dir: str | Path) -> dict[str, Any]:
 
 def backbone_folder(stage_dir: str | Path) -> Path:
     """Where a stage keeps the config, tokenizer and preprocessor of its backbone."""
-    return Path(stage_dir) / "backbone"
+    return folder_at(stage_dir) / "backbone"
 
 
 def base_folder(stage_dir: str | Path) -> Path:
     """Where a stage that trains an adapter keeps the frozen weights that it started from."""
-    return Path(stage_dir) / "base"
+    return folder_at(stage_dir) / "base"
 
 
 def is_adapted(stage_dir: str | Path) -> bool:
@@ -249,7 +273,13 @@ def has_base(stage_dir: str | Path) -> bool:
 def carry_backbone(source: str | Path, stage_dir: str | Path) -> Path:
     """Copy config, tokenizer and preprocessor of the folder ``source`` into a stage, once; returns where they are."""
     folder = backbone_folder(stage_dir)
-    if not folder.exists():
+    if is_remote(stage_dir):
+        copy_side_files(source, twin(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in twin(folder).iterdir():
+            if not (folder / path.name).exists():  # an object is there whole or not at all, a folder is not
+                (folder / path.name).write_bytes(path.read_bytes())
+    elif not folder.exists():
         partial = folder.with_name(".backbone.partial")
         shutil.rmtree(partial, ignore_errors=True)
         copy_side_files(source, partial)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from cocoa_jax.checkpoints.places import carry, folder_at, twin
 from cocoa_jax.config import TrainConfig
 from cocoa_jax.data.pipeline import step_records
 from cocoa_jax.data.processor import Processor
@@ -42,14 +42,16 @@ def check_finite(pending: Pending, values: Mapping[str, float], config: TrainCon
     """
     if np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"]):
         return
-    folder = Path(config.output) / "diverged" / str(pending.step)
+    inside = f"diverged/{pending.step}"
+    folder = twin(config.output) / inside
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / f"batch-{jax.process_index()}.npz", allow_pickle=False, **pending.batch)
     if is_first():
         (folder / "report.json").write_text(json.dumps(_report(pending, values, config, processor), indent=1))
+    carry(config.output)
     raise Diverged(
         f"loss is {values['loss']} and gradient norm {values['gradient_norm']} at step {pending.step}: its batch and "
-        f"the names of its records are in {folder}, the last checkpoint in {config.output} is before it; lower "
+        f"the names of its records are in {folder_at(config.output) / inside}, the last checkpoint is before it; lower "
         "optimizer.learning_rate or raise optimizer.warmup_steps"
     )
 

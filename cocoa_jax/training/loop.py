@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from cocoa_jax.checkpoints.orbax import (
     load_params,
     save_base,
 )
+from cocoa_jax.checkpoints.places import folder_at, twin
 from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.data.pipeline import STATS, stage_batches
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> Path:
     """
     join(config.distributed)
     # ------------------------------------------------------------------ what is asked for, checked before any work
-    output = Path(config.output)
+    output = folder_at(config.output)
     backbone = open_backbone(config.checkpoint)
     mesh = make_mesh(config.mesh)
     config.data.rows.check_shared(batch_shards(mesh), "devices")
@@ -112,7 +112,9 @@ def train(config: TrainConfig) -> Path:
                         loop={"step": step + 1, "batches": batches.get_state()},
                         metadata=metadata,
                     )
+                    writer.carry()
                 if stop and not last:
+                    checkpoints.wait()  # who says that it saved must have
                     raise Stopped(f"stopped at step {step + 1} of {config.loop.steps}: the same command continues")
     return output
 
@@ -132,7 +134,7 @@ def open_batches(
     """The batches that a run of these settings is fed on this host; ``mixture`` spares opening its data again."""
     mixture = open_sources(config) if mixture is None else mixture
     # Hosts draw the same records, so that one of them names the bad ones for all.
-    report = Path(config.output) / "bad_records.jsonl" if is_first() else None
+    report = twin(config.output) / "bad_records.jsonl" if is_first() else None
     return stage_batches(
         config.batches(),
         mixture.sources,
@@ -151,7 +153,7 @@ def open_batches(
 
 def _prepare(config: TrainConfig, mixture: Mixture, backbone: Backbone) -> None:
     """Make the folder of the stage, or see that it is one of the same run."""
-    output = Path(config.output)
+    output = folder_at(config.output)
     output.mkdir(parents=True, exist_ok=True)
     _check_settings(output / "config.json", to_dict(config))
     if config.data.mixture:
@@ -181,7 +183,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     else:
         aside = path.with_suffix(".partial")
         aside.write_text(json.dumps(settings, indent=1))
-        os.replace(aside, path)
+        aside.replace(path)
 
 
 def _first_backbone(backbone: Backbone, program: Program, wanted: Any, output: Path) -> Any:

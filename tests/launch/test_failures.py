@@ -1,4 +1,4 @@
-"""What is checked before anything is made, and what is left when something fails: nothing, or a line nobody overlooks."""
+"""What is checked before anything is made; what is left when something fails: nothing, or a line in capitals."""
 
 import os
 import shlex
@@ -201,14 +201,13 @@ def test_a_submission_that_fails_says_what_may_be_left(desk, script, words):
 
 
 def test_stages_run_in_order_and_a_failure_ends_them(desk):
-    words = shlex.split("--base m --run out -- --loop.steps=3")
+    words = shlex.split("--base m --run out --configs c -- --seed=3")
     ended = desk.run("stages.sh", *words)
     assert ended.status == 0, ended.errors
     assert ended.lines == [
-        "cocoa train --config configs/demo/1-warmup.yaml --checkpoint=m --output=out/1-warmup --loop.steps=3",
-        "cocoa train --config configs/demo/2-bridge.yaml --checkpoint=out/1-warmup --output=out/2-bridge --loop.steps=3",
-        "cocoa train --config configs/demo/3-contrastive.yaml --checkpoint=out/2-bridge --output=out/3-contrastive "
-        "--loop.steps=3",
+        "cocoa train --config c/1-warmup.yaml --checkpoint=m --output=out/1-warmup --seed=3",
+        "cocoa train --config c/2-bridge.yaml --checkpoint=out/1-warmup --output=out/2-bridge --seed=3",
+        "cocoa train --config c/3-contrastive.yaml --checkpoint=out/2-bridge --output=out/3-contrastive --seed=3",
     ]
     ended = desk.run("stages.sh", *words, answers={"2-bridge.yaml": [[75, ""]]})
     assert ended.status == 75 and len(ended.calls) == 2
