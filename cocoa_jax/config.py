@@ -90,6 +90,27 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of one run, one a host.
+
+    Args:
+        mode: ``on``, ``off``, or ``detect``, which joins the hosts of a pod on GKE and of several slices.
+        coordinator: host and port of process 0, for clusters that JAX does not know; else JAX_COORDINATOR_ADDRESS.
+        processes: how many there are; else JAX_NUM_PROCESSES.
+        process: which one this is, from 0; else JAX_PROCESS_ID.
+        heartbeat: seconds without a sign of life after which a process counts as dead and the others end.
+        start: seconds to wait for all to start.
+    """
+
+    mode: Literal["detect", "on", "off"] = "detect"
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    heartbeat: int = 20
+    start: int = 600
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW as in the paper: no decay, gradients clipped to a global norm.
 
@@ -142,6 +163,7 @@ class TrainConfig:
     contrastive: ContrastiveConfig = ContrastiveConfig()  # noqa: RUF009
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     def batches(self) -> BatchConfig:
         """What the batches of this stage depend on."""

@@ -19,6 +19,7 @@ from cocoa_jax.checkpoints.orbax import (
     load_trees,
     read_metadata,
 )
+from cocoa_jax.checkpoints.places import fetch, folder_at, is_remote
 from cocoa_jax.checkpoints.sharded import is_placed, read_onto
 from cocoa_jax.models.config import Qwen2VLConfig, read_config
 from cocoa_jax.models.lora import AdapterRecord, adapted_graph, merge
@@ -100,9 +101,11 @@ def open_backbone(path: str | Path) -> Backbone:
         CheckpointError: the folder is missing.
         ConfigError: it holds no config of a Qwen2-VL or Qwen2.5-VL.
     """
-    folder = Path(path)
+    folder = folder_at(path)
+    if is_remote(path) and not backbone_folder(path).is_dir():
+        raise CheckpointError(f"checkpoint {path} is not a trained stage: copy a Hugging Face folder to this machine")
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint {folder} is not a folder: give a Hugging Face folder or a trained stage")
     trained = backbone_folder(folder).is_dir()
-    side_files = backbone_folder(folder) if trained else folder
+    side_files = fetch(backbone_folder(folder)) if trained else folder
     return Backbone(folder, side_files, read_config(side_files), trained)

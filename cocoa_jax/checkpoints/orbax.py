@@ -11,27 +11,24 @@ but not a byte that has changed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
-from jax.sharding import SingleDeviceSharding
 
-from cocoa_jax.checkpoints.contents import Contents, Tree, checksums, contents_of, flat, mismatches
+from cocoa_jax.checkpoints.contents import Tree, contents_of
 from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
 from cocoa_jax.checkpoints.huggingface import copy_side_files
+from cocoa_jax.checkpoints.places import folder_at, is_remote, twin
+from cocoa_jax.checkpoints.reading import TREES, read_checked, read_records, root_cause, stage_context
 
-TREES = ("params", "adapter", "head", "optimizer")
-_RECORDS = ("loop", "metadata", "contents")
 _log = logging.getLogger(__name__)
 
 
@@ -108,7 +105,8 @@ class StageCheckpoints:
         for name, record in records.items():
             _require_json(name, record)
         self._damaged.discard(step)  # before the save, which asks at its start what to keep after it
-        self._checkpointer.save_checkpointables_async(step, items | records, force=True, overwrite=damaged)
+        with self._saving():
+            self._checkpointer.save_checkpointables_async(step, items | records, force=True, overwrite=damaged)
         if wait:
             self.wait()
 
@@ -125,7 +123,7 @@ class StageCheckpoints:
         self.wait()
         if step not in self.steps():
             raise CheckpointError(f"{self._directory} holds no step {step}, only {self.steps()}")
-        trees, records = _read(self._directory / str(step), abstract, same_dtype=True)
+        trees, records = read_checked(self._directory / str(step), abstract, same_dtype=True)
         found = {name: trees.get(name) for name in TREES}
         return Restored(step=step, **found, loop=records["loop"], metadata=records["metadata"])
 
@@ -151,18 +149,39 @@ class StageCheckpoints:
         return None
 
     def wait(self) -> None:
-        """Return when everything saved so far is on disk, or raise what kept it from it."""
-        self._checkpointer.wait()
+        """Return when everything saved so far is on disk.
+
+        Raises:
+            CheckpointError: what kept it from it.
+        """
+        with self._saving():
+            self._checkpointer.wait()
 
     def close(self) -> None:
-        """``wait``, then release the directory."""
-        self._checkpointer.close()
+        """``wait``, then release the directory; else as ``wait``."""
+        with self._saving():
+            self._checkpointer.close()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Whatever goes wrong with a save is one line; Orbax, TensorStore and the system each raise their own."""
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self._directory} ({root_cause(error)}): those before it are "
+                "whole, make room and continue by the same command"
+            ) from error
 
     def __enter__(self) -> StageCheckpoints:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if kind is None:  # else there is an error already, of which this one is another face
+                raise
 
 
 # ------------------------------------------------------------------------------ what others take from a stage
@@ -182,7 +201,7 @@ def load_trees(stage_dir: str | Path, abstract: Mapping[str, Tree]) -> dict[str,
     directory = steps_folder(stage_dir)
     for step in newest_first(directory):
         try:
-            return _read(directory / str(step), abstract, same_dtype=False)[0]
+            return read_checked(directory / str(step), abstract, same_dtype=False)[0]
         except DamagedCheckpointError as error:
             _log.warning("%s; trying the one before", error)
     raise DamagedCheckpointError(f"all checkpoints in {directory} are damaged: train this stage again")
@@ -222,12 +241,12 @@ def _newest_records(stage_dir: str | Path) -> dict[str, Any]:
 
 def backbone_folder(stage_dir: str | Path) -> Path:
     """Where a stage keeps the config, tokenizer and preprocessor of its backbone."""
-    return Path(stage_dir) / "backbone"
+    return folder_at(stage_dir) / "backbone"
 
 
 def base_folder(stage_dir: str | Path) -> Path:
     """Where a stage that trains an adapter keeps the frozen weights that it started from."""
-    return Path(stage_dir) / "base"
+    return folder_at(stage_dir) / "base"
 
 
 def is_adapted(stage_dir: str | Path) -> bool:
@@ -249,7 +268,13 @@ def has_base(stage_dir: str | Path) -> bool:
 def carry_backbone(source: str | Path, stage_dir: str | Path) -> Path:
     """Copy config, tokenizer and preprocessor of the folder ``source`` into a stage, once; returns where they are."""
     folder = backbone_folder(stage_dir)
-    if not folder.exists():
+    if is_remote(stage_dir):
+        copy_side_files(source, twin(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in twin(folder).iterdir():
+            if not (folder / path.name).exists():  # an object is there whole or not at all, a folder is not
+                (folder / path.name).write_bytes(path.read_bytes())
+    elif not folder.exists():
         partial = folder.with_name(".backbone.partial")
         shutil.rmtree(partial, ignore_errors=True)
         copy_side_files(source, partial)
@@ -257,84 +282,7 @@ def carry_backbone(source: str | Path, stage_dir: str | Path) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
-def _read(
-    path: epath.Path, abstract: Mapping[str, Tree], *, same_dtype: bool
-) -> tuple[dict[str, Tree], dict[str, Any]]:
-    """Trees and records of one checkpoint, checked against ``abstract`` before and against checksums after."""
-    records = read_records(path)
-    problems = []
-    for name, tree in abstract.items():
-        problems += mismatches(name, tree, records["contents"][name], same_dtype=same_dtype)
-    if problems:
-        raise CheckpointError("\n  ".join([f"{path} does not fit ({len(problems)} differences):", *problems]))
-    stored = {name: _as_stored(tree, records["contents"][name]) for name, tree in abstract.items()}
-    full = {name: tree for name, tree in stored.items() if jax.tree.leaves(tree)}
-    trees = {**stored, **(load_items(path, full) if full else {})}
-    changed = [
-        f"{name}/{key}"
-        for name, tree in full.items()
-        for (key, _), checksum in zip(flat(tree), checksums(trees[name]), strict=True)
-        if records["contents"][name][key]["checksum"] != checksum
-    ]
-    if changed:
-        raise DamagedCheckpointError(f"{path} is damaged: other bytes than were saved in {', '.join(changed)}")
-    cast = {name: jax.tree.map(lambda x, want: x.astype(want.dtype), trees[name], abstract[name]) for name in abstract}
-    return cast, records
-
-
-def read_records(path: epath.Path) -> dict[str, Any]:
-    return load_items(path, dict.fromkeys(_RECORDS))
-
-
-def load_items(path: epath.Path, wanted: Mapping[str, Any], *, part: bool = False) -> dict[str, Any]:
-    """Items of one checkpoint as Orbax reads them; whatever goes wrong there is damage.
-
-    ``part``: the trees may name some of the stored arrays only.
-    """
-    context = ocp.Context(stage_context())
-    context.pytree.loading.partial_load = part
-    try:
-        with context:
-            return ocp.load_checkpointables(path, dict(wanted))
-    except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-        raise DamagedCheckpointError(f"{path} is damaged: {root_cause(error)}") from error
-
-
-def root_cause(error: BaseException) -> str:
-    """One line of what an error came from in the end."""
-    while (deeper := error.__cause__ or error.__context__) is not None:
-        error = deeper
-    return str(error).splitlines()[0][:300] if str(error) else repr(error)
-
-
-def _as_stored(tree: Tree, contents: Contents) -> Tree:
-    """``tree`` with the dtypes that were saved, so that checksums hold, and with a place for every array."""
-
-    def describe(key: str, leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = leaf.sharding if leaf.sharding is not None else SingleDeviceSharding(jax.local_devices()[0])
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(contents[key]["dtype"]), sharding=sharding)
-
-    leaves = [describe(key, leaf) for key, leaf in flat(tree)]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
-
-
 # ------------------------------------------------------------------------------------------------ directories
-
-
-@functools.cache
-def stage_context() -> ocp.Context:
-    # Named handlers: by itself Orbax takes an optimizer state without arrays for JSON.
-    registry = ocp.handlers.local_registry()
-    for name in TREES:
-        registry.add(ocp.handlers.PyTreeHandler, checkpointable_name=name)
-    for name in _RECORDS:
-        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
-    context = ocp.Context()
-    context.checkpointables.registry = registry
-    return context
 
 
 @dataclasses.dataclass(frozen=True)

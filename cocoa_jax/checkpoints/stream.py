@@ -20,14 +20,10 @@ from cocoa_jax.checkpoints.contents import checksum_of, mismatches
 from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
 from cocoa_jax.checkpoints.hub_layout import Tree, raise_problems
 from cocoa_jax.checkpoints.orbax import (
-    TREES,
-    load_items,
     newest_first,
-    read_records,
-    root_cause,
-    stage_context,
     steps_folder,
 )
+from cocoa_jax.checkpoints.reading import TREES, load_items, read_records, root_cause, stage_context
 
 _STATE = "state"  # what Orbax calls a tree that is saved by itself
 _log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from cocoa_jax.data.sources import content_key
 
 if TYPE_CHECKING:
     from cocoa_jax.data.batch_config import BatchConfig
+    from cocoa_jax.data.sources import Record
 
 STATS = ("kind", "rows_used", "tokens_used", "patches_used", "extra_rows", "bad_records", "dropped_masks")
 """Entries of ``batch["stats"]``, int32: the source's place among the sorted names (stage 3 of one source a batch, else
@@ -49,6 +50,11 @@ class BatchBuilder:
                 if not skip or count > 1:
                     raise
         return self._build(step, draws, dataclasses.replace(self.intake, verify=True))
+
+    def records(self, step: int, draws: np.ndarray) -> list[Record]:
+        """The records that a batch is built of."""
+        verify = self.config.bad.action == "skip"
+        return [one.record for one in dataclasses.replace(self.intake, verify=verify).take(draws, step)[0]]
 
     def _build(self, step: int, draws: np.ndarray, intake: Intake) -> Arrays:
         config = self.config

@@ -40,6 +40,7 @@ __all__ = [
     "rejected",
     "stage_batches",
     "stage_dataset",
+    "step_records",
 ]
 
 _WINDOW = 8  # inference plans rows over this many batches at once, so that rows fill up and lengths are alike
@@ -75,8 +76,35 @@ def stage_dataset(
     Raises:
         ValueError: weights without a source, or rows that the processes cannot share.
     """
-    names = _weighted(sources, weights)
     share(config.rows.step, process_index, process_count)
+    draws, used = _draws(config, sources, weights, seed, steps)
+    intake = Intake(config, used, processor, seed, Ledger(config.bad, report), known)
+    builder = _builder(config, intake, processor, seed, (process_index, process_count))
+    return draws.map_with_index(builder)
+
+
+def step_records(
+    config: BatchConfig,
+    sources: Mapping[str, RecordSource],
+    weights: Mapping[str, float],
+    processor: Processor,
+    *,
+    seed: int,
+    step: int,
+    known: KnownBad | None = None,
+) -> list[str]:
+    """Data set and id of every record of a step's batch, in the order of its draws; with a window, of all its steps."""
+    draws, used = _draws(config, sources, weights, seed, step + 1)
+    intake = Intake(config, used, processor, seed, Ledger(BadConfig("skip", 1.0), None), known)
+    builder = _builder(config, intake, processor, seed, (0, 1))
+    return [f"{record.dataset} {record.id}" for record in builder.records(step, np.asarray(draws[step]))]
+
+
+def _draws(
+    config: BatchConfig, sources: Mapping[str, RecordSource], weights: Mapping[str, float], seed: int, steps: int
+) -> tuple[grain.MapDataset[np.ndarray], tuple[RecordSource, ...]]:
+    """By step, [N, 2] of source and record (with a window, those of all its steps), and the sources in their order."""
+    names = _weighted(sources, weights)
     orders = [
         grain.MapDataset.range(len(sources[name])).shuffle(seed=_order_seed(seed, name)).repeat().map(_Tag(kind))
         for kind, name in enumerate(names)
@@ -89,22 +117,24 @@ def stage_dataset(
             draws = draws.batch(config.interleave).map(_Joined())
     else:
         draws = grain.MapDataset.mix(orders, shares).batch(size * config.rows.window)
-    used = tuple(sources[name] for name in names)
-    intake = Intake(config, used, processor, seed, Ledger(config.bad, report), known)
-    processes = (process_index, process_count)
-    stored = [stored_lengths(source, config, processor) for source in used]
-    if all(stored):
-        if config.rows.window > 1:
-            draws = grain.MapDataset.range(steps).map(_InWindow(draws, config.rows.window))
-        planned = PlannedBuilder(config, intake, tuple(filter(None, stored)), processor, seed, processes)
-        return draws[:steps].map_with_index(planned)
     if config.rows.window > 1:
-        missing = [name for name, lengths in zip(names, stored, strict=True) if lengths is None]
+        draws = grain.MapDataset.range(steps).map(_InWindow(draws, config.rows.window))
+    return draws[:steps], tuple(sources[name] for name in names)
+
+
+def _builder(
+    config: BatchConfig, intake: Intake, processor: Processor, seed: int, processes: tuple[int, int]
+) -> PlannedBuilder | BatchBuilder:
+    stored = [stored_lengths(source, config, processor) for source in intake.sources]
+    if all(stored):
+        return PlannedBuilder(config, intake, tuple(filter(None, stored)), processor, seed, processes)
+    if config.rows.window > 1:
+        missing = [source.name for source, lengths in zip(intake.sources, stored, strict=True) if lengths is None]
         raise PackingError(
             f"rows.window is {config.rows.window}, {missing} have no stored lengths for these settings: build them by "
             "`cocoa data build` with the same processor, or set rows.window to 1"
         )
-    return draws[:steps].map_with_index(BatchBuilder(config, intake, processor, seed, processes))
+    return BatchBuilder(config, intake, processor, seed, processes)
 
 
 def stage_batches(

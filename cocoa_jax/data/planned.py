@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cocoa_jax.data.intake import Intake
     from cocoa_jax.data.pairs import RecordSource
     from cocoa_jax.data.processor import Example, Processor
+    from cocoa_jax.data.sources import Record
 
 _TRIES = 64  # records drawn in a row that are of no use to the stage
 
@@ -110,6 +111,12 @@ class PlannedBuilder:
         tokens, patches, _ = lengths[[i for row in plan for i in row]].sum(axis=0)
         batch["stats"] = np.array([kind, len(plan), tokens, patches, extra, replaced, dropped], np.int32)
         return batch
+
+    def records(self, step: int, draws: np.ndarray) -> list[Record]:
+        """The records that a batch is built of; with a window, those of all its steps."""
+        window = step // self.config.rows.window
+        chosen = self._useful(draws, window)[0]
+        return [self.intake.one(window, place, *map(int, draw)).record for place, draw in enumerate(chosen)]
 
     def _useful(self, draws: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Draws and their stored lengths [N, x, 4]; others stand in for records of no use to the stage."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,13 +23,16 @@ from cocoa_jax.checkpoints.orbax import (
     load_params,
     save_base,
 )
+from cocoa_jax.checkpoints.places import folder_at, twin
 from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.data.pipeline import STATS, stage_batches
 from cocoa_jax.data.processor import Processor
+from cocoa_jax.training.divergence import Pending, check_finite
+from cocoa_jax.training.hosts import ALONE, RowShare, first_alone, is_first, join, row_share, stop_agreed
 from cocoa_jax.training.inputs import known_bad, open_sources
 from cocoa_jax.training.mesh import batch_shards, make_mesh
-from cocoa_jax.training.metrics import MetricsWriter
+from cocoa_jax.training.metrics import MetricsWriter, NoMetrics
 from cocoa_jax.training.optimizer import make_optimizer
 from cocoa_jax.training.place import place
 from cocoa_jax.training.stages import Program, stage_program
@@ -38,15 +40,12 @@ from cocoa_jax.training.state import TrainState, abstract_state, first_state, tr
 from cocoa_jax.training.step import make_step
 
 BAD_RECORDS = STATS.index("bad_records")
+_HOW = ("mesh", "distributed", "data.threads", "loop.checkpoint_every", "loop.keep")
 STOPPED = 75  # the exit status of a run that was asked to stop and saved first: "try again" to launchers
 
 
 class Stopped(Exception):
     """The run was asked to stop (SIGTERM), saved its state and can be continued by the same command."""
-
-
-class Diverged(RuntimeError):
-    """A loss that is no number; the message names the step and where the state before it is."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -55,10 +54,11 @@ def train(config: TrainConfig) -> Path:
     Raises:
         SettingsError, PackingError: settings that contradict each other, the machine, or an earlier run in the folder.
         Diverged: the loss is NaN or infinite.
-        Stopped: SIGTERM arrived.
+        Stopped: SIGTERM arrived, in any process of the run.
     """
+    join(config.distributed)
     # ------------------------------------------------------------------ what is asked for, checked before any work
-    output = Path(config.output)
+    output = folder_at(config.output)
     backbone = open_backbone(config.checkpoint)
     mesh = make_mesh(config.mesh)
     config.data.rows.check_shared(batch_shards(mesh), "devices")
@@ -67,14 +67,10 @@ def train(config: TrainConfig) -> Path:
     program = stage_program(config, backbone.config, (processor.mask_id, *processor.bridge_ids))
     wanted = abstract_state(program.shapes, optimizer, mesh)
     mixture = open_sources(config)
-    batches = iter(open_batches(config, processor, mixture))
+    batches = iter(open_batches(config, processor, mixture, row_share(mesh)))
 
     # --------------------------------------------------------------------------------- the state: continued or new
-    output.mkdir(parents=True, exist_ok=True)
-    _check_settings(output / "config.json", to_dict(config))
-    if config.data.mixture:
-        _check_settings(output / "mixture.json", dict(mixture.identity))
-    carry_backbone(backbone.side_files, output)
+    first_alone("folder", lambda: _prepare(config, mixture, backbone))
     with StageCheckpoints(output, config.loop.keep) as checkpoints, _stop_requests() as stopping:
         restored = checkpoints.restore_latest(_trees(wanted))
         if restored is None:
@@ -92,21 +88,20 @@ def train(config: TrainConfig) -> Path:
         metadata = {"stage": config.stage, "config": to_dict(config), "parent": backbone.origin()}
         if program.adapter is not None:
             metadata["adapter"] = program.adapter.to_json()
-        pending: tuple[int, dict[str, Any], int] | None = None
-        with MetricsWriter(output, config.stage, start, config.loop.steps) as writer:
+        pending: Pending | None = None
+        with MetricsWriter(output, config.stage, start, config.loop.steps) if is_first() else NoMetrics() as writer:
             for step in range(start, config.loop.steps):
                 batch = next(batches)
                 stats = batch.pop("stats")
-                pictures = count_pictures(batch)
                 state, metrics = step_function(state, place(batch, mesh))
                 # Read one step late, so that the device never waits for the host.
                 if pending is not None:
-                    _record(writer, pending, output)
+                    _record(writer, pending, config, processor)
                 counts = {"rows": stats[1], "bad_records": stats[BAD_RECORDS], "dropped_masks": stats[-1]}
-                pending = (step, metrics | counts, pictures)
-                last, stop = step + 1 == config.loop.steps, stopping()  # asked once: a stop is always saved first
+                pending = Pending(step, metrics | counts, batch)
+                last, stop = step + 1 == config.loop.steps, stopping(step)  # asked once: a stop is always saved first
                 if last or stop or (step + 1) % config.loop.checkpoint_every == 0:
-                    _record(writer, pending, output)  # a state that diverged is never saved
+                    _record(writer, pending, config, processor)  # a state that diverged is never saved
                     pending = None
                     checkpoints.save(
                         step + 1,
@@ -117,7 +112,9 @@ def train(config: TrainConfig) -> Path:
                         loop={"step": step + 1, "batches": batches.get_state()},
                         metadata=metadata,
                     )
+                    writer.carry()
                 if stop and not last:
+                    checkpoints.wait()  # who says that it saved must have
                     raise Stopped(f"stopped at step {step + 1} of {config.loop.steps}: the same command continues")
     return output
 
@@ -131,11 +128,13 @@ def count_pictures(batch: Mapping[str, np.ndarray]) -> int:
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def open_batches(config: TrainConfig, processor: Processor, mixture: Mixture | None = None) -> Any:
+def open_batches(
+    config: TrainConfig, processor: Processor, mixture: Mixture | None = None, share: RowShare = ALONE
+) -> Any:
     """The batches that a run of these settings is fed on this host; ``mixture`` spares opening its data again."""
     mixture = open_sources(config) if mixture is None else mixture
     # Hosts draw the same records, so that one of them names the bad ones for all.
-    report = Path(config.output) / "bad_records.jsonl" if jax.process_index() == 0 else None
+    report = twin(config.output) / "bad_records.jsonl" if is_first() else None
     return stage_batches(
         config.batches(),
         mixture.sources,
@@ -143,8 +142,8 @@ def open_batches(config: TrainConfig, processor: Processor, mixture: Mixture | N
         processor,
         seed=config.seed,
         steps=config.loop.steps,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share.index,
+        process_count=share.count,
         known=known_bad(config, mixture),
         report=report,
         threads=config.data.threads,
@@ -152,10 +151,31 @@ def open_batches(config: TrainConfig, processor: Processor, mixture: Mixture | N
     )
 
 
+def _prepare(config: TrainConfig, mixture: Mixture, backbone: Backbone) -> None:
+    """Make the folder of the stage, or see that it is one of the same run."""
+    output = folder_at(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    _check_settings(output / "config.json", to_dict(config))
+    if config.data.mixture:
+        _check_settings(output / "mixture.json", dict(mixture.identity))
+    carry_backbone(backbone.side_files, output)
+
+
+def _what(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that only say how a run is spread and saved: it may continue on other machines."""
+    kept = {name: part for name, part in settings.items() if name not in _HOW}
+    return {
+        name: {key: value for key, value in part.items() if f"{name}.{key}" not in _HOW}
+        if isinstance(part, dict)
+        else part
+        for name, part in kept.items()
+    }
+
+
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     """A folder belongs to one run: refuse to continue it with other settings, naming them."""
     if path.exists():
-        changed = differences(json.loads(path.read_text()), settings)
+        changed = differences(_what(json.loads(path.read_text())), _what(settings))
         if changed:
             raise SettingsError(
                 f"{path.parent} was made with other settings ({'; '.join(changed)}): give another output or remove it"
@@ -163,7 +183,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     else:
         aside = path.with_suffix(".partial")
         aside.write_text(json.dumps(settings, indent=1))
-        os.replace(aside, path)
+        aside.replace(path)
 
 
 def _first_backbone(backbone: Backbone, program: Program, wanted: Any, output: Path) -> Any:
@@ -192,20 +212,18 @@ def _state(restored: Restored, wanted: TrainState, output: Path) -> TrainState:
     return TrainState(jax.device_put(np.int32(restored.step), wanted.step.sharding), params, restored.optimizer)
 
 
-def _record(writer: MetricsWriter, pending: tuple[int, dict[str, Any], int], output: Path) -> None:
-    step, metrics, pictures = pending
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not (np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])):
-        raise Diverged(
-            f"loss is {values['loss']} and gradient norm {values['gradient_norm']} at step {step}: the last checkpoint "
-            f"in {output} is before it; lower optimizer.learning_rate or raise optimizer.warmup_steps"
-        )
-    writer.write(step, values, pictures)
+def _record(writer: MetricsWriter | NoMetrics, pending: Pending, config: TrainConfig, processor: Processor) -> None:
+    values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+    check_finite(pending, values, config, processor)
+    writer.write(pending.step, values, count_pictures(pending.batch))
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Any]:
+def _stop_requests() -> Iterator[Callable[[int], bool]]:
     """Turn SIGTERM, which announces a preemption, into a question that the loop asks once a step."""
+    if jax.process_count() > 1:  # JAX listens for the signal then, and has all processes stop at the same step
+        yield stop_agreed
+        return
     asked = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -213,6 +231,6 @@ def _stop_requests() -> Iterator[Any]:
 
     before = signal.signal(signal.SIGTERM, note)
     try:
-        yield lambda: bool(asked)
+        yield lambda step: bool(asked)
     finally:
         signal.signal(signal.SIGTERM, before)

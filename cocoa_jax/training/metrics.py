@@ -12,22 +12,29 @@ from types import TracebackType
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from cocoa_jax.checkpoints.places import carry, folder_at, is_remote, twin
+
 
 class MetricsWriter:
     """Writes one line a step to ``metrics.jsonl``, the same to TensorBoard, and moves the bar of the stage.
 
     Args:
-        output: folder of the stage.
+        output: folder of the stage; where it is in a bucket, the files follow at every ``carry``.
         stage: its name, shown on the bar.
         first: the step that comes next; lines of later steps, written before a kill, are dropped.
         steps: length of the whole run.
     """
 
-    def __init__(self, output: Path, stage: str, first: int, steps: int):
-        self._path = output / "metrics.jsonl"
+    def __init__(self, output: str | Path, stage: str, first: int, steps: int):
+        self._output, folder = output, twin(output)
+        self._path = folder / "metrics.jsonl"
+        if is_remote(output):
+            folder.mkdir(parents=True, exist_ok=True)
+            if (before := folder_at(output) / "metrics.jsonl").exists():
+                self._path.write_bytes(before.read_bytes())
         _truncate(self._path, first)
         self._lines = self._path.open("a")
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         self._bar = tqdm(total=steps, initial=first, desc=stage, unit="step", dynamic_ncols=True)
         self._last = time.perf_counter()
 
@@ -45,6 +52,12 @@ class MetricsWriter:
         self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:.0f} pictures/s", refresh=False)
         self._bar.update()
 
+    def carry(self) -> None:
+        """Bring what was written so far to the folder of the stage, where that is not on this machine."""
+        if is_remote(self._output):
+            self._board.flush()
+            carry(self._output)
+
     def __enter__(self) -> MetricsWriter:
         return self
 
@@ -54,6 +67,25 @@ class MetricsWriter:
         self._bar.close()
         self._board.close()
         self._lines.close()
+        carry(self._output)
+
+
+class NoMetrics:
+    """A writer that writes nothing: of several processes one writes for all."""
+
+    def write(self, step: int, metrics: Mapping[str, float], pictures: int) -> None:
+        """Nothing."""
+
+    def carry(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> NoMetrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
 
 
 def _truncate(path: Path, first: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -50,4 +51,4 @@ def first_state(params: Any, optimizer: optax.GradientTransformation, wanted: Tr
     places = jax.tree.map(lambda leaf: leaf.sharding, wanted)
     params = jax.tree.map(jax.device_put, params, places.params)
     moments = jax.jit(optimizer.init, out_shardings=places.optimizer)(trained_part(params))
-    return TrainState(jax.device_put(jnp.int32(0), places.step), params, moments)
+    return TrainState(jax.device_put(np.int32(0), places.step), params, moments)

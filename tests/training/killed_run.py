@@ -1,9 +1,13 @@
-"""Run in a process of its own by test_loop: trains, and is killed (SIGKILL) while it writes the line of a step."""
+"""Run in a process of its own by test_loop: trains, and is killed (SIGKILL) while it writes the line of a step, or
+while it writes a checkpoint.
+"""
 
 import json
 import os
 import signal
 import sys
+import threading
+from pathlib import Path
 
 from cocoa_jax.config import TrainConfig, parse
 from cocoa_jax.training import loop
@@ -11,6 +15,9 @@ from cocoa_jax.training.metrics import MetricsWriter
 
 
 def main(settings: str, fatal: int) -> None:
+    config = parse(TrainConfig, json.loads(settings))
+    if fatal < 0:
+        threading.Thread(target=kill_in_a_save, args=(Path(config.output) / "checkpoints", -fatal), daemon=True).start()
     write = MetricsWriter.write
 
     def write_or_die(self, step, metrics, pictures):
@@ -21,7 +28,13 @@ def main(settings: str, fatal: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     loop.MetricsWriter.write = write_or_die
-    loop.train(parse(TrainConfig, json.loads(settings)))
+    loop.train(config)
+
+
+def kill_in_a_save(folder: Path, step: int) -> None:
+    while not any(path.name.startswith(f"{step}.") for path in folder.glob("*tmp*")):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The trainer: killed or asked to stop, the same command gives the same run; errors name what is wrong."""
 
 import contextlib
+import functools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,16 +13,20 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
 from cocoa_jax import cli
+from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import SettingsError, TrainConfig, parse
 from cocoa_jax.data.packing import PackingError
+from cocoa_jax.data.processor import Processor
 from cocoa_jax.training import loop
-from cocoa_jax.training.loop import STOPPED, Diverged, Stopped, train
+from cocoa_jax.training.divergence import Diverged
+from cocoa_jax.training.loop import STOPPED, Stopped, train
 from cocoa_jax.training.metrics import MetricsWriter
 
 STEPS = 8
@@ -98,6 +104,64 @@ def test_killed_in_the_middle_it_continues_bit_for_bit(finished, settings_in, tm
     assert records(tmp_path / "run") == records(finished)
 
 
+def test_killed_in_the_middle_of_a_save_it_continues_bit_for_bit(finished, settings_in, tmp_path):
+    settings = settings_in(tmp_path / "run")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(WORKER), json.dumps(settings), "-6"]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert "3" in names and "6" not in names and any("tmp" in name for name in names)
+    assert train(parse(TrainConfig, settings)) == tmp_path / "run"
+    assert records(tmp_path / "run") == records(finished)
+
+
+def run_with_files_of_at_most(size: int, config: Path) -> subprocess.CompletedProcess:
+    """`cocoa train` where every larger file fails as on a full disk."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", "from cocoa_jax.cli import main; main()", "train", "--config", str(config)]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, preexec_fn=limit)
+
+
+def test_a_full_disk_is_one_error_and_loses_nothing(finished, settings_in, tmp_path):
+    settings = settings_in(tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    begun = subprocess.run(
+        [sys.executable, str(WORKER), json.dumps(settings), "5"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        timeout=200,
+    )
+    assert begun.returncode == -signal.SIGKILL and (tmp_path / "run" / "checkpoints" / "3").is_dir()
+    # The embedding alone has 48 kB; metrics and events stay below.
+    ended = run_with_files_of_at_most(20_000, tmp_path / "run.yaml")
+    assert ended.returncode == 1
+    told = [line for line in ended.stderr.splitlines() if line.startswith("cocoa: ")]
+    assert len(told) == 1 and "Traceback" not in ended.stderr, ended.stderr
+    assert "a checkpoint could not be written to" in told[0] and "File too large" in told[0]
+    assert train(parse(TrainConfig, settings)) == tmp_path / "run"
+    assert records(tmp_path / "run") == records(finished)
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_and_the_run_repeated_from_the_one_before(
+    finished, settings_in, tmp_path, caplog
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    settings = json.loads((folder / "config.json").read_text()) | {"output": str(folder)}
+    (folder / "config.json").write_text(json.dumps(settings))
+    files = [path for path in (folder / "checkpoints" / "8" / "params").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    largest.write_bytes(data)
+    assert train(parse(TrainConfig, settings_in(folder))) == folder
+    assert "checkpoints/8 is damaged" in caplog.text and "trying the one before" in caplog.text
+    assert records(folder) == records(finished)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name.isdigit()) == ["6", "8"]
+
+
 def test_sigterm_ends_with_75_and_the_same_command_continues(finished, settings_in, tmp_path, monkeypatch, capsys):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings_in(tmp_path / "run")))
     command = ["train", "--config", str(tmp_path / "run.yaml")]
@@ -127,7 +191,7 @@ def test_sigterm_ends_with_75_and_the_same_command_continues(finished, settings_
 
 def test_a_stop_between_two_looks_is_saved_first(settings_in, tmp_path, monkeypatch):
     answers = iter([False, True])
-    monkeypatch.setattr(loop, "_stop_requests", lambda: contextlib.nullcontext(lambda: next(answers)))
+    monkeypatch.setattr(loop, "_stop_requests", lambda: contextlib.nullcontext(lambda step: next(answers)))
     with pytest.raises(Stopped, match="stopped at step 2 of"):
         train(parse(TrainConfig, settings_in(tmp_path / "run")))
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
@@ -164,8 +228,34 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(settings_in, t
     number = "(nan|inf)"
     with pytest.raises(Diverged, match=rf"loss is {number} and gradient norm {number} at step \d+: .* lower optimizer"):
         train(parse(TrainConfig, settings_in(tmp_path / "run", optimizer=wild)))
-    assert [line["step"] for line in records(tmp_path / "run")] == [0]
+    (step,) = [line["step"] for line in records(tmp_path / "run")]
+    assert step == 0  # the first update is what does it
+    dump = tmp_path / "run" / "diverged" / "1"
+    report = json.loads((dump / "report.json").read_text())
+    assert report["step"] == 1 and len(report["records"]) == 8 == len(set(report["records"]))
+    given = settings_in(tmp_path / "run", optimizer=wild)
+    assert all(record.startswith("bridge ") for record in report["records"]) and report["seed"] == given["seed"]
+    config = parse(TrainConfig, given)
+    backbone = open_backbone(config.checkpoint)
+    processor = Processor.load(backbone.side_files, backbone.config, config.data.processor)
+    batches = iter(loop.open_batches(config, processor))
+    batch = [next(batches), next(batches)][1]
+    with np.load(dump / "batch-0.npz") as saved:
+        assert saved.files and all((saved[name] == batch[name]).all() for name in saved.files)
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mesh": {"data": 1}},
+        {"distributed": {"heartbeat": 7}},
+        {"loop": {"steps": STEPS, "checkpoint_every": 5, "keep": 1}},
+    ],
+    ids=str,
+)
+def test_a_run_may_continue_spread_and_saved_otherwise(finished, settings_in, changes):
+    assert train(parse(TrainConfig, settings_in(finished, **changes))) == finished
 
 
 def test_rows_that_devices_cannot_share_are_refused(settings_in, tmp_path, monkeypatch):

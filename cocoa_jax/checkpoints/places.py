@@ -1,0 +1,61 @@
+"""Folders on this machine and in buckets (``gs://...``), by the same names and verbs.
+
+A bucket has no appending and no library that opens a tokenizer there: logs are written to a folder of this machine and
+carried over at every checkpoint, and small files are fetched before they are opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path names a bucket."""
+    return "://" in str(path)
+
+
+def folder_at(path: str | Path) -> Any:
+    """A path with pathlib's verbs, whatever it names; needs ``cocoa-jax[gcs]`` for a bucket.
+
+    Plain ``Path`` would make one slash of the two that follow ``gs:``.
+    """
+    return epath.Path(path) if is_remote(path) else Path(path)
+
+
+def twin(path: str | Path) -> Path:
+    """The folder of this machine that stands in for ``path`` where files must be local; ``path`` itself if it is."""
+    if not is_remote(path):
+        return Path(path)
+    name = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"cocoa-{os.getpid()}" / name
+
+
+def fetch(path: str | Path) -> Path:
+    """The files of a folder in a bucket, brought to its twin; a local folder stays where it is."""
+    local = twin(path)
+    if is_remote(path):
+        shutil.rmtree(local, ignore_errors=True)
+        local.mkdir(parents=True)
+        for file in folder_at(path).iterdir():
+            if file.is_file():
+                (local / file.name).write_bytes(file.read_bytes())
+    return local
+
+
+def carry(path: str | Path) -> None:
+    """Bring all that lies in the twin of a folder to it, file by file; nothing where it is its own twin."""
+    local = twin(path)
+    if local == Path(path) or not local.exists():
+        return
+    for file in sorted(local.rglob("*")):
+        if file.is_file():
+            to = folder_at(path) / str(file.relative_to(local))
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(file.read_bytes())

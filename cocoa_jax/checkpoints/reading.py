@@ -1,0 +1,110 @@
+"""One checkpoint as it is read: all of its parts, or what is damaged in it; by all processes of a run alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+
+from cocoa_jax.checkpoints.contents import Contents, Tree, checksums, flat, mismatches
+from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
+
+TREES = ("params", "adapter", "head", "optimizer")
+RECORDS = ("loop", "metadata", "contents")
+
+
+def read_checked(
+    path: epath.Path, abstract: Mapping[str, Tree], *, same_dtype: bool
+) -> tuple[dict[str, Tree], dict[str, Any]]:
+    """Trees and records of one checkpoint, checked against ``abstract`` before and against checksums after."""
+    records = read_records(path)
+    problems = []
+    for name, tree in abstract.items():
+        problems += mismatches(name, tree, records["contents"][name], same_dtype=same_dtype)
+    if problems:
+        raise CheckpointError("\n  ".join([f"{path} does not fit ({len(problems)} differences):", *problems]))
+    stored = {name: _as_stored(tree, records["contents"][name]) for name, tree in abstract.items()}
+    full = {name: tree for name, tree in stored.items() if jax.tree.leaves(tree)}
+    trees = {**stored, **(_together(path, full) if full else {})}
+    changed = [
+        f"{name}/{key}"
+        for name, tree in full.items()
+        for (key, _), checksum in zip(flat(tree), checksums(trees[name]), strict=True)
+        if records["contents"][name][key]["checksum"] != checksum
+    ]
+    if changed:
+        raise DamagedCheckpointError(f"{path} is damaged: other bytes than were saved in {', '.join(changed)}")
+    cast = {name: jax.tree.map(lambda x, want: x.astype(want.dtype), trees[name], abstract[name]) for name in abstract}
+    return cast, records
+
+
+def _together(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """``load_items``, which fails for all processes where it fails for one: each reads a part of its own."""
+    if jax.process_count() == 1:
+        return load_items(path, wanted)
+    found, failure = None, None
+    try:
+        found = load_items(path, wanted)
+    except DamagedCheckpointError as error:
+        failure = error
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(found is None)))
+    if found is None or len(failed):
+        raise failure or DamagedCheckpointError(f"{path} is damaged: processes {failed.tolist()} could not read it")
+    return found
+
+
+def read_records(path: epath.Path) -> dict[str, Any]:
+    return load_items(path, dict.fromkeys(RECORDS))
+
+
+def load_items(path: epath.Path, wanted: Mapping[str, Any], *, part: bool = False) -> dict[str, Any]:
+    """Items of one checkpoint as Orbax reads them; whatever goes wrong there is damage.
+
+    ``part``: the trees may name some of the stored arrays only.
+    """
+    context = ocp.Context(stage_context())
+    context.pytree.loading.partial_load = part
+    try:
+        with context:
+            return ocp.load_checkpointables(path, dict(wanted))
+    except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+        raise DamagedCheckpointError(f"{path} is damaged: {root_cause(error)}") from error
+
+
+def root_cause(error: BaseException) -> str:
+    """One line of what an error came from in the end."""
+    while (deeper := error.__cause__ or error.__context__) is not None:
+        error = deeper
+    return str(error).splitlines()[0][:300] if str(error) else repr(error)
+
+
+def _as_stored(tree: Tree, contents: Contents) -> Tree:
+    """``tree`` with the dtypes that were saved, so that checksums hold, and with a place for every array."""
+
+    def describe(key: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = leaf.sharding if leaf.sharding is not None else SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(contents[key]["dtype"]), sharding=sharding)
+
+    leaves = [describe(key, leaf) for key, leaf in flat(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+@functools.cache
+def stage_context() -> ocp.Context:
+    # Named handlers: by itself Orbax takes an optimizer state without arrays for JSON.
+    registry = ocp.handlers.local_registry()
+    for name in TREES:
+        registry.add(ocp.handlers.PyTreeHandler, checkpointable_name=name)
+    for name in RECORDS:
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context

@@ -1,0 +1,165 @@
+"""The processes of one run, one a host: how they meet, how they notice that one is gone, and who holds which rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Int64
+
+from cocoa_jax.config import DistributedConfig, SettingsError
+from cocoa_jax.training.mesh import batch_shards, rows_sharding
+
+COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """How one process finds the others; None is left to JAX, which knows TPU pods, Slurm and Open MPI."""
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+
+def peers(config: DistributedConfig, environment: Mapping[str, str]) -> Peers | None:
+    """How this process is to join others; None where it is alone.
+
+    Settings come before the environment, which is what tells the processes of one run apart.
+
+    Raises:
+        SettingsError: some of coordinator, processes and process, but not all of them.
+    """
+    if config.mode == "off":
+        return None
+    given = {
+        "distributed.coordinator or " + COORDINATOR: config.coordinator or environment.get(COORDINATOR),
+        "distributed.processes or " + COUNT: config.processes or _number(environment, COUNT),
+        "distributed.process or " + INDEX: _number(environment, INDEX) if config.process is None else config.process,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if not missing:
+        coordinator, processes, process = given.values()
+        return Peers(str(coordinator), int(processes or 0), int(process or 0))
+    if len(missing) < len(given):
+        raise SettingsError(f"processes find each other by three settings, missing {missing}: give all or none")
+    return Peers() if config.mode == "on" or _in_a_pod(environment) else None
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    value = environment.get(name)
+    if value is not None and not value.isdigit():
+        raise SettingsError(f"{name} is {value!r}: give a whole number from 0")
+    return None if value is None else int(value)
+
+
+def _in_a_pod(environment: Mapping[str, str]) -> bool:
+    """Whether Google's machinery says that this TPU host is one of several, by GKE's and Multislice's variables."""
+    return "," in environment.get("TPU_WORKER_HOSTNAMES", "") or environment.get("MEGASCALE_NUM_SLICES", "1") != "1"
+
+
+def join(config: DistributedConfig) -> None:
+    """Meet the other processes of the run, before anything asks JAX for its devices; alone, this does nothing.
+
+    From here on a process that sends no sign of life for ``config.heartbeat`` seconds ends all the others (SIGABRT),
+    and one that ends early does so after the same time.
+
+    Raises:
+        SettingsError: settings that contradict each other, or hosts of a pod that were not told to join.
+    """
+    found = peers(config, os.environ)
+    if found is not None and not jax.distributed.is_initialized():
+        jax.distributed.initialize(
+            found.coordinator,
+            found.processes,
+            found.process,
+            initialization_timeout=config.start,
+            heartbeat_timeout_seconds=config.heartbeat,
+            shutdown_timeout_seconds=config.heartbeat,
+        )
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise SettingsError(f"this is one of {jax.process_count()} hosts of a pod: give --distributed.mode=on")
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes for all."""
+    return jax.process_index() == 0
+
+
+def first_alone(name: str, work: Callable[[], object]) -> None:
+    """Let process 0 do something that the others must find done; they wait for it."""
+    if is_first():
+        work()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def stop_agreed(step: int) -> bool:
+    """Whether a SIGTERM that reached any process stops all of them at this step; each asks at every step, once."""
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShare:
+    """Which part of a batch's rows a process builds; processes that hold the same rows build the same part.
+
+    Args:
+        index: of this part.
+        count: of parts.
+        order: where the mesh lays each of S equal blocks of rows; part 0 has the first S / count blocks, and so on.
+    """
+
+    index: int
+    count: int
+    order: Int64[np.ndarray, " S"]
+
+
+ALONE = RowShare(0, 1, np.zeros(1, np.int64))
+
+
+@functools.cache
+def row_share(mesh: Mesh) -> RowShare:
+    """The part of this process.
+
+    On a TPU slice the devices of a host need not follow one another along an axis of the mesh, so the rows of a host
+    may lie apart: a batch is planned as if they did not, and ``order`` says where they go.
+
+    Raises:
+        SettingsError: processes that hold some rows in common, but not all.
+    """
+    blocks = batch_shards(mesh)
+    owned: dict[int, set[int]] = {}
+    for device, (rows, *_) in rows_sharding(mesh).devices_indices_map((blocks,)).items():
+        owned.setdefault(device.process_index, set()).add(rows.indices(blocks)[0])
+    return _shared({process: tuple(sorted(held)) for process, held in owned.items()}, jax.process_index())
+
+
+def _shared(owned: Mapping[int, tuple[int, ...]], process: int) -> RowShare:
+    parts = list(dict.fromkeys(owned[one] for one in sorted(owned)))
+    order = np.array([block for part in parts for block in part], np.int64)
+    if len(set(order.tolist())) < len(order) or len({len(part) for part in parts}) > 1:
+        raise SettingsError(
+            f"hosts hold the blocks {parts} of a batch's rows, which overlap: make mesh.tensor divide the devices of a "
+            "host, or be a multiple of them"
+        )
+    return RowShare(parts.index(owned[process]), len(parts), order)
+
+
+def placed(example: np.ndarray, share: RowShare, rows: int, slots: int) -> np.ndarray:
+    """Flat slots of a batch as it is planned -> as the mesh lays it; negative ones stay.
+
+    Args:
+        rows: of the global batch.
+        slots: of a row.
+    """
+    size = rows // len(share.order)
+    row, slot = np.divmod(example, slots)
+    block, inside = np.divmod(row, size)
+    moved = (share.order[np.maximum(block, 0)] * size + inside) * slots + slot
+    return np.where(example < 0, example, moved).astype(example.dtype)

@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# Train on GKE by a plain JobSet: one job a slice, one pod a host, restarted as a whole when a host is lost.
+#
+#   gke.sh VERB --name NAME [options] [-- COMMAND...]
+#
+# Verbs
+#   submit   create the JobSet                          needs --type, --topology and --image
+#   render   print its YAML
+#   log      follow the log of the first host
+#   finish   wait until it has ended; exit 0 when it is complete, 1 when it has failed
+#   stop     let COMMAND save and end: the same as delete, whose grace period is --grace
+#   delete   delete the JobSet and its pods
+#
+# Options
+#   --name NAME            of the JobSet
+#   --namespace NAME       of Kubernetes [default]
+#   --type TYPE            v5e, v5p or v6e
+#   --topology SHAPE       of a slice, such as 4x4 or 2x2x2
+#   --slices N             joined over the data-centre network [1]
+#   --spot                 on spot nodes
+#   --reservation NAME     on the nodes of a reservation
+#   --image IMAGE          made by launch/Dockerfile
+#   --data gs://PATH       mounted at /data, read-only, by Cloud Storage FUSE
+#   --service-account A    of Kubernetes, with rights to the buckets [default]
+#   --max-restarts N       after a host was lost [20]
+#   --grace SECONDS        for a save after SIGTERM [600]
+#   --dry-run              print the commands (and the YAML) instead of running them
+#   --help                 this text
+#
+# COMMAND runs inside the image, usually: cocoa-stages --base /data/Qwen2-VL-2B-Instruct --run gs://BUCKET/RUN ...
+# The cluster needs the JobSet controller, and TPU node pools of that type and topology.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/lib.sh
+source "$here/lib.sh"
+
+verb="" name="" namespace=default type="" topology="" slices=1 spot="" reservation="" image="" data=""
+account=default restarts=20 grace=600 command=() accelerator="" chips=0 hosts=0
+
+parse() {
+  [ $# -gt 0 ] || die "no verb given (see --help)"
+  case $1 in --help | -h) usage "${BASH_SOURCE[0]}"; exit 0 ;; -*) die "a verb comes first, not $1 (see --help)" ;; esac
+  verb=$1
+  shift
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --help | -h) usage "${BASH_SOURCE[0]}"; exit 0 ;;
+      --dry-run) DRY_RUN=1; shift; continue ;;
+      --spot) spot=1; shift; continue ;;
+      --) shift; command=("$@"); break ;;
+    esac
+    value "$@"
+    case $1 in
+      --name) name=$2 ;;
+      --namespace) namespace=$2 ;;
+      --type) type=$2 ;;
+      --topology) topology=$2 ;;
+      --slices) slices=$2 ;;
+      --reservation) reservation=$2 ;;
+      --image) image=$2 ;;
+      --data) data=$2 ;;
+      --service-account) account=$2 ;;
+      --max-restarts) restarts=$2 ;;
+      --grace) grace=$2 ;;
+      *) die "unknown option $1 (see --help)" ;;
+    esac
+    shift 2
+  done
+}
+
+check() {
+  need "$name" --name "give the JobSet a name"
+  name "$name" --name
+  name "$namespace" --namespace
+  case $verb in submit | render) check_request ;; esac
+}
+
+check_request() {
+  image "$image" --image
+  [ ${#command[@]} -gt 0 ] || die "no command given: put it after --"
+  [ -z "$spot" ] || [ -z "$reservation" ] || die "--spot and --reservation exclude each other: give one of them"
+  [ -z "$reservation" ] || name "$reservation" --reservation
+  [ -z "$data" ] || bucket "$data" --data
+  name "$account" --service-account
+  whole "$slices" --slices
+  [ "$slices" -ge 1 ] || die "--slices is $slices: give 1 or more"
+  whole "$restarts" --max-restarts
+  whole "$grace" --grace
+  need "$type" --type "v5e, v5p or v6e"
+  case $type in
+    v5e) accelerator=tpu-v5-lite-podslice ;;
+    v5p) accelerator=tpu-v5p-slice ;;
+    v6e) accelerator=tpu-v6e-slice ;;
+    *) die "--type is '$type': give v5e, v5p or v6e" ;;
+  esac
+  need "$topology" --topology "such as 4x4, or 2x2x2 for v5p"
+  [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || die "--topology is '$topology': give 4x4, or 2x2x2 for v5p"
+  local total=$((${topology//x/*}))
+  # Hosts of several have four chips each.
+  chips=$((total < 4 ? total : 4))
+  [ $((total % chips)) -eq 0 ] || die "--topology $topology has $total chips, which hosts of $chips cannot share"
+  hosts=$((total / chips))
+}
+
+# json WORD...: a list as YAML reads it.
+json() {
+  local word line=""
+  for word in "$@"; do
+    [[ $word != *[[:cntrl:]]* ]] || die "the command has control characters in '$word': leave them out"
+    word=${word//\\/\\\\}
+    line+=", \"${word//\"/\\\"}\""
+  done
+  printf '[%s]\n' "${line#, }"
+}
+
+# The lines of the template that begin with '#if WORD ' are kept where WORD is among the arguments.
+keep() {
+  local line
+  while IFS= read -r line; do
+    if [[ $line =~ ^#if\ ([a-z]+)\ (.*)$ ]]; then
+      [[ " $* " == *" ${BASH_REMATCH[1]} "* ]] || continue
+      line=${BASH_REMATCH[2]}
+    fi
+    printf '%s\n' "$line"
+  done
+}
+
+render() {
+  local text wanted=() path=${data#gs://} inside="" key
+  [ -z "$spot" ] || wanted+=(spot)
+  [ -z "$reservation" ] || wanted+=(reservation)
+  [ -z "$data" ] || wanted+=(data)
+  [[ $path != */?* ]] || inside=${path#*/}
+  [ -z "$inside" ] || wanted+=(inside)
+  text=$(keep "${wanted[@]}" <"$here/jobset.yaml")
+  local -A values=(
+    [NAME]=$name [NAMESPACE]=$namespace [ACCELERATOR]=$accelerator [TOPOLOGY]=$topology [SLICES]=$slices
+    [HOSTS]=$hosts [CHIPS]=$chips [RESERVATION]=$reservation [IMAGE]=$image [BUCKET]=${path%%/*}
+    [INSIDE]=${inside%/} [ACCOUNT]=$account [RESTARTS]=$restarts [GRACE]=$grace [COMMAND]=$(json "${command[@]}")
+  )
+  for key in "${!values[@]}"; do text=${text//"{$key}"/"${values[$key]}"}; done
+  printf '%s\n' "$text"
+}
+
+kubectl_here() { run kubectl "$@" "--namespace=$namespace"; }
+
+submit() {
+  local text
+  text=$(render)
+  if [ -n "$DRY_RUN" ]; then
+    shown kubectl create --filename=- "--namespace=$namespace"
+    printf '%s\n' "$text"
+  elif ! kubectl_here create --filename=- <<<"$text"; then
+    loud "kubectl create failed; should a JobSet $name exist, it COSTS MONEY; to end it: $(shown "$0" delete --name "$name" \
+      --namespace "$namespace")"
+    return 1
+  fi
+}
+
+log() {
+  kubectl_here logs --follow --container=cocoa --tail=-1 \
+    "--selector=jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+}
+
+finish() {
+  local now unanswered=0
+  while true; do
+    if now=$(ask Completed kubectl get jobset "$name" '--output=jsonpath={.status.terminalState}' \
+      "--namespace=$namespace"); then
+      unanswered=0
+    else
+      unanswered=$((unanswered + 1))
+    fi
+    case $now in
+      Completed) return 0 ;;
+      Failed) say "$name has failed: see the log of its pods"; return 1 ;;
+    esac
+    if [ "$unanswered" -ge 5 ]; then
+      loud "the state of $name could not be read $unanswered times; it MAY STILL BE RUNNING AND COST MONEY"
+      return 1
+    fi
+    pause
+  done
+}
+
+delete() { kubectl_here delete jobset "$name" --ignore-not-found --wait; }
+
+stop() { delete; }
+
+parse "$@"
+check
+case $verb in
+  submit | render | log | finish | stop | delete) "$verb" ;;
+  *) die "unknown verb $verb (see --help)" ;;
+esac

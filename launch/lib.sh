@@ -1,0 +1,79 @@
+# shellcheck shell=bash
+# What the scripts of this folder share; to be sourced.
+
+DRY_RUN=${DRY_RUN:-}
+# Seconds between two looks at something that takes minutes.
+POLL=${COCOA_POLL_SECONDS:-30}
+# Exit statuses after which the same command goes on where it was: 75 asked to stop and saved; 134 another process of
+# the run died; 137 and 143 killed from outside.
+RETRY="75 134 137 143"
+
+say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+
+die() {
+  say "$*"
+  exit 2
+}
+
+# Something that costs money may be left over: nobody must overlook this line.
+loud() { printf '\n!!! %s: %s\n\n' "${0##*/}" "$*" >&2; }
+
+# need VALUE OPTION REMEDY: a required value, checked before anything is made.
+need() { [ -n "$1" ] || die "$2 is missing: $3"; }
+
+# whole VALUE OPTION: a whole number from 0.
+whole() { [[ $1 =~ ^[0-9]+$ ]] || die "$2 is '$1': give a whole number from 0"; }
+
+# name VALUE OPTION: what Google Cloud and Kubernetes accept as a name.
+name() {
+  [[ $1 =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+    die "$2 is '$1': give at most 40 small letters, digits and hyphens, a letter first"
+}
+
+# bucket VALUE OPTION: a place that all hosts see.
+bucket() { [[ $1 =~ ^gs://[-A-Za-z0-9._/]+$ ]] || die "$2 is '$1': give a gs:// path, which all hosts see"; }
+
+# image VALUE OPTION: a container image by its name.
+image() {
+  need "$1" "$2" "build launch/Dockerfile and push it first"
+  [[ $1 =~ ^[-A-Za-z0-9._/:@]+$ ]] || die "$2 is '$1': give an image such as us-docker.pkg.dev/PROJECT/REPOSITORY/cocoa:1"
+}
+
+# value OPTION [VALUE]: the value that has to follow an option.
+value() { [ $# -ge 2 ] || die "$1 needs a value (see --help)"; }
+
+# shown WORD...: a command as it can be pasted into a shell.
+shown() {
+  local word line=""
+  for word in "$@"; do
+    if [[ $word =~ ^[-A-Za-z0-9_./:=,@%+]+$ ]]; then line+=" $word"; else line+=" '${word//\'/\'\\\'\'}'"; fi
+  done
+  printf '%s\n' "${line# }"
+}
+
+# run WORD...: run a command, or print it where --dry-run was given.
+run() {
+  if [ -n "$DRY_RUN" ]; then shown "$@"; else "$@"; fi
+}
+
+# ask EXPECTED WORD...: what a command prints; with --dry-run it is shown and EXPECTED is taken for its answer.
+ask() {
+  local expected=$1
+  shift
+  if [ -n "$DRY_RUN" ]; then
+    shown "$@" >&3
+    printf '%s\n' "$expected"
+  else
+    "$@"
+  fi
+}
+exec 3>&1
+
+# pause: between two looks.
+pause() { [ -n "$DRY_RUN" ] || sleep "$POLL"; }
+
+# retry STATUS: whether the same command may go on after it.
+retry() { [[ " $RETRY " == *" $1 "* ]]; }
+
+# usage FILE: the comment at the head of a script.
+usage() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$1"; }

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# The three stages in order, from slices that do not exist yet to a finished model, through preemptions.
+#
+#   pipeline.sh BACKEND --base DIR --run gs://PATH [--configs DIR] [--stages LIST] [--attempts N] \
+#               [options of launch/BACKEND.sh] [-- OPTION OF cocoa train...]
+#
+# BACKEND is queued, gke or xpk. With queued, slices that were taken away are asked for again and the stages continue;
+# where the slices are still there the stages are started again on them. GKE and xpk restart by themselves. When all is
+# finished, or has failed for good, what was made is deleted. The same command given again picks up where it was.
+#
+#   --base DIR       the Hugging Face folder that the first stage starts from, as the container sees it: /data/...
+#   --run gs://PATH  where the stages are written
+#   --configs DIR    holds STAGE.yaml for each stage, as the container sees it [configs/demo]
+#   --stages LIST    names with commas between [1-warmup,2-bridge,3-contrastive]
+#   --attempts N     how often the slices may be started on [50]; on GKE and xpk see --max-restarts
+#   --spot, --reserved and all other options go to launch/BACKEND.sh
+#   --keep           leave what was made when the stages have failed for good
+#   --dry-run        print the commands instead of running them
+#   --help           this text
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/lib.sh
+source "$here/lib.sh"
+
+backend="" out="" attempts=50 keep="" script="" exists="" mine=() stages=() options=()
+
+parse() {
+  [ $# -gt 0 ] || die "no backend given: queued, gke or xpk (see --help)"
+  case $1 in
+    --help | -h) usage "${BASH_SOURCE[0]}"; exit 0 ;;
+    queued | gke | xpk) backend=$1; shift ;;
+    *) die "backend is '$1': give queued, gke or xpk" ;;
+  esac
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --help | -h) usage "${BASH_SOURCE[0]}"; exit 0 ;;
+      --dry-run) DRY_RUN=1; mine+=("$1"); shift; continue ;;
+      --keep) keep=1; shift; continue ;;
+      --spot | --reserved) mine+=("$1"); shift; continue ;;
+      --) shift; options=("$@"); break ;;
+    esac
+    value "$@"
+    case $1 in
+      --run) out=$2; stages+=("$1" "$2") ;;
+      --base | --configs | --stages) stages+=("$1" "$2") ;;
+      --attempts) attempts=$2 ;;
+      *) mine+=("$1" "$2") ;;
+    esac
+    shift 2
+  done
+}
+
+call() { "$script" "$1" "${mine[@]}" "${@:2}"; }
+
+# Whatever ends this script, nothing is left that costs money unless it was asked for.
+ended() {
+  local status=$?
+  trap - EXIT
+  if [ -n "$exists" ] && [ -n "$keep" ]; then
+    loud "the slices ARE LEFT RUNNING AND COST MONEY (--keep); to end them: $(shown "$script" delete "${mine[@]}")"
+  elif [ -n "$exists" ] && ! call delete; then
+    loud "the slices MAY STILL BE RUNNING AND COST MONEY, deleting them failed; to end them: $(shown "$script" delete \
+      "${mine[@]}")"
+  fi
+  exit "$status"
+}
+
+queued() {
+  local attempt status
+  for ((attempt = 1; attempt <= attempts; attempt++)); do
+    if [ -z "$exists" ]; then
+      call up -- "${command[@]}" # deletes what it made when it fails
+      exists=1
+    else
+      call start -- "${command[@]}"
+    fi
+    status=0
+    call finish || status=$?
+    [ "$status" -ne 0 ] || return 0
+    retry "$status" || { say "the stages have failed with status $status: see the log above"; return "$status"; }
+    say "attempt $attempt of $attempts ended with status $status: trying again"
+    # Slices that were taken away stay in the list under their name until they are deleted.
+    if ! call wait >/dev/null; then
+      call delete
+      exists=""
+    fi
+  done
+  say "$attempts attempts were not enough: the same command continues"
+  return 75
+}
+
+cluster() {
+  exists=1
+  call submit -- "${command[@]}"
+  call finish
+}
+
+parse "$@"
+script=$here/$backend.sh
+bucket "$out" --run
+whole "$attempts" --attempts
+command=(cocoa-stages "${stages[@]}" -- --distributed.mode=on "${options[@]}")
+"$here/stages.sh" --dry-run "${stages[@]}" >/dev/null # a wrong value is found before anything is made
+trap ended EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+if [ "$backend" = queued ]; then queued; else cluster; fi
+say "all stages are finished: $out"

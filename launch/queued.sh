@@ -1,0 +1,250 @@
+#!/usr/bin/env bash
+# Train on Cloud TPU queued resources: ask for slices, wait, set up every host, start, follow, stop, delete.
+#
+#   queued.sh VERB --name NAME --project PROJECT --zone ZONE [options] [-- COMMAND...]
+#
+# Verbs
+#   create   ask for the slices                        needs --accelerator or --type and --topology, and --runtime
+#   wait     until they are there
+#   setup    copy data to every host, pull the image   needs --image
+#   start    run COMMAND in the image on every host    needs --image
+#   up       create, wait, setup, start; what was made is deleted if any of them fails
+#   log      follow the log of the first host
+#   finish   wait until COMMAND has ended, exit with its status, or with 75 where the slices were taken away
+#   stop     ask COMMAND to save and end (SIGTERM)
+#   delete   give the slices back
+#
+# Options
+#   --name NAME            of the queued resource and its nodes
+#   --project PROJECT      of Google Cloud
+#   --zone ZONE            such as us-central1-a
+#   --accelerator TYPE     such as v5litepod-16; or
+#   --type TYPE            such as v5litepod, and
+#   --topology SHAPE       such as 4x4
+#   --runtime VERSION      of the TPU software, such as v2-alpha-tpuv5-lite
+#   --slices N             joined over the data-centre network [1]
+#   --spot                 cheap and taken away at any time
+#   --reserved             from a reservation
+#   --valid-until TIME     give up when the slices are not there by then, such as 6h
+#   --service-account A    whose rights the hosts have (to read and write the buckets)
+#   --image IMAGE          made by launch/Dockerfile
+#   --data gs://PATH       copied to every host, /data in the container
+#   --grace SECONDS        for a save after SIGTERM [600]
+#   --keep                 do not delete after a failure of `up`
+#   --dry-run              print the commands instead of running them
+#   --help                 this text
+#
+# COMMAND runs inside the image, usually: cocoa-stages --base /data/Qwen2-VL-2B-Instruct --run gs://BUCKET/RUN ...
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/lib.sh
+source "$here/lib.sh"
+
+verb="" name="" project="" zone="" accelerator="" type="" topology="" runtime="" slices=1 tier="" until=""
+account="" image="" data="" grace=600 keep="" command=()
+
+parse() {
+  [ $# -gt 0 ] || die "no verb given (see --help)"
+  case $1 in --help | -h) usage "${BASH_SOURCE[0]}"; exit 0 ;; -*) die "a verb comes first, not $1 (see --help)" ;; esac
+  verb=$1
+  shift
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --help | -h) usage "${BASH_SOURCE[0]}"; exit 0 ;;
+      --dry-run) DRY_RUN=1; shift; continue ;;
+      --keep) keep=1; shift; continue ;;
+      --spot | --reserved)
+        [ -z "$tier" ] || die "--spot and --reserved exclude each other: give one of them"
+        tier=$1; shift; continue ;;
+      --) shift; command=("$@"); break ;;
+    esac
+    value "$@"
+    case $1 in
+      --name) name=$2 ;;
+      --project) project=$2 ;;
+      --zone) zone=$2 ;;
+      --accelerator) accelerator=$2 ;;
+      --type) type=$2 ;;
+      --topology) topology=$2 ;;
+      --runtime) runtime=$2 ;;
+      --slices) slices=$2 ;;
+      --valid-until) until=$2 ;;
+      --service-account) account=$2 ;;
+      --image) image=$2 ;;
+      --data) data=$2 ;;
+      --grace) grace=$2 ;;
+      *) die "unknown option $1 (see --help)" ;;
+    esac
+    shift 2
+  done
+}
+
+check() {
+  need "$name" --name "give the queued resource a name"
+  name "$name" --name
+  need "$project" --project "see gcloud config get project"
+  need "$zone" --zone "one that has the accelerator, such as us-central1-a"
+  whole "$slices" --slices
+  [ "$slices" -ge 1 ] || die "--slices is $slices: give 1 or more"
+  whole "$grace" --grace
+  [ -z "$data" ] || bucket "$data" --data
+  case $verb in
+    create | up) check_request ;;
+  esac
+  case $verb in
+    setup | start | up) image "$image" --image ;;
+  esac
+  case $verb in
+    start | up) [ ${#command[@]} -gt 0 ] || die "no command given: put it after --" ;;
+  esac
+}
+
+check_request() {
+  need "$runtime" --runtime "such as v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e"
+  if [ -n "$accelerator" ]; then
+    [ -z "$type$topology" ] || die "--accelerator is given: leave out --type and --topology"
+  else
+    need "$type" "--accelerator (or --type)" "such as v5litepod-16"
+    need "$topology" --topology "such as 4x4"
+  fi
+}
+
+# everywhere COMMAND: on all hosts of all slices at once; fails when it fails on one of them.
+everywhere() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all "--command=$1"; }
+
+create() {
+  local request=("--runtime-version=$runtime")
+  if [ -n "$accelerator" ]; then
+    request+=("--accelerator-type=$accelerator")
+  else
+    request+=("--type=$type" "--topology=$topology")
+  fi
+  if [ "$slices" -gt 1 ]; then
+    request+=("--node-count=$slices" "--node-prefix=$name")
+  else
+    request+=("--node-id=$name")
+  fi
+  [ -z "$tier" ] || request+=("$tier")
+  [ -z "$until" ] || request+=("--valid-until-duration=$until")
+  [ -z "$account" ] || request+=("--service-account=$account")
+  run "${tpus[@]}" create "$name" "${where[@]}" "${request[@]}" --quiet
+}
+
+state() { ask ACTIVE "${tpus[@]}" describe "$name" "${where[@]}" '--format=value(state.state)'; }
+
+wait_active() {
+  local now unanswered=0
+  while true; do
+    if now=$(state); then unanswered=0; else unanswered=$((unanswered + 1)); fi
+    [ "$unanswered" -lt 5 ] || { say "the state of $name could not be read $unanswered times"; return 3; }
+    case $now in
+      ACTIVE) return ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING)
+        say "$name is $now and will not become active: see gcloud compute tpus queued-resources describe $name"
+        return 3 ;;
+    esac
+    say "$name is ${now:-unknown}"
+    pause
+  done
+}
+
+setup() {
+  local steps="set -eu; sudo gcloud auth configure-docker ${image%%/*} --quiet; sudo docker pull --quiet $image"
+  steps+="; mkdir -p ~/cocoa/data"
+  [ -z "$data" ] || steps+="; gcloud storage rsync --recursive $data ~/cocoa/data"
+  everywhere "$steps"
+}
+
+start() {
+  local steps
+  steps="set -eu; sudo docker rm --force cocoa >/dev/null 2>&1 || true; sudo docker run --detach --name cocoa"
+  steps+=" --privileged --network host --stop-timeout $grace --volume ~/cocoa/data:/data $image $(shown "${command[@]}")"
+  everywhere "$steps"
+}
+
+log() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 '--command=sudo docker logs --follow cocoa'; }
+
+inspect="--command=sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa"
+
+# cause STATUS: what began it. When COMMAND fails on one host, the others only tell that another one is gone.
+cause() {
+  local all line
+  all=$(ask "" "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all "$inspect") || all=""
+  while read -r line; do
+    [[ $line =~ ^exited:([0-9]+)$ ]] || continue
+    if [ "${BASH_REMATCH[1]}" -ne 0 ] && ! retry "${BASH_REMATCH[1]}"; then
+      printf '%s\n' "${BASH_REMATCH[1]}"
+      return
+    fi
+  done <<<"$all"
+  printf '%s\n' "$1"
+}
+
+# Exit with the status of COMMAND, which ends on all hosts together.
+finish() {
+  local now lost=0
+  while true; do
+    if now=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "$inspect"); then
+      lost=0
+      now=${now##*$'\n'}
+      case $now in
+        exited:0) return 0 ;;
+        exited:* | dead:*) return "$(cause "${now#*:}")" ;;
+      esac
+    else
+      now=$(state) || now=unknown
+      case $now in
+        ACTIVE | unknown) lost=$((lost + 1)) ;;
+        *) say "$name is $now: the slices were taken away"; return 75 ;;
+      esac
+      if [ "$lost" -ge 5 ]; then
+        say "the first host of $name has not answered $lost times although it is $now"
+        return 75
+      fi
+    fi
+    pause
+  done
+}
+
+stop() { everywhere "sudo docker stop --time $grace cocoa"; }
+
+delete() { run "${tpus[@]}" delete "$name" "${where[@]}" --force --quiet; }
+
+# Nothing that costs money outlives a failure, unless it was asked for.
+give_back() {
+  local again
+  again=$(shown "${tpus[@]}" delete "$name" "${where[@]}" --force --quiet)
+  if [ -n "$keep" ]; then
+    loud "$name IS LEFT RUNNING AND COSTS MONEY (--keep); to end it: $again"
+  elif delete; then
+    say "$name was deleted after the failure"
+  else
+    loud "$name MAY STILL BE RUNNING AND COST MONEY, deleting it failed; to end it: $again"
+  fi
+}
+
+ended() {
+  local status=$?
+  trap - EXIT
+  [ "$status" -eq 0 ] || give_back
+  exit "$status"
+}
+
+up() {
+  trap ended EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  create
+  wait_active
+  setup
+  start
+}
+
+parse "$@"
+tpus=(gcloud compute tpus queued-resources)
+where=("--project=$project" "--zone=$zone")
+case $verb in
+  create | setup | start | up | log | finish | stop | delete) check; "$verb" ;;
+  wait) check; wait_active ;;
+  *) die "unknown verb $verb (see --help)" ;;
+esac

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Train on a GKE cluster that xpk manages.
+#
+#   xpk.sh VERB --name NAME --cluster CLUSTER --project PROJECT --zone ZONE [options] [-- COMMAND...]
+#
+# Verbs
+#   submit   create the workload                       needs --tpu-type and --image
+#   finish   wait until it has ended
+#   log      follow the log of the first host          needs kubectl
+#   stop     let COMMAND save and end: the same as delete, whose grace period is --grace
+#   delete   delete the workload
+#
+# Options
+#   --name NAME            of the workload
+#   --cluster CLUSTER      of xpk
+#   --project PROJECT      of Google Cloud
+#   --zone ZONE            of the cluster
+#   --tpu-type TYPE        of a slice, such as v5litepod-16
+#   --slices N             joined over the data-centre network [1]
+#   --spot                 spot capacity, where the cluster provisions it itself
+#   --reservation NAME     a reservation, where the cluster provisions it itself
+#   --image IMAGE          made by launch/Dockerfile
+#   --priority P           very-low, low, medium, high or very-high [medium]
+#   --max-restarts N       after a host was lost [20]
+#   --grace SECONDS        for a save after SIGTERM [600]
+#   --dry-run              print the commands instead of running them
+#   --help                 this text
+#
+# COMMAND runs inside the image, usually: cocoa-stages --base /data/Qwen2-VL-2B-Instruct --run gs://BUCKET/RUN ...
+# Data come by `xpk storage attach`, which mounts a bucket in the workloads of a cluster.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/lib.sh
+source "$here/lib.sh"
+
+verb="" name="" cluster="" project="" zone="" tpu="" slices=1 tier=() image="" priority=medium restarts=20 grace=600
+command=()
+
+parse() {
+  [ $# -gt 0 ] || die "no verb given (see --help)"
+  case $1 in --help | -h) usage "${BASH_SOURCE[0]}"; exit 0 ;; -*) die "a verb comes first, not $1 (see --help)" ;; esac
+  verb=$1
+  shift
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --help | -h) usage "${BASH_SOURCE[0]}"; exit 0 ;;
+      --dry-run) DRY_RUN=1; shift; continue ;;
+      --spot) tier+=(--spot); shift; continue ;;
+      --) shift; command=("$@"); break ;;
+    esac
+    value "$@"
+    case $1 in
+      --name) name=$2 ;;
+      --cluster) cluster=$2 ;;
+      --project) project=$2 ;;
+      --zone) zone=$2 ;;
+      --tpu-type) tpu=$2 ;;
+      --slices) slices=$2 ;;
+      --reservation) tier+=("--reservation=$2") ;;
+      --image) image=$2 ;;
+      --priority) priority=$2 ;;
+      --max-restarts) restarts=$2 ;;
+      --grace) grace=$2 ;;
+      *) die "unknown option $1 (see --help)" ;;
+    esac
+    shift 2
+  done
+}
+
+check() {
+  need "$name" --name "give the workload a name"
+  name "$name" --name
+  need "$cluster" --cluster "see xpk cluster list"
+  need "$project" --project "see gcloud config get project"
+  need "$zone" --zone "that of the cluster"
+  [ "$verb" = submit ] || return 0
+  need "$tpu" --tpu-type "such as v5litepod-16"
+  image "$image" --image
+  [ ${#tier[@]} -le 1 ] || die "--spot and --reservation exclude each other: give one of them"
+  [ ${#command[@]} -gt 0 ] || die "no command given: put it after --"
+  whole "$slices" --slices
+  [ "$slices" -ge 1 ] || die "--slices is $slices: give 1 or more"
+  whole "$restarts" --max-restarts
+  whole "$grace" --grace
+  [[ " very-low low medium high very-high " == *" $priority "* ]] ||
+    die "--priority is '$priority': give very-low, low, medium, high or very-high"
+}
+
+submit() {
+  # Without --restart-on-user-code-failure xpk takes a stage that saved and asks to be tried again for a failure.
+  if ! run xpk workload create "--workload=$name" "${where[@]}" "--tpu-type=$tpu" "--num-slices=$slices" \
+    "--docker-image=$image" "--priority=$priority" "--max-restarts=$restarts" --restart-on-user-code-failure \
+    "--termination-grace-period-seconds=$grace" "${tier[@]}" "--command=$(shown "${command[@]}")"; then
+    loud "xpk failed; should a workload $name exist, it COSTS MONEY; to end it: $(shown xpk workload delete \
+      "--workload=$name" "${where[@]}" --force)"
+    return 1
+  fi
+}
+
+finish() {
+  run xpk workload list "${where[@]}" "--wait-for-job-completion=$name" || {
+    local status=$?
+    loud "$name has failed, or could not be waited for; it MAY STILL BE RUNNING AND COST MONEY; to end it: $(shown \
+      xpk workload delete "--workload=$name" "${where[@]}" --force)"
+    return "$status"
+  }
+}
+
+log() {
+  run kubectl logs --follow --tail=-1 \
+    "--selector=jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+}
+
+delete() { run xpk workload delete "--workload=$name" "${where[@]}" --force; }
+
+stop() { delete; }
+
+parse "$@"
+where=("--cluster=$cluster" "--project=$project" "--zone=$zone")
+check
+case $verb in
+  submit | finish | log | stop | delete) "$verb" ;;
+  *) die "unknown verb $verb (see --help)" ;;
+esac

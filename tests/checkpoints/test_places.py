@@ -1,0 +1,102 @@
+"""Folders in buckets: what is not an array goes there and comes back; the bucket is one in memory.
+
+Arrays are Orbax's and TensorStore's own business there, and are not tested here.
+"""
+
+import json
+import re
+import sys
+
+import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+
+from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.checkpoints.errors import CheckpointError
+from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone
+from cocoa_jax.checkpoints.places import carry, fetch, folder_at, is_remote, twin
+from cocoa_jax.config import SettingsError
+from cocoa_jax.training.loop import _check_settings
+from cocoa_jax.training.metrics import MetricsWriter
+
+
+class Bucket(MemoryFileSystem):
+    """What `gs://` leads to in these tests."""
+
+    protocol = ("gcs", "gs")
+    store: dict = {}  # noqa: RUF012
+    pseudo_dirs: list = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + re.sub(r"^(gs|gcs)://", "", str(path)).strip("/")
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """An empty one; what stands in for it on this machine lies in tmp_path."""
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gcs", Bucket)
+    backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+    yield Bucket.store
+    backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+
+
+def test_local_folders_are_their_own_twins(tmp_path):
+    assert not is_remote(tmp_path) and twin(tmp_path) == folder_at(tmp_path) == fetch(tmp_path) == tmp_path
+    carry(tmp_path)
+    assert twin("gs://b/run") != twin("gs://b/other") and str(folder_at("gs://b/run")) == "gs://b/run"
+
+
+def test_files_go_and_come(bucket):
+    local = twin("gs://b/run")
+    (local / "tensorboard").mkdir(parents=True)
+    (local / "metrics.jsonl").write_text("line\n")
+    (local / "tensorboard" / "events").write_bytes(b"\0\1")
+    carry("gs://b/run")
+    assert sorted(bucket) == ["/b/run/metrics.jsonl", "/b/run/tensorboard/events"]
+    (local / "metrics.jsonl").write_text("other\n")
+    assert (fetch("gs://b/run") / "metrics.jsonl").read_text() == "line\n"
+
+
+def test_a_backbone_goes_with_its_stage_and_is_opened_there(bucket, backbone):
+    folder = carry_backbone(backbone, "gs://b/run/1-warmup")
+    assert folder == backbone_folder("gs://b/run/1-warmup")
+    names = {path.removeprefix("/b/run/1-warmup/backbone/") for path in bucket}
+    assert {"config.json", "tokenizer.json"} <= names and not any("safetensors" in name for name in names)
+    del bucket["/b/run/1-warmup/backbone/tokenizer.json"]  # killed on the way
+    carry_backbone(backbone, "gs://b/run/1-warmup")
+    opened = open_backbone("gs://b/run/1-warmup")
+    assert opened.trained and opened.config == open_backbone(backbone).config
+    assert (opened.side_files / "tokenizer.json").read_bytes() == (backbone / "tokenizer.json").read_bytes()
+    with pytest.raises(CheckpointError, match="gs://b/elsewhere is not a trained stage"):
+        open_backbone("gs://b/elsewhere")
+
+
+def test_settings_are_kept_and_compared(bucket):
+    path = folder_at("gs://b/run") / "config.json"
+    _check_settings(path, {"seed": 3})
+    _check_settings(path, {"seed": 3, "mesh": {"fsdp": 4}})
+    assert json.loads(bucket["/b/run/config.json"].getvalue()) == {"seed": 3}
+    with pytest.raises(SettingsError, match=r"gs://b/run was made with other settings \(seed: 3, 4\)"):
+        _check_settings(path, {"seed": 4})
+
+
+def test_metrics_follow_at_every_checkpoint_and_are_continued(bucket):
+    def written() -> list[int]:
+        return [json.loads(line)["step"] for line in bucket["/b/run/metrics.jsonl"].getvalue().splitlines()]
+
+    with MetricsWriter("gs://b/run", "bridge", 0, 9) as writer:
+        for step in range(4):
+            writer.write(step, {"loss": 1.0}, 1)
+            if step == 1:
+                writer.carry()
+                assert written() == [0, 1]
+    assert written() == [0, 1, 2, 3]
+    (twin("gs://b/run") / "metrics.jsonl").unlink()  # another machine goes on from step 2
+    with MetricsWriter("gs://b/run", "bridge", 2, 9) as writer:
+        writer.write(2, {"loss": 2.0}, 1)
+    assert written() == [0, 1, 2]
+    assert any(path.startswith("/b/run/tensorboard/events") for path in bucket)

@@ -1,0 +1,66 @@
+"""The launch scripts, run against commands that only write down how they were called."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SCRIPTS = HERE.parents[1] / "launch"
+
+
+@dataclasses.dataclass
+class Ended:
+    """What a script left behind."""
+
+    status: int
+    output: str
+    errors: str
+    calls: list[list[str]]
+
+    @property
+    def lines(self) -> list[str]:
+        """The commands it ran."""
+        return [" ".join(call) for call in self.calls]
+
+
+class Desk:
+    """A PATH on which the cloud's commands are stand-ins."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("gcloud", "kubectl", "xpk", "cocoa"):
+            path = folder / name
+            path.write_text(f"#!{sys.executable}\n" + (HERE / "stand_in.py").read_text())
+            path.chmod(0o755)
+
+    def start(self, script: str, *words: str, answers: Mapping[str, list] | None = None) -> subprocess.Popen:
+        (self.folder / "answers").write_text(json.dumps(answers or {}))
+        (self.folder / "calls").write_text("")
+        environment = {
+            **os.environ,
+            "PATH": f"{self.folder}:{os.environ['PATH']}",
+            "CALLS": str(self.folder / "calls"),
+            "ANSWERS": str(self.folder / "answers"),
+            "COCOA_POLL_SECONDS": "0",
+        }
+        command = [str(SCRIPTS / script), *words]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
+
+    def run(self, script: str, *words: str, answers: Mapping[str, list] | None = None) -> Ended:
+        process = self.start(script, *words, answers=answers)
+        output, errors = process.communicate(timeout=60)
+        return Ended(process.returncode, output, errors, self.calls())
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)

@@ -1,0 +1,139 @@
+"""The exact command lines, against golden files; every flag of theirs is one that public documentation lists."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SCRIPTS = HERE.parents[1] / "launch"
+FLAGS = json.loads((SCRIPTS / "flags.json").read_text())
+
+AT = "--name cocoa --project my-project --zone us-central1-a"
+IMAGE = "--image us-docker.pkg.dev/my-project/repo/cocoa:1"
+COMMAND = "-- cocoa-stages --base '/data/my model' --run gs://bucket/run"
+V5E = "--runtime v2-alpha-tpuv5-lite"
+STAGES = "--base /data/Qwen2-VL-2B-Instruct --run gs://bucket/run --configs /data/configs"
+XPK = f"{AT} --cluster my-cluster"
+
+CASES = {
+    "queued-create": f"queued.sh create {AT} --accelerator v5litepod-16 {V5E}",
+    "queued-create-spot": f"queued.sh create {AT} --type v5litepod --topology 8x8 {V5E} --spot --valid-until 6h",
+    "queued-create-slices": (
+        f"queued.sh create {AT} --accelerator v5litepod-256 {V5E} --slices 2 --reserved --service-account a@b.c"
+    ),
+    "queued-wait": f"queued.sh wait {AT}",
+    "queued-setup": f"queued.sh setup {AT} {IMAGE} --data gs://bucket/data",
+    "queued-start": f"queued.sh start {AT} {IMAGE} --grace 300 {COMMAND}",
+    "queued-up": f"queued.sh up {AT} --accelerator v5litepod-16 {V5E} {IMAGE} --data gs://bucket/data {COMMAND}",
+    "queued-log": f"queued.sh log {AT}",
+    "queued-finish": f"queued.sh finish {AT}",
+    "queued-stop": f"queued.sh stop {AT}",
+    "queued-delete": f"queued.sh delete {AT}",
+    "gke-submit": f"gke.sh submit --name cocoa --type v5e --topology 4x4 {IMAGE} {COMMAND}",
+    "gke-submit-slices": (
+        f"gke.sh submit --name cocoa --namespace ml --type v6e --topology 16x16 --slices 2 --spot {IMAGE} "
+        f"--data gs://bucket/some/data --service-account trainer --max-restarts 5 --grace 300 {COMMAND}"
+    ),
+    "gke-submit-one-chip": (
+        f"gke.sh submit --name cocoa --type v5e --topology 1x1 --reservation mine {IMAGE} --data gs://bucket {COMMAND}"
+    ),
+    "gke-log": "gke.sh log --name cocoa",
+    "gke-finish": "gke.sh finish --name cocoa",
+    "gke-stop": "gke.sh stop --name cocoa --namespace ml",
+    "gke-delete": "gke.sh delete --name cocoa",
+    "xpk-submit": f"xpk.sh submit {XPK} --tpu-type v5litepod-16 {IMAGE} {COMMAND}",
+    "xpk-submit-slices": (
+        f"xpk.sh submit {XPK} --tpu-type v6e-256 --slices 2 --spot {IMAGE} --priority high --max-restarts 5 {COMMAND}"
+    ),
+    "xpk-submit-reservation": f"xpk.sh submit {XPK} --tpu-type v5p-128 --reservation mine {IMAGE} {COMMAND}",
+    "xpk-finish": f"xpk.sh finish {XPK}",
+    "xpk-log": f"xpk.sh log {XPK}",
+    "xpk-delete": f"xpk.sh delete {XPK}",
+    "stages": "stages.sh --base /data/model --run gs://bucket/run --configs /data/configs/",
+    "stages-two": "stages.sh --base m --run out --stages 1-warmup,3-contrastive -- --loop.steps=3 --mesh.fsdp=4",
+    "pipeline-queued": f"pipeline.sh queued {AT} --accelerator v5litepod-16 {V5E} --spot {IMAGE} {STAGES}",
+    "pipeline-gke": f"pipeline.sh gke --name cocoa --type v5p --topology 2x2x4 {IMAGE} {STAGES} -- --mesh.fsdp=16",
+    "pipeline-xpk": f"pipeline.sh xpk {XPK} --tpu-type v5litepod-64 {IMAGE} {STAGES}",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_command_lines(desk, case):
+    """`--dry-run` prints them and runs nothing."""
+    script, *words = shlex.split(CASES[case])
+    at = words.index("--") if "--" in words else len(words)
+    ended = desk.run(script, *words[:at], "--dry-run", *words[at:])
+    assert ended.status == 0, ended.errors
+    assert ended.calls == []
+    golden = HERE / "golden" / f"{case}.txt"
+    assert ended.output == golden.read_text()
+    for line in ended.output.splitlines():
+        if line.startswith(("gcloud ", "kubectl ", "xpk ")):
+            check_flags(shlex.split(line))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("stages", "pipeline"))])
+def test_what_is_run_is_what_was_printed(desk, case):
+    script, *words = shlex.split(CASES[case])
+    answers = {"describe": [[0, "ACTIVE"]], "inspect": [[0, "exited:0"]], "get jobset": [[0, "Completed"]]}
+    ended = desk.run(script, *words, answers=answers)
+    assert ended.status == 0, ended.errors
+    printed = (HERE / "golden" / f"{case}.txt").read_text().splitlines()
+    assert ended.calls == [shlex.split(line) for line in printed if line.startswith(("gcloud ", "kubectl ", "xpk "))]
+
+
+def check_flags(words: list[str]) -> None:
+    """Every flag of a command is in the table of that command."""
+    commands = [name for name in FLAGS if name != "gcloud"]
+    known = next((name for name in commands if words[: len(name.split())] == name.split()), None)
+    assert known is not None, f"flags.json says nothing about {words[:5]}"
+    for word in words[len(known.split()) :]:
+        if word.startswith("-"):
+            flag = word.split("=")[0]
+            assert flag in FLAGS[known]["flags"] + FLAGS["gcloud"]["flags"] * known.startswith("gcloud "), (known, flag)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "gcloud compute tpus queued-resources create x --reservation=y",
+        "gcloud compute tpus queued-resources delete x --spot",
+        "kubectl create --image=x",
+        "xpk workload create --node-count=2",
+        "gcloud compute tpus locations list",
+    ],
+)
+def test_unknown_flags_fail(line):
+    with pytest.raises(AssertionError):
+        check_flags(shlex.split(line))
+
+
+@pytest.mark.parametrize("script", ["queued.sh", "gke.sh", "xpk.sh", "pipeline.sh", "stages.sh"])
+def test_help_names_every_option_and_every_verb(desk, script):
+    ended = desk.run(script, "--help")
+    assert ended.status == 0 and ended.calls == [] and ended.errors == ""
+    text = (SCRIPTS / script).read_text()
+    for option in re.findall(r"^ +(--[a-z-]+)(?: \| --[a-z-]+)*\)", text, flags=re.MULTILINE):
+        assert option in ended.output, option
+    for verb in re.findall(
+        r"^  ((?:\w+ \| )+\w+)\)", text[text.rindex("case $verb") :] if "$verb" in text else "", re.M
+    ):
+        for name in verb.split(" | "):
+            assert re.search(rf"^  {name}\b", ended.output, re.M), name
+
+
+def test_scripts_are_clean():
+    scripts = sorted(str(path) for path in SCRIPTS.glob("*.sh"))
+    checked = subprocess.run(
+        ["shellcheck", "--external-sources", "--source-path", str(SCRIPTS.parent), *scripts],
+        capture_output=True,
+        text=True,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    for path in map(Path, scripts):
+        if path.name != "lib.sh":
+            assert "\nset -euo pipefail\n" in path.read_text() and path.stat().st_mode & 0o111

@@ -1,0 +1,223 @@
+"""What is checked before anything is made; what is left when something fails: nothing, or a line in capitals."""
+
+import os
+import shlex
+import signal
+import time
+
+import pytest
+
+AT = "--name cocoa --project p --zone z"
+REQUEST = f"{AT} --accelerator v5litepod-16 --runtime v2-alpha-tpuv5-lite --image r/p/i:1"
+GKE = "--name cocoa --type v5e --topology 4x4 --image r/p/i:1"
+XPK = f"{AT} --cluster k --tpu-type v5litepod-16 --image r/p/i:1"
+COMMAND = "-- cocoa-stages --base /data/m --run gs://b/r"
+STAGES = "--base /data/m --run gs://b/r"
+ACTIVE = {"describe": [[0, "ACTIVE"]]}
+FINISHED = {**ACTIVE, "inspect": [[0, "exited:0"]]}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("queued.sh", "no verb given"),
+        ("queued.sh --name x", "a verb comes first, not --name"),
+        ("queued.sh begin --name x --project p --zone z", "unknown verb begin"),
+        ("queued.sh create --project p --zone z", "--name is missing"),
+        (f"queued.sh create --name Co_coa {AT[13:]} --runtime r", "--name is 'Co_coa'"),
+        ("queued.sh delete --name cocoa --zone z", "--project is missing"),
+        ("queued.sh delete --name cocoa --project p", "--zone is missing"),
+        (f"queued.sh create {AT} --accelerator v5litepod-16", "--runtime is missing"),
+        (f"queued.sh create {AT} --runtime r", "--accelerator (or --type) is missing"),
+        (f"queued.sh create {AT} --runtime r --type v5litepod", "--topology is missing"),
+        (f"queued.sh create {AT} --runtime r --accelerator a --type v5litepod", "leave out --type and --topology"),
+        (f"queued.sh create {AT} --runtime r --accelerator a --spot --reserved", "exclude each other"),
+        (f"queued.sh create {AT} --runtime r --accelerator a --slices two", "--slices is 'two'"),
+        (f"queued.sh create {AT} --runtime r --accelerator a --slices 0", "--slices is 0"),
+        (f"queued.sh create {AT} --runtime", "--runtime needs a value"),
+        (f"queued.sh create {AT} --reservation mine", "unknown option --reservation"),
+        (f"queued.sh setup {AT} --image i --data /local", "--data is '/local': give a gs:// path"),
+        (f"queued.sh setup {AT} --image 'i; reboot'", "--image is 'i; reboot'"),
+        (f"queued.sh start {AT} --image i", "no command given"),
+        (f"queued.sh start {AT} {COMMAND}", "--image is missing"),
+        (f"gke.sh submit --name cocoa --topology 4x4 --image i {COMMAND}", "--type is missing"),
+        (f"gke.sh submit --name cocoa --type v4 --topology 4x4 --image i {COMMAND}", "--type is 'v4'"),
+        (f"gke.sh submit --name cocoa --type v5e --image i {COMMAND}", "--topology is missing"),
+        (f"gke.sh submit --name cocoa --type v5e --topology 4by4 --image i {COMMAND}", "--topology is '4by4'"),
+        (f"gke.sh submit --name cocoa --type v5e --topology 3x3 --image i {COMMAND}", "has 9 chips"),
+        (f"gke.sh submit {GKE} --spot --reservation mine {COMMAND}", "exclude each other"),
+        (f"gke.sh submit {GKE} --max-restarts -1 {COMMAND}", "--max-restarts is '-1'"),
+        (f"gke.sh submit {GKE} --namespace 'a b' {COMMAND}", "--namespace is 'a b'"),
+        (f"gke.sh submit {GKE}", "no command given"),
+        (f"xpk.sh submit {AT} --image i --tpu-type t {COMMAND}", "--cluster is missing"),
+        (f"xpk.sh submit {AT} --cluster k --image i {COMMAND}", "--tpu-type is missing"),
+        (f"xpk.sh submit {XPK} --priority urgent {COMMAND}", "--priority is 'urgent'"),
+        (f"xpk.sh submit {XPK} --spot --reservation mine {COMMAND}", "exclude each other"),
+        ("stages.sh --run out", "--base is missing"),
+        ("stages.sh --base m", "--run is missing"),
+        ("stages.sh --base m --run out --stage 1", "unknown option --stage"),
+        ("pipeline.sh", "no backend given"),
+        ("pipeline.sh slurm", "backend is 'slurm'"),
+        (f"pipeline.sh queued {REQUEST} --base /data/m --run out", "--run is 'out': give a gs:// path"),
+        (f"pipeline.sh queued {REQUEST} --run gs://b/r", "--base is missing"),
+        (f"pipeline.sh queued {REQUEST} {STAGES} --attempts many", "--attempts is 'many'"),
+        (f"pipeline.sh queued {AT} --runtime r {STAGES}", "--accelerator (or --type) is missing"),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_named_before_anything_is_made(desk, line, message):
+    ended = desk.run(*shlex.split(line))
+    assert ended.status == 2 and ended.calls == [] and ended.output == ""
+    assert message in ended.errors and ended.errors.count("\n") == 1
+
+
+def up(desk, answers, *more):
+    return desk.run("queued.sh", *shlex.split(f"up {REQUEST}"), *more, *shlex.split(COMMAND), answers=answers)
+
+
+@pytest.mark.parametrize(
+    ("answers", "made"),
+    [
+        ({"create": [[1, ""]]}, ["create"]),
+        ({"describe": [[0, "WAITING_FOR_RESOURCES"], [0, "FAILED"]]}, ["create", "describe", "describe"]),
+        ({"describe": [[1, ""]]}, ["create", *["describe"] * 5]),
+        ({**ACTIVE, "docker pull": [[1, "worker 3: no space left"]]}, ["create", "describe", "ssh"]),
+        ({**ACTIVE, "docker run": [[1, ""]]}, ["create", "describe", "ssh", "ssh"]),
+    ],
+    ids=["create", "never-there", "no-answer", "setup-on-one-host", "start"],
+)
+def test_whatever_fails_the_slices_are_given_back(desk, answers, made):
+    ended = up(desk, answers)
+    assert ended.status != 0
+    assert [call[4] for call in ended.calls] == [*made, "delete"]
+    assert "cocoa was deleted after the failure" in ended.errors
+
+
+def test_slices_that_cannot_be_given_back_are_named_loudly(desk):
+    ended = up(desk, {"docker pull": [[1, ""]], "delete": [[1, ""]], **ACTIVE})
+    assert ended.status != 0
+    line = next(line for line in ended.errors.splitlines() if line.startswith("!!!"))
+    assert "cocoa MAY STILL BE RUNNING AND COST MONEY" in line
+    assert line.endswith("gcloud compute tpus queued-resources delete cocoa --project=p --zone=z --force --quiet")
+
+
+def test_slices_that_are_to_be_kept_are_named_loudly(desk):
+    ended = up(desk, {"docker pull": [[1, ""]], **ACTIVE}, "--keep")
+    assert ended.status != 0 and not any("delete" in call for call in ended.calls)
+    assert "!!! queued.sh: cocoa IS LEFT RUNNING AND COSTS MONEY (--keep)" in ended.errors
+
+
+def test_interrupted_while_it_waits_it_gives_back(desk):
+    words = shlex.split(f"up {REQUEST} {COMMAND}")
+    process = desk.start("queued.sh", *words, answers={"describe": [[0, "WAITING_FOR_RESOURCES"]]})
+    while not any("describe" in call for call in desk.calls()):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and desk.calls()[-1][4] == "delete", errors
+
+
+def test_success_leaves_the_slices(desk):
+    ended = up(desk, ACTIVE)
+    assert ended.status == 0 and [call[4] for call in ended.calls] == ["create", "describe", "ssh", "ssh"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "status"),
+    [
+        ({"inspect": [[0, "running:0"], [0, "exited:0"]]}, 0),
+        ({"inspect": [[0, "exited:75"]]}, 75),
+        ({"worker=all": [[0, "exited:134\nexited:1\nexited:134"]], "worker=0": [[0, "exited:134"]]}, 1),
+        ({"worker=all": [[0, "exited:134\nexited:137"]], "worker=0": [[0, "exited:134"]]}, 134),
+        ({"inspect": [[255, ""]], "describe": [[0, "SUSPENDED"]]}, 75),
+        ({"inspect": [[255, ""], [0, "exited:0"]], "describe": [[0, "ACTIVE"]]}, 0),
+        ({"inspect": [[255, ""]], "describe": [[0, "ACTIVE"]]}, 75),
+    ],
+    ids=["done", "saved", "error-on-one-host", "host-killed", "preempted", "lost-once", "lost"],
+)
+def test_how_a_run_ended(desk, answers, status):
+    assert desk.run("queued.sh", *shlex.split(f"finish {AT}"), answers=answers).status == status
+
+
+def pipeline(desk, answers, *more):
+    words = shlex.split(f"queued {REQUEST} {STAGES}")
+    ended = desk.run("pipeline.sh", *words, *more, answers=answers)
+    return ended, [call[4] if call[4] != "ssh" else call[-1].removeprefix("--command=") for call in ended.calls]
+
+
+def test_a_pipeline_that_is_preempted_asks_again_and_continues(desk):
+    answers = {
+        "inspect": [[255, ""], [0, "exited:0"]],
+        "describe": [[0, "ACTIVE"], [0, "SUSPENDED"], [0, "SUSPENDED"], [0, "ACTIVE"]],
+    }
+    ended, done = pipeline(desk, answers)
+    assert ended.status == 0, ended.errors
+    starts = [line for line in done if "docker run" in line]
+    assert len(starts) == 2 and starts[0] == starts[1]  # the same command picks up where it was
+    assert [word for word in done if word in ("create", "delete")] == ["create", "delete", "create", "delete"]
+    assert done[-1] == "delete" and "all stages are finished: gs://b/r" in ended.errors
+
+
+def test_a_pipeline_whose_slices_are_still_there_starts_on_them(desk):
+    answers = {"worker=all.*inspect": [[0, "exited:75"]], "inspect": [[0, "exited:75"], [0, "exited:0"]], **ACTIVE}
+    ended, done = pipeline(desk, answers)
+    assert ended.status == 0, ended.errors
+    assert sum("docker run" in line for line in done) == 2
+    assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
+
+
+def test_a_pipeline_stops_at_an_error_that_stays_and_gives_back(desk):
+    ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]]})
+    assert ended.status == 1 and done[-1] == "delete" and sum("docker run" in line for line in done) == 1
+    assert "the stages have failed with status 1" in ended.errors
+    ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]]}, "--keep")
+    assert "delete" not in done and "ARE LEFT RUNNING AND COST MONEY (--keep)" in ended.errors
+    ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]], "delete": [[1, ""]]})
+    assert "MAY STILL BE RUNNING AND COST MONEY" in ended.errors
+
+
+def test_a_pipeline_gives_up_after_its_attempts(desk):
+    ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:75"]]}, "--attempts", "3")
+    assert ended.status == 75 and sum("docker run" in line for line in done) == 3 and done[-1] == "delete"
+
+
+@pytest.mark.parametrize("backend", ["gke", "xpk"])
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_pipeline_on_a_cluster_leaves_nothing(desk, backend, failing):
+    answers = {
+        "get jobset": [[0, ""], [0, "Failed" if failing else "Completed"]],
+        "workload list": [[int(failing), ""]],
+    }
+    words = shlex.split(f"{backend} {GKE if backend == 'gke' else XPK} {STAGES}")
+    ended = desk.run("pipeline.sh", *words, answers=answers)
+    assert (ended.status != 0) == failing, ended.errors
+    assert "delete" in ended.calls[-1]
+
+
+@pytest.mark.parametrize(("script", "words"), [("gke.sh", GKE), ("xpk.sh", XPK)])
+def test_a_submission_that_fails_says_what_may_be_left(desk, script, words):
+    ended = desk.run(script, *shlex.split(f"submit {words} {COMMAND}"), answers={"create": [[1, ""]]})
+    assert ended.status == 1 and "COSTS MONEY; to end it:" in ended.errors
+
+
+def test_stages_run_in_order_and_a_failure_ends_them(desk):
+    words = shlex.split("--base m --run out --configs c -- --seed=3")
+    ended = desk.run("stages.sh", *words)
+    assert ended.status == 0, ended.errors
+    assert ended.lines == [
+        "cocoa train --config c/1-warmup.yaml --checkpoint=m --output=out/1-warmup --seed=3",
+        "cocoa train --config c/2-bridge.yaml --checkpoint=out/1-warmup --output=out/2-bridge --seed=3",
+        "cocoa train --config c/3-contrastive.yaml --checkpoint=out/2-bridge --output=out/3-contrastive --seed=3",
+    ]
+    ended = desk.run("stages.sh", *words, answers={"2-bridge.yaml": [[75, ""]]})
+    assert ended.status == 75 and len(ended.calls) == 2
+    assert "out/2-bridge ended with status 75: the same command continues" in ended.errors
+
+
+def test_a_stage_is_told_to_stop_and_its_status_is_that_of_the_stages(desk):
+    process = desk.start("stages.sh", "--base", "m", "--run", "out", answers={"cocoa": [[0, "sleep 30"]]})
+    while not desk.calls():
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 143  # what the stand-in, which knows no SIGTERM, ends with

@@ -1,0 +1,186 @@
+"""Several processes of one run: they are one, they stop together, and none outlives another by more than a minute."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cocoa_jax.config import DistributedConfig, SettingsError
+from cocoa_jax.training.hosts import COORDINATOR, COUNT, INDEX, Peers, RowShare, _shared, peers, placed
+from cocoa_jax.training.loop import STOPPED
+
+WORKER = Path(__file__).with_name("host_run.py")
+STEPS = 6
+ENVIRONMENT = {COORDINATOR: "10.0.0.1:8482", COUNT: "4", INDEX: "3"}
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "found"),
+    [
+        ({}, {}, None),
+        ({}, ENVIRONMENT, Peers("10.0.0.1:8482", 4, 3)),
+        ({"process": 0}, ENVIRONMENT, Peers("10.0.0.1:8482", 4, 0)),
+        ({"coordinator": "a:1", "processes": 2, "process": 0}, {}, Peers("a:1", 2, 0)),
+        ({"mode": "off"}, ENVIRONMENT, None),
+        ({"mode": "on"}, {}, Peers()),  # JAX finds them
+        ({}, {"TPU_WORKER_HOSTNAMES": "a,b"}, Peers()),
+        ({}, {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({}, {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, Peers()),
+    ],
+    ids=str,
+)
+def test_how_processes_find_each_other(config, environment, found):
+    assert peers(DistributedConfig(**config), environment) == found
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "message"),
+    [
+        ({"coordinator": "a:1"}, {}, f"missing ['distributed.processes or {COUNT}', 'distributed.process or {INDEX}']"),
+        ({}, {COUNT: "2", INDEX: "0"}, f"missing ['distributed.coordinator or {COORDINATOR}']"),
+        ({}, {**ENVIRONMENT, INDEX: "first"}, f"{INDEX} is 'first'"),
+    ],
+)
+def test_half_a_description_is_refused(config, environment, message):
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        peers(DistributedConfig(**config), environment)
+
+
+@pytest.mark.parametrize(
+    ("owned", "process", "share"),
+    [
+        ({0: (0, 1), 1: (2, 3)}, 1, (1, 2, [0, 1, 2, 3])),
+        ({0: (0, 1, 4, 5), 1: (2, 3, 6, 7)}, 0, (0, 2, [0, 1, 4, 5, 2, 3, 6, 7])),  # hosts of 2x2 chips in a 4x4 slice
+        ({0: (1,), 1: (0,)}, 1, (1, 2, [1, 0])),
+        ({0: (0,), 1: (0,), 2: (1,), 3: (1,)}, 3, (1, 2, [0, 1])),  # tensor over two hosts
+    ],
+)
+def test_shares(owned, process, share):
+    found = _shared(owned, process)
+    assert (found.index, found.count, found.order.tolist()) == share
+
+
+def test_rows_that_hosts_hold_in_part_are_refused():
+    with pytest.raises(SettingsError, match=r"which overlap: make mesh\.tensor divide"):
+        _shared({0: (0, 1), 1: (1, 2)}, 0)
+
+
+@given(st.permutations(range(6)), st.integers(1, 3), st.integers(1, 3), st.data())
+def test_examples_are_found_where_their_rows_are_laid(order, per_block, slots, data):
+    """Rows that are planned one after another, laid out as the mesh does, hold at `placed` what was planned."""
+    rows = 6 * per_block
+    example = np.array(data.draw(st.lists(st.integers(-1, rows * slots - 1), max_size=9)), np.int32)
+    planned = np.arange(rows * slots).reshape(6, per_block * slots)
+    laid = np.empty_like(planned)
+    laid[list(order)] = planned  # block j of the plan becomes block order[j] of the mesh
+    found = placed(example, RowShare(0, 1, np.array(order)), rows, slots)
+    assert found.dtype == example.dtype
+    np.testing.assert_array_equal(np.where(found < 0, -1, laid.reshape(-1)[found]), example)
+
+
+# ------------------------------------------------------------------------------------------------ real processes
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, backbone, stage_settings):
+    """What the runs of this file share: settings, and programs that were compiled."""
+    return backbone, stage_settings, tmp_path_factory.mktemp("compiled")
+
+
+def settings_of(shared, output: Path, stage: str, steps: int = STEPS) -> Path:
+    backbone, stage_settings, _ = shared
+    settings = stage_settings(stage, backbone, output, loop={"steps": steps, "checkpoint_every": 4})
+    settings |= {"mesh": {"fsdp": 2}, "distributed": {"heartbeat": 5}, "compute": {"attention": "reference"}}
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def start(shared, config: Path, processes: int, tell: tuple[int, int, int] = (-1, 0, -1), **more: str):
+    """Start a run on 8 devices; ``tell`` is which process gets which signal at which step."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = []
+    for index in range(processes):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+            "JAX_COMPILATION_CACHE_DIR": str(shared[2]),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+            **more,
+        }
+        if processes > 1:
+            environment |= {COORDINATOR: address, COUNT: str(processes), INDEX: str(index)}
+        told = tell[1:] if index == tell[0] else (0, -1)
+        command = [sys.executable, str(WORKER), str(config), *map(str, told)]
+        log = config.with_suffix(f".{index}.log").open("w")
+        started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True))
+    return started
+
+
+def statuses(started, seconds: int = 150) -> list[int]:
+    """How processes ended; none is left."""
+    try:
+        end = time.monotonic() + seconds
+        return [process.wait(max(1, end - time.monotonic())) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    return [line["loss"] for line in lines]
+
+
+def test_two_processes_are_one_run_and_continue_on_one_and_on_two(shared, tmp_path):
+    """Stage 3, whose loss sees all rows: on 8 devices of one process; and on 2 x 4, then 8, then 2 x 4 again."""
+    alone = settings_of(shared, tmp_path / "alone", "contrastive")
+    assert statuses(start(shared, alone, 1)) == [0], (tmp_path / "alone.0.log").read_text()
+
+    def logs() -> str:
+        return "\n".join(path.read_text()[-3000:] for path in sorted(tmp_path.glob("moved.*.log")))
+
+    moved = settings_of(shared, tmp_path / "moved", "contrastive")
+    # SIGTERM reaches one process; both save the same step and ask to be tried again.
+    assert statuses(start(shared, moved, 2, (1, signal.SIGTERM, 0))) == [STOPPED, STOPPED], logs()
+    first = len(losses(tmp_path / "moved"))
+    assert 1 <= first < STEPS - 1
+    assert "cocoa: stopped at step" in (tmp_path / "moved.0.log").read_text()
+    assert statuses(start(shared, moved, 1, (0, signal.SIGTERM, first))) == [STOPPED], logs()
+    assert first < len(losses(tmp_path / "moved")) < STEPS
+    # The rest on hosts whose devices lie between each other's.
+    assert statuses(start(shared, moved, 2, INTERLEAVED="1")) == [0, 0], logs()
+    # Sums run in another order; 1e-5 is a hundred roundings of float32.
+    np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "alone"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_dies_ends_the_others_within_a_minute(shared, tmp_path, killed):
+    config = settings_of(shared, tmp_path / "run", "bridge", steps=100_000)
+    started = start(shared, config, 2, (killed, signal.SIGKILL, 3))
+    try:
+        assert started[killed].wait(100) == -signal.SIGKILL
+        before = time.monotonic()
+        status = started[1 - killed].wait(100)
+        # The promise to users, not a measurement.
+        assert time.monotonic() - before < 60
+    finally:
+        statuses(started)
+    text = config.with_suffix(f".{1 - killed}.log").read_text()
+    assert status != 0
+    assert "another process" in text.lower() or "another task died" in text, text[-3000:]
