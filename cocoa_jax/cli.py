@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 def commands() -> dict[str, Command | Group]:
     """Every sub-command by name."""
     # They pull in JAX; they are imported when somebody calls, not when somebody imports this module.
-    from cocoa_jax.commands import adapter, conversion, data, planning, profiling, reading, training
+    from cocoa_jax.commands import adapter, conversion, data, planning, probing, profiling, reading, training
 
     return {
         "demo": training.DEMO,
+        "run": training.RUN,
         "init": training.INIT,
         "train": training.TRAIN,
         "evaluate": reading.EVALUATE,
         "embed": reading.EMBED,
         "report": reading.REPORT,
+        "probe": probing.PROBE,
         "adapter": adapter.GROUP,
         "convert": conversion.GROUP,
         "data": data.GROUP,

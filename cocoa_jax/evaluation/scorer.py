@@ -1,11 +1,11 @@
-"""Precision@1 and hit@10 by cosine, in numpy, from embeddings of unit length."""
+"""Precision@1 and hit@k by cosine, in numpy, from embeddings of unit length."""
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 TIE = 1e-7  # cosines closer than this are equal: float32 resolves 6e-8 near 1
 UNIT_TOLERANCE = 1e-3
@@ -34,42 +34,76 @@ class EmbeddingError(ValueError):
     """Embeddings that cannot be scored."""
 
 
-def score(
-    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"], relevant: Sequence[AbstractSet[int]]
-) -> Score:
-    """Ranks all candidates for every query by cosine.
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Where the right candidates of every query stand.
 
-    Candidates must be distinct contents; `relevant[q]` holds the indices of those right for query q, at least one.
-    Memory: CHUNK cosines.
+    `above` counts the wrong candidates that are nearer than the best right one, `level` those that are nearer or tie;
+    `right` and `wrong` are the cosines of the best right and the best wrong one, the latter NaN where there is none.
+    """
+
+    above: Int[np.ndarray, " Q"]
+    level: Int[np.ndarray, " Q"]
+    right: Float[np.ndarray, " Q"]
+    wrong: Float[np.ndarray, " Q"]
+
+    @property
+    def tied(self) -> Bool[np.ndarray, " Q"]:
+        """Queries at whose top a right and a wrong candidate tie."""
+        return (self.above == 0) & (self.level > 0)
+
+
+def rank(
+    queries: Float[np.ndarray, "Q D"],
+    candidates: Float[np.ndarray, "C D"],
+    relevant: Sequence[AbstractSet[int]],
+    lists: Sequence[Int[np.ndarray, " n"]] | None = None,
+    tokens: int = 1,
+) -> Ranks:
+    """Compares the right candidates of every query with its wrong ones, by cosine.
+
+    Candidates must be distinct contents; `relevant[q]` holds the indices of those right for query q, at least one;
+    `lists[q]` names those that are compared at all (one named twice counts once), None all. `tokens`: see
+    `similarities`. Memory: CHUNK cosines.
 
     Raises:
         EmbeddingError: rows that are not finite or not of unit length, or widths that differ.
-        ValueError: `relevant` does not fit the queries and candidates.
+        ValueError: `relevant` or `lists` do not fit the queries and candidates.
     """
     queries, candidates = _checked(queries, candidates)
-    count = len(candidates)
-    if len(relevant) != len(queries):
-        raise ValueError(f"{len(relevant)} sets of right candidates for {len(queries)} queries: give one a query")
-    for index, right in enumerate(relevant):
-        if not right or min(right) < 0 or max(right) >= count:
-            raise ValueError(
-                f"right candidates of query {index} are {sorted(right)}: give at least one, each below {count}"
-            )
-    first = near = tied = 0
-    for start, cosines in _chunks(queries, candidates):
-        mask = np.zeros(cosines.shape, bool)
+    count, total = len(candidates), len(queries)
+    _check_indices(total, count, relevant, lists)
+    above, level = np.zeros(total, np.int64), np.zeros(total, np.int64)
+    best, rival = np.zeros(total), np.zeros(total)
+    for start, cosines in _chunks(queries, candidates, tokens):
+        right, wrong = np.zeros(cosines.shape, bool), np.full(cosines.shape, lists is None)
         for row in range(len(cosines)):
-            mask[row, list(relevant[start + row])] = True
-        best = np.where(mask, cosines, -np.inf).max(axis=1, keepdims=True)
-        above = (~mask & (cosines > best + TIE)).sum(axis=1)
-        level = (~mask & (cosines >= best - TIE)).sum(axis=1)  # the wrong candidates that are above or tie
-        first += int((level == 0).sum())
-        near += int((level < 10).sum())
-        tied += int(((above == 0) & (level > 0)).sum())
-    total = len(queries)
+            if lists is not None:
+                wrong[row, lists[start + row]] = True
+            right[row, list(relevant[start + row])] = True
+        wrong &= ~right
+        nearest_right = np.where(right, cosines, -np.inf).max(axis=1, keepdims=True)
+        rows = slice(start, start + len(cosines))
+        above[rows] = (wrong & (cosines > nearest_right + TIE)).sum(axis=1)
+        level[rows] = (wrong & (cosines >= nearest_right - TIE)).sum(axis=1)
+        best[rows] = nearest_right[:, 0]
+        rival[rows] = np.where(wrong, cosines, -np.inf).max(axis=1)
+    return Ranks(above, level, best, np.where(np.isfinite(rival), rival, np.nan))
+
+
+def score(
+    queries: Float[np.ndarray, "Q D"],
+    candidates: Float[np.ndarray, "C D"],
+    relevant: Sequence[AbstractSet[int]],
+    tokens: int = 1,
+) -> Score:
+    """Ranks all candidates for every query; see `rank`."""
+    ranks = rank(queries, candidates, relevant, tokens=tokens)
+    total, count = len(queries), len(candidates)
+    first, tied = int((ranks.level == 0).sum()), int(ranks.tied.sum())
     return Score(
         p_at_1=first / total,
-        hit_at_10=near / total,
+        hit_at_10=int((ranks.level < 10).sum()) / total,
         ties=tied,
         chance=sum(len(right) for right in relevant) / (count * total),
         queries=total,
@@ -79,7 +113,7 @@ def score(
 
 
 def nearest(
-    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"], k: int
+    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"], k: int, tokens: int = 1
 ) -> tuple[Int[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
     """The k nearest candidates of every query and their cosines, nearest first; ties by the lower index.
 
@@ -92,11 +126,27 @@ def nearest(
         raise ValueError(f"k is {k}, there are {len(candidates)} candidates: choose k from 1 to that")
     indices = np.empty((len(queries), k), np.int64)
     cosines = np.empty((len(queries), k), np.float64)
-    for start, block in _chunks(queries, candidates):
+    for start, block in _chunks(queries, candidates, tokens):
         order = np.argsort(-block, axis=1, kind="stable")[:, :k]
         indices[start : start + len(block)] = order
         cosines[start : start + len(block)] = np.take_along_axis(block, order, axis=1)
     return indices, cosines
+
+
+def _check_indices(
+    total: int, count: int, relevant: Sequence[AbstractSet[int]], lists: Sequence[Int[np.ndarray, " n"]] | None
+) -> None:
+    for what, given in (("sets of right candidates", relevant), ("lists of candidates", lists)):
+        if given is not None and len(given) != total:
+            raise ValueError(f"{len(given)} {what} for {total} queries: give one a query")
+    for index, right in enumerate(relevant):
+        if not right or min(right) < 0 or max(right) >= count:
+            raise ValueError(
+                f"right candidates of query {index} are {sorted(right)}: give at least one, each below {count}"
+            )
+    for index, listed in enumerate(lists or ()):
+        if len(listed) and not 0 <= listed.min() <= listed.max() < count:
+            raise ValueError(f"candidates of query {index} go from {listed.min()} to {listed.max()}, not below {count}")
 
 
 def _checked(
@@ -128,8 +178,27 @@ def _checked(
 
 
 def _chunks(
-    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"]
+    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"], tokens: int
 ) -> Iterator[tuple[int, Float[np.ndarray, "q C"]]]:
     rows = max(1, CHUNK // len(candidates))
     for start in range(0, len(queries), rows):
-        yield start, queries[start : start + rows] @ candidates.T
+        yield start, similarities(queries[start : start + rows], candidates, tokens)
+
+
+def similarities(
+    queries: Float[np.ndarray, "q D"], candidates: Float[np.ndarray, "C D"], tokens: int
+) -> Float[np.ndarray, "q C"]:
+    """Cosines of rows of unit length; of several tokens, the mean over the query's of the nearest of the candidate's.
+
+    Memory: three times what it returns, whatever the number of tokens.
+    """
+    if tokens == 1:
+        return queries @ candidates.T
+    asked, shown = (np.split(rows, tokens, axis=1) for rows in (queries, candidates))
+    total = np.zeros((len(queries), len(candidates)))
+    for one in asked:
+        best = one @ shown[0].T
+        for other in shown[1:]:
+            np.maximum(best, one @ other.T, out=best)
+        total += best
+    return total

@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from cocoa_jax.models.inputs import Inputs
-from cocoa_jax.models.qwen2_vl import Qwen2VL
-from cocoa_jax.models.spread import over_rows, row_parts, whole
+from cocoa_jax.models.spread import over_rows
+from cocoa_jax.objectives.embedding import ModelOf, Pooling, embed_in_chunks
+from cocoa_jax.objectives.similarity import Tokens, max_similarity, truncated
 
-ModelOf = Callable[[Int[Array, ""]], Qwen2VL]
-"""The model for a chunk of rows, by its number: what is random in it must differ from chunk to chunk."""
 NEVER = -1e30  # a score that no softmax sees; finite, so that its gradient is zero and not NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveConfig:
-    """InfoNCE: ``temperature`` divides the cosines; ``symmetric`` adds the target -> query direction (ours).
+    """InfoNCE, and what an embedding is.
 
-    ``first_temperature`` (ours) is where a run begins; it falls to ``temperature`` geometrically. A model from
-    scratch needs it: while its embeddings say nothing, a small temperature rewards making them all alike.
+    Args:
+        temperature: divides the cosines.
+        first_temperature: where a run begins (ours); it falls to ``temperature`` geometrically. A model from scratch
+            needs it: while its embeddings say nothing, a small temperature rewards making them all alike.
+        symmetric: adds the target -> query direction (ours).
+        pooling: what is embedded: the states of the ``bridge`` tokens, or the ``mean`` of an example's states (as in
+            MoCa's paper).
+        tokens: what becomes of several bridge tokens, see ``similarity.Tokens``.
+        widths: numbers a token of shorter embeddings, each with a loss of its own beside that of the whole (ours).
+        hardness: beta of weights exp(beta cosine) on negatives, of mean 1 for every query; 0 weighs all alike. Source:
+            arXiv 2010.04592.
     """
 
     temperature: float = 0.02
     first_temperature: float | None = None
     symmetric: bool = False
+    pooling: Pooling = "bridge"
+    tokens: Tokens = "concatenated"
+    widths: tuple[int, ...] = ()
+    hardness: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.hardness < 0 or any(width < 1 for width in self.widths):
+            raise ValueError(f"contrastive: hardness {self.hardness} and widths {self.widths} start at 0 and 1")
         for name, value in (("temperature", self.temperature), ("first_temperature", self.first_temperature)):
             if value is not None and value <= 0:
                 raise ValueError(f"contrastive.{name} is {value}: it must be positive")
@@ -40,72 +53,6 @@ class ContrastiveConfig:
         if self.first_temperature is None:
             return self.temperature
         return self.first_temperature ** (1 - progress) * self.temperature**progress
-
-
-def embed_examples(model: Qwen2VL, batch: Mapping[str, Array]) -> Float[Array, "X W"]:
-    """Unit-length embeddings of the batch's examples in the batch's order, float32.
-
-    The K bridge tokens of an example are normalised one by one and concatenated, so W = K D and the
-    cosine of two embeddings is the mean cosine of their tokens; K = 1 is the paper.
-    """
-    return _in_order(_embed_slots(model, Inputs.from_batch(batch), batch["pool"]), batch["example"])
-
-
-def embed_in_chunks(model_of: ModelOf, batch: Mapping[str, Array], rows: int | None) -> Float[Array, "X W"]:
-    """As ``embed_examples``, ``rows`` rows of each device at a time; their activations are not kept but made again.
-
-    Of a chunk only its embeddings are kept, so that memory hardly grows with the batch, and a loss over all of them
-    has the gradients of the whole batch.
-    Source: gradient caching, arXiv 2101.06983.
-
-    Raises:
-        ValueError: the chunks do not divide the rows of a device.
-    """
-    (B, _, _), pool = batch["pool"].shape, batch["pool"]
-    parts = row_parts(B)
-    own = B // parts
-    if rows is None or rows >= own:
-        return embed_examples(model_of(jnp.int32(0)), batch)
-    if own % rows:
-        raise ValueError(f"compute.chunk_rows is {rows}, a device has {own} rows: choose a divisor of them")
-
-    @jax.checkpoint
-    def embed(number: Array, inputs: Inputs, pool: Array) -> Array:
-        inputs, pool = jax.tree.map(over_rows, (inputs, pool))
-        return over_rows(_embed_slots(model_of(number), inputs, pool))
-
-    chunks = jax.tree.map(lambda x: _cut(x, parts, rows), (Inputs.from_batch(batch), pool))
-    numbers = jnp.arange(own // rows)
-    _, slots = jax.lax.scan(lambda carry, chunk: (carry, embed(*chunk)), None, (numbers, *chunks))
-    return _in_order(_joined(slots, parts, rows), batch["example"])
-
-
-def _embed_slots(model: Qwen2VL, inputs: Inputs, pool: Int[Array, "B E K"]) -> Float[Array, "B E W"]:
-    """The embedding of every slot for an example; one that is not used holds something that nobody takes."""
-    hidden, (B, E, K) = model(inputs), pool.shape
-    columns = jnp.maximum(pool.reshape(B, E * K), 0)
-    pooled = jnp.take_along_axis(hidden, columns[..., None], axis=1)
-    pooled = pooled.astype(jnp.promote_types(pooled.dtype, jnp.float32))
-    squares = jnp.sum(jnp.square(pooled), axis=-1, keepdims=True)
-    # The guard keeps the zero state of an unused slot finite.
-    return (pooled * jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) / K**0.5).reshape(B, E, -1)
-
-
-def _in_order(slots: Float[Array, "B E W"], example: Int[Array, " X"]) -> Float[Array, "X W"]:
-    # Every device compares its share with all of them: they are small, and gathered once.
-    return jnp.take(whole(slots.reshape(-1, slots.shape[-1])), example, axis=0)
-
-
-def _cut(x: Array, parts: int, rows: int) -> Array:
-    """[B, ...] as [c, parts * rows, ...]: every chunk has as many rows of each of ``parts`` devices."""
-    chunks = x.shape[0] // parts // rows
-    return x.reshape(parts, chunks, rows, *x.shape[1:]).swapaxes(0, 1).reshape(chunks, parts * rows, *x.shape[1:])
-
-
-def _joined(x: Array, parts: int, rows: int) -> Array:
-    """The inverse of ``_cut``."""
-    chunks = x.shape[0]
-    return x.reshape(chunks, parts, rows, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
 @jax.named_scope("stage3")
@@ -124,9 +71,23 @@ def contrastive_loss(
     Source: CoCoA, arXiv 2603.01471, stage 3.
     """
     N = batch["target_key"].shape[0]
-    embeddings = embed_in_chunks(model_of, batch, chunk_rows)
-    more = batch.get("image_key"), batch.get("negative_key")
-    return info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config, progress, *more)
+    embeddings = embed_in_chunks(model_of, batch, chunk_rows, config.pooling, config.tokens)
+    kept = tokens_of(config.pooling, config.tokens, batch["pool"].shape[2])
+    more = progress, batch.get("image_key"), batch.get("negative_key"), kept
+    loss, metrics = info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config, *more)
+    if not config.widths:
+        return loss, metrics
+    losses = {}
+    for width in config.widths:
+        short = truncated(embeddings, width, kept)
+        losses[f"contrastive_{width}"] = info_nce(short[:N], short[N:], batch["target_key"], config, *more)[0]
+    mean = (loss + sum(losses.values())) / (1 + len(losses))
+    return mean, {**metrics, **losses}
+
+
+def tokens_of(pooling: Pooling, tokens: Tokens, bridge_tokens: int) -> int:
+    """How many tokens stand side by side in an embedding."""
+    return 1 if pooling == "mean" or tokens == "mean" else bridge_tokens
 
 
 def info_nce(
@@ -137,6 +98,7 @@ def info_nce(
     progress: Float[Array, ""] | float = 1.0,
     image_key: Int[Array, " N"] | None = None,
     negative_key: Int[Array, " R"] | None = None,
+    tokens: int = 1,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean of -log softmax of each query's own target among all targets and hard negatives.
 
@@ -147,9 +109,12 @@ def info_nce(
         progress: the share of the run that is done, which sets the temperature.
         image_key: nor are the targets of two queries of equal key from 0, which show the same pictures.
         negative_key: a hard negative of equal key to a target is no negative of its query; R = S - N.
+        tokens: how many stand side by side in a row, for ``max_sim``.
     """
     N, S = queries.shape[0], targets.shape[0]
-    cosines = over_rows(queries) @ targets.T
+    queries = over_rows(queries)
+    apart = config.tokens == "max_sim" and tokens > 1
+    cosines = max_similarity(queries, targets, tokens) if apart else queries @ targets.T
     same = target_key[:, None] == target_key[None, :]
     if image_key is not None:
         same |= (image_key[:, None] == image_key[None, :]) & (image_key[:, None] >= 0)
@@ -160,9 +125,11 @@ def info_nce(
         excluded = jnp.concatenate([same, target_key[:, None] == negative_key[None, :]], axis=1)
     scores = jnp.where(excluded, NEVER, cosines / config.at(progress))
     own = _diagonal(scores)
-    loss = jnp.mean(jax.nn.logsumexp(scores, axis=1) - own)
+    negative = ~(excluded | jnp.eye(N, S, dtype=bool))
+    loss = jnp.mean(jax.nn.logsumexp(_weighted(scores, cosines, negative, config.hardness, 1), axis=1) - own)
     if config.symmetric:
-        loss = (loss + jnp.mean(jax.nn.logsumexp(scores[:, :N], axis=0) - own)) / 2
+        back = _weighted(scores[:, :N], cosines[:, :N], negative[:, :N], config.hardness, 0)
+        loss = (loss + jnp.mean(jax.nn.logsumexp(back, axis=0) - own)) / 2
     others = jnp.where(excluded | jnp.eye(N, S, dtype=bool), -1.0, cosines)
     hardest = jnp.max(others, axis=1)
     positive = _diagonal(cosines)
@@ -177,3 +144,15 @@ def info_nce(
 def _diagonal(scores: Float[Array, "N S"]) -> Float[Array, " N"]:
     """By comparison of indices, which devices with a share of the rows can do alone."""
     return jnp.sum(jnp.where(jnp.eye(*scores.shape, dtype=bool), scores, 0.0), axis=1)
+
+
+def _weighted(
+    scores: Float[Array, "N S"], cosines: Float[Array, "N S"], negative: Bool[Array, "N S"], hardness: float, axis: int
+) -> Float[Array, "N S"]:
+    """Scores with the log of each negative's weight added; weights have the mean 1 along the axis and no gradient."""
+    if not hardness:
+        return scores
+    steep = hardness * jax.lax.stop_gradient(cosines)
+    count = jnp.maximum(jnp.sum(negative, axis=axis, keepdims=True), 1)
+    mean = jax.nn.logsumexp(jnp.where(negative, steep, NEVER), axis=axis, keepdims=True) - jnp.log(count)
+    return jnp.where(negative, scores + steep - mean, scores)

@@ -18,7 +18,7 @@ from cocoa_jax.data.sources import Content, Image
 from cocoa_jax.models.config import read_config
 from cocoa_jax.models.inputs import Inputs
 from cocoa_jax.models.qwen2_vl import bind, graph_of
-from cocoa_jax.objectives.contrastive import embed_examples
+from cocoa_jax.objectives.embedding import embed_examples
 
 TOLERANCE = 1e-5  # float32, summed in another order
 SHAPES = {

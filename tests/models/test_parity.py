@@ -14,7 +14,7 @@ from cocoa_jax.checkpoints.hub_layout import hub_key, plan
 from cocoa_jax.models import layers, vision
 from cocoa_jax.models.mae import ImageDecoder, decoder_graph, init_decoder
 from cocoa_jax.models.qwen2_vl import Compute, bind, graph_of
-from cocoa_jax.objectives.contrastive import embed_examples
+from cocoa_jax.objectives.embedding import embed_examples
 from cocoa_jax.objectives.masked_text import masked_text_loss
 from cocoa_jax.objectives.warmup import picture_loss
 

@@ -9,13 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cocoa_jax.objectives.contrastive import (
-    ContrastiveConfig,
-    contrastive_loss,
-    embed_examples,
-    embed_in_chunks,
-    info_nce,
-)
+from cocoa_jax.objectives.contrastive import ContrastiveConfig, contrastive_loss, info_nce
+from cocoa_jax.objectives.embedding import embed_examples, embed_in_chunks
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -240,3 +235,119 @@ def test_rows_of_one_picture_and_equal_negatives_are_no_negatives():
     np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
     bare, _ = info_nce(queries, targets, key, ContrastiveConfig(0.1))
     assert abs(float(bare) - float(loss)) > 1e-3, "the keys matter here"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_mean_pooling_is_the_mean_over_the_example_whatever_shares_its_row(causal):
+    rng = np.random.default_rng(5)
+    stub, bridges = Stub(rng.standard_normal((40, 5)).astype(np.float32)), np.arange(1, 7)[:, None]
+    for layout in ([[3, 0], [5], [1, 4, 2]], [[0, 1, 2], [3, 4, 5]]):
+        batch = rows_of(bridges, layout, 3)
+        batch["tokens"][batch["tokens"] == 0] = 39
+        words = np.zeros((6, 5))
+        for row, members in enumerate(layout):
+            for slot, example in enumerate(members):
+                columns = np.arange(3 * slot, 3 * slot + 3)
+                batch["token_start"][row, columns] = 3 * slot
+                batch["token_end"][row, columns] = columns + 1 if causal else 3 * slot + 3
+                batch["tokens"][row, columns[0]] = 20 + example  # a word of its own
+                words[example] = stub.table[[20 + example, 39, bridges[example, 0]]].mean(axis=0)
+        got = embed_examples(stub, batch, "mean")
+        np.testing.assert_allclose(got, unit(words), atol=1e-6)  # float32
+        assert np.abs(got - embed_examples(stub, batch)).max() > 0.1
+
+
+# ------------------------------------------------------------------------------------------------- beyond the paper
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1), hardness=st.floats(0.1, 20), symmetric=st.booleans())
+def test_hard_negatives_weigh_more_and_their_weights_have_the_mean_1(seed, hardness, symmetric):
+    queries, targets, key = case(seed, extra=3)
+    plain_config = ContrastiveConfig(0.1, symmetric=symmetric)
+    config = dataclasses.replace(plain_config, hardness=hardness)
+    loss, _ = info_nce(queries, targets, key, config)
+    bare, _ = info_nce(queries, targets, key, plain_config)
+    # Weight and score rise together, so their mean product is at least the product of their means (Chebyshev).
+    assert float(loss) >= float(bare) - 1e-5
+    cosines = np.float64(queries) @ np.float64(targets).T
+    losses = []
+    for q in range(6):
+        others = [t for t in range(9) if t != q and (t >= 6 or key[t] != key[q])]
+        weights = np.exp(hardness * cosines[q, others])
+        weights /= weights.mean()
+        total = np.exp(cosines[q, q] / 0.1) + (weights * np.exp(cosines[q, others] / 0.1)).sum()
+        losses.append(np.log(total) - cosines[q, q] / 0.1)
+    if not symmetric:
+        np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-4, atol=1e-5)  # float32 scores of up to 30
+
+
+def test_weights_of_negatives_pass_no_gradient_and_nothing_is_nan_without_negatives():
+    queries, targets, _ = case(7, N=4)
+    config = ContrastiveConfig(0.1, hardness=5.0, symmetric=True)
+    alone, gradient = jax.value_and_grad(lambda q: info_nce(q, targets, np.zeros(4), config)[0])(queries)
+    assert abs(alone) < 1e-6 and np.isfinite(gradient).all()
+    # Weights that are fixed at this place give the same gradient.
+    steep = np.float64(queries) @ np.float64(targets).T * 5
+    np.fill_diagonal(steep, -np.inf)
+    weights = np.exp(steep) / (np.exp(steep).sum(axis=1, keepdims=True) / 3)
+    np.fill_diagonal(weights, 1)
+
+    def fixed(q):
+        scores = q @ targets.T / 0.1
+        return jnp.mean(jax.nn.logsumexp(scores + np.log(weights), axis=1) - jnp.diagonal(scores))
+
+    one_sided = ContrastiveConfig(0.1, hardness=5.0)
+    got = jax.grad(lambda q: info_nce(q, targets, np.arange(4), one_sided)[0])(queries)
+    np.testing.assert_allclose(got, jax.grad(fixed)(queries), atol=1e-4)  # float32; gradients are of size 1 to 10
+
+
+@pytest.mark.parametrize("tokens", ["concatenated", "mean", "max_sim"])
+def test_scores_of_several_bridge_tokens(tokens):
+    """Against loops over tokens, from states to the loss."""
+    rng = np.random.default_rng(0)
+    table, K = rng.standard_normal((40, 5)).astype(np.float32), 3
+    bridges = rng.permutation(np.arange(1, 40))[: 8 * K].reshape(8, K)
+    batch = rows_of(bridges, [[3, 0, 7], [5, 6], [1, 4, 2]], 3) | {"target_key": np.arange(4)}
+    config = ContrastiveConfig(0.1, tokens=tokens)
+    loss, metrics = contrastive_loss(lambda _: Stub(table), batch, config)
+    states = np.stack([unit(table[bridges[:, k]]) for k in range(K)], axis=1).astype(np.float64)
+
+    def near(a, b):
+        if tokens == "max_sim":
+            return np.mean([max(x @ y for y in b) for x in a])
+        if tokens == "mean":
+            a, b = (x.mean(axis=0) / np.linalg.norm(x.mean(axis=0)) for x in (a, b))
+            return a @ b
+        return np.mean([x @ y for x, y in zip(a, b, strict=True)])
+
+    cosines = np.array([[near(states[q], states[4 + t]) for t in range(4)] for q in range(4)])
+    want = np.mean([np.log(np.exp(cosines[q] / 0.1).sum()) - cosines[q, q] / 0.1 for q in range(4)])
+    np.testing.assert_allclose(loss, want, rtol=1e-4)  # float32 scores of up to 10
+    np.testing.assert_allclose(metrics["positive_cosine"], np.diagonal(cosines).mean(), atol=1e-5)
+
+
+def test_one_bridge_token_scores_alike_in_every_way():
+    rng = np.random.default_rng(1)
+    stub, bridges = Stub(rng.standard_normal((40, 5)).astype(np.float32)), np.arange(1, 9)[:, None]
+    batch = rows_of(bridges, [[*range(8)]], 8) | {"target_key": np.arange(4)}
+    losses = [
+        contrastive_loss(lambda _: stub, batch, ContrastiveConfig(0.1, tokens=tokens))[0]
+        for tokens in ("concatenated", "mean", "max_sim")
+    ]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_shorter_widths_have_the_loss_of_embeddings_that_are_that_short(K):
+    rng = np.random.default_rng(2)
+    table = rng.standard_normal((40, 6)).astype(np.float32)
+    bridges = np.arange(1, 8 * K + 1).reshape(8, K)
+    batch = rows_of(bridges, [[*range(8)]], 8) | {"target_key": np.arange(4)}
+    whole, _ = contrastive_loss(lambda _: Stub(table), batch, ContrastiveConfig(0.1))
+    loss, metrics = contrastive_loss(lambda _: Stub(table), batch, ContrastiveConfig(0.1, widths=(2, 4)))
+    short = [contrastive_loss(lambda _, width=width: Stub(table[:, :width]), batch, ContrastiveConfig(0.1))[0] for width in (2, 4)]
+    np.testing.assert_allclose([metrics["contrastive_2"], metrics["contrastive_4"]], short, rtol=1e-5)  # float32
+    np.testing.assert_allclose(loss, (whole + sum(short)) / 3, rtol=1e-5)
+    with pytest.raises(ValueError, match="width is 7: an embedding has 6 numbers"):
+        contrastive_loss(lambda _: Stub(table), batch, ContrastiveConfig(0.1, widths=(7,)))
