@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_jax.profiling.llo import FLAGS
-from cocoa_jax.profiling.topology import ENVIRONMENT
+from cocoa_jax.profiling.topology import ENVIRONMENT, parse_topology
 
 Spec = Mapping[str, Any]
 """What to measure, as plain JSON values; ``program`` names the measurement in ``worker.py``."""
 
 _PACKAGE = Path(__file__).parents[1]
-_MODEL = tuple(
-    f"profiling/{name}.py" for name in ("attention", "chips", "hlo", "kernels", "llo", "masks", "model", "splash")
-)
-_READ = {  # the code that a measurement depends on
-    "attention": ("attention/*.py", *_MODEL),
+_MODEL = tuple(f"profiling/{name}.py" for name in ("attention_model", "hlo", "kernels", "llo", "masks", "model"))
+_DENSE = ("attention/reference.py", "attention/spans.py")
+_READ = {  # the code that a measurement depends on, by program and implementation
+    "attention reference": (*_DENSE, *_MODEL),
+    "attention windowed": (*_DENSE, *_MODEL),
+    "attention splash": ("profiling/splash.py", *_MODEL),
+    "attention flash_tpu": ("attention/flash_tpu*.py", "attention/spans.py", "attention/tiles.py", *_MODEL),
     "plan": ("attention/*.py", "models/*.py", "objectives/*.py", "training/*.py", "profiling/*.py"),
     "step": ("attention/*.py", "models/*.py", "objectives/*.py", "training/*.py", "profiling/*.py"),
 }
@@ -51,7 +53,7 @@ class Cells:
         Raises:
             MeasurementError: it cannot be measured.
         """
-        versions = _versions(str(spec["program"]))
+        versions = _versions(spec)
         path = self._folder / f"{_slug(spec)}.json" if self._folder else None
         if path and path.is_file():
             kept = json.loads(path.read_text())
@@ -94,9 +96,12 @@ def _reason(said: str) -> str:
     return (named or lines or ["the process died without a word"])[-1]
 
 
-def _versions(program: str) -> dict[str, str]:
+def _versions(spec: Spec) -> dict[str, str]:
     digest = hashlib.sha256()
-    for pattern in _READ[program]:
+    words = [str(spec[key]) for key in ("program", "implementation") if key in spec]
+    chip = parse_topology(spec["topology"])[0]
+    digest.update(repr((chip.peak_flops, chip.flops_per_cycle, chip.cores, chip.hbm_bandwidth)).encode())
+    for pattern in _READ[" ".join(words)]:
         for path in sorted(_PACKAGE.glob(pattern)):
             digest.update(path.read_bytes())
     found = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}

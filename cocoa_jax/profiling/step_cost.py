@@ -19,7 +19,7 @@ from cocoa_jax.models.config import Qwen2VLConfig
 from cocoa_jax.profiling.chips import Chip
 from cocoa_jax.profiling.collectives import by_axis, collectives
 from cocoa_jax.profiling.hlo import Module
-from cocoa_jax.profiling.kernels import span_calls
+from cocoa_jax.profiling.kernels import mean_work, span_calls
 from cocoa_jax.profiling.model import LABEL, KernelTable, OpCost, ProgramCost, program_cost
 from cocoa_jax.profiling.steps import abstract_batch, abstract_step, parameter_count, read_backbone, step_mesh
 from cocoa_jax.profiling.topology import parse_topology, tpu_slice
@@ -116,7 +116,7 @@ def row_kernels(config: TrainConfig, backbone: Qwen2VLConfig, mesh: Mesh, chip: 
             part = tensor if kv % tensor == 0 else 1
             whole = Spans(*(np.tile(side, (share, 1)) for side in (one.start, one.end)))
             calls = span_calls(whole, heads // part, kv // part, width, chip.kind, chip.cores)
-            table |= {f"{tower}/{name}": call.work() for name, call in calls.items()}
+            table |= {f"{tower}/{name}": mean_work(some) for name, some in calls.items()}
     return table
 
 
@@ -132,6 +132,7 @@ def _times(cost: ProgramCost) -> dict[str, Any]:
         "unknown": list(cost.unknown),
         "top": [_named(op, chip) for op in ranked],
         "scopes": _scopes(cost),
+        "kernels": sorted({f"{_place(op)}/{op.name.partition('.')[0]}" for op in cost.kernels}),
     }
 
 
@@ -144,10 +145,14 @@ def _scopes(cost: ProgramCost) -> dict[str, float]:
     """Seconds by the named scopes of the source, such as ``stage2/text/attention``."""
     found: dict[str, float] = {}
     for op in cost.ops:
-        words = [word for word in op.scope.replace("(", "/").replace(")", "/").split("/") if word in SCOPES]
-        name = "/".join(dict.fromkeys(words)) or "other"
+        name = _place(op)
         found[name] = found.get(name, 0.0) + op.seconds(cost.chip)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _place(op: OpCost) -> str:
+    words = [word for word in op.scope.replace("(", "/").replace(")", "/").split("/") if word in SCOPES]
+    return "/".join(dict.fromkeys(words)) or "other"
 
 
 SCOPES = frozenset(
@@ -189,6 +194,7 @@ def step_markdown(result: Mapping[str, Any]) -> str:
         f"{_ms(result['ring_seconds'])} at its full bandwidth and not hidden",
         f"* lowered in {result['lower_seconds']:.1f} s and compiled in {result['compile_seconds']:.1f} s, here",
     ]
+    lines.append(f"* Pallas kernels: {', '.join(result['kernels']) or 'none'}")
     if result["unknown"]:
         lines.append(f"* loops whose length the data decide, counted once: {', '.join(result['unknown'])}")
     lines += ["", "| collective | mesh axis | sites | runs | MiB sent |", "| --- | --- | ---: | ---: | ---: |"]

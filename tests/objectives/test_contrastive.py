@@ -346,7 +346,8 @@ def test_shorter_widths_have_the_loss_of_embeddings_that_are_that_short(K):
     batch = rows_of(bridges, [[*range(8)]], 8) | {"target_key": np.arange(4)}
     whole, _ = contrastive_loss(lambda _: Stub(table), batch, ContrastiveConfig(0.1))
     loss, metrics = contrastive_loss(lambda _: Stub(table), batch, ContrastiveConfig(0.1, widths=(2, 4)))
-    short = [contrastive_loss(lambda _, width=width: Stub(table[:, :width]), batch, ContrastiveConfig(0.1))[0] for width in (2, 4)]
+    cut = [Stub(table[:, :width]) for width in (2, 4)]
+    short = [contrastive_loss(lambda _, stub=stub: stub, batch, ContrastiveConfig(0.1))[0] for stub in cut]
     np.testing.assert_allclose([metrics["contrastive_2"], metrics["contrastive_4"]], short, rtol=1e-5)  # float32
     np.testing.assert_allclose(loss, (whole + sum(short)) / 3, rtol=1e-5)
     with pytest.raises(ValueError, match="width is 7: an embedding has 6 numbers"):
