@@ -119,6 +119,13 @@ def stacked(make: Callable[[nnx.Rngs], Module], layers: int, rngs: nnx.Rngs) -> 
     return nnx.vmap(make)(rngs.split(layers))
 
 
+# Of ``_products``: those of the linear maps have no batch dimension, those inside of attention do.
+_attention = jax.checkpoint_policies.save_only_these_names(OUT, LSE)
+_products = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _attention
+)
+
+
 def scan_layers(
     stack: Module, x: Array, call: Callable[[Module, Array, Array], Array], flags: Array, *, remat: str
 ) -> tuple[Array, Array]:
@@ -129,8 +136,9 @@ def scan_layers(
         x: what the layers hand on.
         call: ``(layer, x, flag) -> x``.
         flags: [L, ...], what differs between layers beside their parameters.
-        remat: ``none`` keeps every activation, ``full`` recomputes each layer in the backward pass, ``attention``
-            recomputes all but the attention itself, of which it keeps what came out.
+        remat: what the backward pass finds: ``none``, every activation; ``products``, those that a matrix product or
+            attention gives, the rest being made again; ``attention``, what attention gave and what entered each layer;
+            ``full``, what entered each layer alone.
 
     Returns:
         What the last layer gives, and [L, ...] of what entered each layer (free unless it is used).
@@ -141,9 +149,11 @@ def scan_layers(
         state, flag = layer
         return over_rows(call(nnx.merge(graph, state), carry, flag)), carry
 
+    # A scan keeps the two passes apart by itself: the barriers that prevent_cse sets would only be in the way.
     policies = {
         "none": body,
-        "attention": jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(OUT, LSE)),
+        "products": jax.checkpoint(body, policy=_products, prevent_cse=False),
+        "attention": jax.checkpoint(body, policy=_attention),
         "full": jax.checkpoint(body),
     }
     if remat not in policies:

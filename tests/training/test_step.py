@@ -1,5 +1,6 @@
 """The train step: the same on one device and on meshes of eight, and its state is used up."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from cocoa_jax.training.state import abstract_state, first_state
 from cocoa_jax.training.step import make_step
 
 STAGES = ("warmup", "bridge", "contrastive")
+RUNS = (*STAGES, "lora")
 WORKER = Path(__file__).with_name("many_devices.py")
 
 
@@ -27,7 +29,8 @@ def runs(backbone, stage_settings, tmp_path_factory):
         "optimizer": {"learning_rate": 1e-4, "warmup_steps": 2},
         "contrastive": {"temperature": 0.1, "first_temperature": 0.5},
     }
-    settings = [stage_settings(stage, backbone, tmp_path_factory.mktemp(stage), **gentle) for stage in STAGES]
+    settings = {stage: stage_settings(stage, backbone, tmp_path_factory.mktemp(stage), **gentle) for stage in STAGES}
+    settings["lora"] = {**settings["bridge"], "lora": {"rank": 4, "alpha": 8.0}}  # DoRA with dropout, and trained rows
     # Unoptimised code: most of the time of this test is compilation.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags}
@@ -38,20 +41,21 @@ def runs(backbone, stage_settings, tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("mesh", ["data", "fsdp", "cube"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_losses_agree_on_one_device_and_on_every_mesh_of_eight(runs, stage, mesh):
+@pytest.mark.parametrize(("name", "mesh"), [*itertools.product(STAGES, ("data", "fsdp", "cube")), ("lora", "cube")])
+def test_ten_losses_agree_on_one_device_and_on_every_mesh_of_eight(runs, name, mesh):
     """With chunks of rows and tokens on the meshes, and all at once on one device: neither is in the result."""
-    one, eight = runs[stage]["one"], runs[stage][mesh]
-    assert len(one["losses"]) == 5 and np.isfinite(one["losses"]).all() and len(set(one["losses"])) == 5
+    one, eight = runs[name]["one"], runs[name][mesh]
+    assert len(one["losses"]) == 10 and np.isfinite(one["losses"]).all() and len(set(one["losses"])) == 10
     np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
 
 
 def test_rows_and_parameters_are_spread_as_the_mesh_says(runs):
     keys = ("batch_shards", "tokens", "table")
-    found = {(stage, name): [run[key] for key in keys] for stage in STAGES for name, run in runs[stage].items()}
+    found = {(name, mesh): [run[key] for key in keys] for name, meshes in runs.items() for mesh, run in meshes.items()}
     spread = {"one": [1, 1, 1], "data": [8, 8, 1], "fsdp": [8, 8, 8], "cube": [4, 4, 4]}
-    assert found == {(stage, name): shares for stage in STAGES for name, shares in spread.items()}
+    meshes = {name: ("one", "cube") if name == "lora" else tuple(spread) for name in RUNS}
+    assert found == {(name, mesh): spread[mesh] for name in RUNS for mesh in meshes[name]}
+    assert (runs["lora"]["one"]["magnitude"], runs["lora"]["cube"]["magnitude"]) == (1, 2)
 
 
 # ------------------------------------------------------------------------------------ the update itself, on a toy
