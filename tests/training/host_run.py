@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 
 from cocoa_jax import cli
 from cocoa_jax.training import loop
@@ -22,6 +23,8 @@ def watch(writer: type, number: int, at: int) -> None:
 
     def write_and_be_told(self, step, metrics, pictures):
         write(self, step, metrics, pictures)
+        if at >= 0:
+            time.sleep(0.3)  # JAX looks for signals once a second
         if step == at:
             os.kill(os.getpid(), signal.Signals(number))
 

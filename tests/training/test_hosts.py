@@ -21,7 +21,7 @@ from cocoa_jax.training.hosts import COORDINATOR, COUNT, INDEX, Peers, RowShare,
 from cocoa_jax.training.loop import STOPPED
 
 WORKER = Path(__file__).with_name("host_run.py")
-STEPS = 6
+STEPS = 24
 ENVIRONMENT = {COORDINATOR: "10.0.0.1:8482", COUNT: "4", INDEX: "3"}
 
 
@@ -100,8 +100,9 @@ def shared(tmp_path_factory, backbone, stage_settings):
 
 def settings_of(shared, output: Path, stage: str, steps: int = STEPS) -> Path:
     backbone, stage_settings, _ = shared
-    settings = stage_settings(stage, backbone, output, loop={"steps": steps, "checkpoint_every": 4})
-    settings |= {"mesh": {"fsdp": 2}, "distributed": {"heartbeat": 5}, "compute": {"attention": "reference"}}
+    settings = stage_settings(stage, backbone, output, loop={"steps": steps, "checkpoint_every": 8})
+    settings["optimizer"] = {"learning_rate": 1e-4, "warmup_steps": 2}
+    settings |= {"mesh": {"fsdp": 2}, "distributed": {"heartbeat": 10}, "compute": {"attention": "reference"}}
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -131,7 +132,7 @@ def start(shared, config: Path, processes: int, tell: tuple[int, int, int] = (-1
     return started
 
 
-def statuses(started, seconds: int = 150) -> list[int]:
+def statuses(started, seconds: int = 400) -> list[int]:
     """How processes ended; none is left."""
     try:
         end = time.monotonic() + seconds
@@ -165,8 +166,10 @@ def test_two_processes_are_one_run_and_continue_on_one_and_on_two(shared, tmp_pa
     assert first < len(losses(tmp_path / "moved")) < STEPS
     # The rest on hosts whose devices lie between each other's.
     assert statuses(start(shared, moved, 2, INTERLEAVED="1")) == [0, 0], logs()
-    # Sums run in another order; 1e-5 is a hundred roundings of float32.
-    np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "alone"), rtol=1e-5)
+    moved_losses, alone_losses = losses(tmp_path / "moved"), losses(tmp_path / "alone")
+    # Sums run in another order: a hundred roundings of float32 before the first update, and what Adam makes of them.
+    np.testing.assert_allclose(moved_losses[0], alone_losses[0], rtol=1e-5)
+    np.testing.assert_allclose(moved_losses, alone_losses, rtol=1e-3)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -174,9 +177,9 @@ def test_a_process_that_dies_ends_the_others_within_a_minute(shared, tmp_path, k
     config = settings_of(shared, tmp_path / "run", "bridge", steps=100_000)
     started = start(shared, config, 2, (killed, signal.SIGKILL, 3))
     try:
-        assert started[killed].wait(100) == -signal.SIGKILL
+        assert started[killed].wait(400) == -signal.SIGKILL
         before = time.monotonic()
-        status = started[1 - killed].wait(100)
+        status = started[1 - killed].wait(400)
         # The promise to users, not a measurement.
         assert time.monotonic() - before < 60
     finally:
