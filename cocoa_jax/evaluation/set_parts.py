@@ -78,14 +78,14 @@ def score_table(runs: Runs) -> Element:
         members = [row for row in rows if _any(row[1])["meta_task"] == meta_task]
         title = TITLES.get(meta_task, meta_task)
         values = [mean_text(results["means"].get(meta_task)) for results in runs.values()]
-        head = element(
+        first = element(
             "tr",
             {"class": "group"},
             element("th", {"scope": "rowgroup", "colspan": "3"}, title),
             _lines(values, "P@1", "n"),
             element("td", {"colspan": "6"}, "mean"),
         )
-        bodies.append(element("tbody", {}, head, *(_score_row(name, found) for name, found in members)))
+        bodies.append(element("tbody", {}, first, *(_score_row(name, found) for name, found in members)))
     caption = element("caption", {"class": "sr"}, "Precision@1 by set and run")
     return element("table", {"class": "scores"}, caption, element("thead", {}, element("tr", {}, *cells)), *bodies)
 

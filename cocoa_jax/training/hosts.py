@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -135,7 +136,8 @@ def row_share(mesh: Mesh) -> RowShare:
     """
     blocks = batch_shards(mesh)
     owned: dict[int, set[int]] = {}
-    for device, (rows, *_) in rows_sharding(mesh).devices_indices_map((blocks,)).items():
+    places: Mapping[Any, tuple[slice, ...]] = rows_sharding(mesh).devices_indices_map((blocks,))
+    for device, (rows, *_) in places.items():
         owned.setdefault(device.process_index, set()).add(rows.indices(blocks)[0])
     return _shared({process: tuple(sorted(held)) for process, held in owned.items()}, jax.process_index())
 
