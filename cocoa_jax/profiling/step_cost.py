@@ -116,7 +116,10 @@ def row_kernels(config: TrainConfig, backbone: Qwen2VLConfig, mesh: Mesh, chip: 
             part = tensor if kv % tensor == 0 else 1
             whole = Spans(*(np.tile(side, (share, 1)) for side in (one.start, one.end)))
             calls = span_calls(whole, heads // part, kv // part, width, chip.kind, chip.cores)
-            table |= {f"{tower}/{name}": mean_work(some) for name, some in calls.items()}
+            works = {name: mean_work(some) for name, some in calls.items()}
+            # The stage-1 decoder is one more layer of the text tower.
+            for owner in ("text", "decoder") if tower == "text" else (tower,):
+                table |= {f"{owner}/{name}": work for name, work in works.items()}
     return table
 
 
