@@ -160,7 +160,10 @@ class StageCheckpoints:
     def close(self) -> None:
         """``wait``, then release the directory; else as ``wait``."""
         with self._saving():
-            self._checkpointer.close()
+            try:
+                self._checkpointer.wait()  # closing alone says nothing of a save that failed
+            finally:
+                self._checkpointer.close()
 
     @contextmanager
     def _saving(self) -> Iterator[None]:

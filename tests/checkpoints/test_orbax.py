@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -166,6 +167,30 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
         assert_equal(restored.params, stage_worker.state(last, rows=1 << 18)["params"])
         stage_worker.save(checkpoints, last + 1, trees)
         assert checkpoints.steps()[-1] == last + 1
+
+
+def test_a_disk_that_is_full_is_one_error_and_loses_nothing(tmp_path):
+    """Of a save that is waited for, and of one that nobody waits for before the end."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trees = stage_worker.state(1)
+    with StageCheckpoints(tmp_path, keep=2) as checkpoints:
+        stage_worker.save(checkpoints, 1, trees)
+    for wait in (True, False):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))  # the kernel has 16 kB
+        try:
+            with (
+                pytest.raises(CheckpointError, match=r"could not be written to .*File too large.* make room") as caught,
+                StageCheckpoints(tmp_path, keep=2) as checkpoints,
+            ):
+                stage_worker.save(checkpoints, 2, trees, wait=wait)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "\n" not in str(caught.value)
+    with StageCheckpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.steps() == [1]
+        assert_equal(checkpoints.restore(1, wanted()).params, trees["params"])
+        stage_worker.save(checkpoints, 2, stage_worker.state(2))
+        assert checkpoints.steps() == [1, 2]
 
 
 def test_what_a_killed_run_left_unfinished_is_removed_and_never_read(stage):
