@@ -12,8 +12,22 @@ from jaxtyping import Array
 
 from cocoa_jax.attention.spans import Spans
 
-ROWS, HEADS = ("data", "fsdp"), "tensor"  # mesh axes over which the rows of a batch and the heads are spread
+ROWS, HEADS = ("slice", "data", "fsdp"), "tensor"  # mesh axes over which the rows of a batch and the heads are spread
 Attend = Callable[[Array, Array, Array, Spans, float], Array]
+
+
+def free_axes() -> tuple[str, ...]:
+    """Axes of several devices of the mesh in use (``jax.set_mesh``) that no ``shard_map`` around the caller has taken."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1)
+
+
+def row_axes(rows: int) -> tuple[str, ...]:
+    """The axes over which so many rows are spread: all that there are of ``ROWS``, or none if they do not divide them."""
+    mesh, free = jax.sharding.get_abstract_mesh(), free_axes()
+    axes = tuple(name for name in ROWS if name in free)
+    return () if rows % math.prod(mesh.shape[name] for name in axes) else axes
 
 
 def divided(attend: Attend) -> Attend:
@@ -25,11 +39,7 @@ def divided(attend: Attend) -> Attend:
     """
 
     def call(q: Array, k: Array, v: Array, spans: Spans, scale: float) -> Array:
-        mesh = jax.sharding.get_abstract_mesh()
-        free = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
-        rows = tuple(name for name in ROWS if name in free)
-        if q.shape[0] % math.prod(mesh.shape[name] for name in rows):
-            rows = ()
+        mesh, free, rows = jax.sharding.get_abstract_mesh(), free_axes(), row_axes(q.shape[0])
         N, K = q.shape[2], k.shape[2]
         parts = mesh.shape[HEADS] if HEADS in free else 1
         heads = HEADS if parts > 1 and N % parts == 0 and (K % parts == 0 or parts % K == 0) else None

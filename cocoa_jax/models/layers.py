@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from cocoa_jax.attention.blockwise import LSE, OUT
 from cocoa_jax.models.low_rank import LowRank, TrainedRows
+from cocoa_jax.models.spread import over_rows
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -47,9 +49,13 @@ class Embedding(nnx.Module):
         words = jnp.take(self.table[...], ids, axis=0).astype(dtype)
         return words if self.adapter is None else self.adapter.read(words, ids)
 
-    def score(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Products with every row, float32: the LM head where it is tied to the table."""
-        kernel = self.table[...].T.astype(hidden.dtype)
+    def score(self, hidden: Float[Array, "*B D"], kernel: Float[Array, "D V"] | None = None) -> Float[Array, "*B V"]:
+        """Products with every row, float32: the LM head where it is tied to the table.
+
+        Args:
+            kernel: the table's transpose, for a caller that has put it somewhere.
+        """
+        kernel = (self.table[...].T if kernel is None else kernel).astype(hidden.dtype)
         scores = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
         return scores if self.adapter is None else self.adapter.score(scores, hidden)
 
@@ -123,7 +129,8 @@ def scan_layers(
         x: what the layers hand on.
         call: ``(layer, x, flag) -> x``.
         flags: [L, ...], what differs between layers beside their parameters.
-        remat: ``none`` keeps every activation, ``full`` recomputes each layer in the backward pass.
+        remat: ``none`` keeps every activation, ``full`` recomputes each layer in the backward pass, ``attention``
+            recomputes all but the attention itself, of which it keeps what came out.
 
     Returns:
         What the last layer gives, and [L, ...] of what entered each layer (free unless it is used).
@@ -132,9 +139,13 @@ def scan_layers(
 
     def body(carry: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, Array]:
         state, flag = layer
-        return call(nnx.merge(graph, state), carry, flag), carry
+        return over_rows(call(nnx.merge(graph, state), carry, flag)), carry
 
-    policies = {"none": body, "full": jax.checkpoint(body)}
+    policies = {
+        "none": body,
+        "attention": jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(OUT, LSE)),
+        "full": jax.checkpoint(body),
+    }
     if remat not in policies:
         raise ValueError(f"remat policy {remat!r} does not exist: choose one of {sorted(policies)}")
-    return jax.lax.scan(policies[remat], x, (params, flags))
+    return jax.lax.scan(policies[remat], over_rows(x), (params, flags))

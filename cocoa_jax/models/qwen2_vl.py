@@ -28,12 +28,22 @@ class Compute:
     Args:
         dtype: of activations, in both towers.
         remat: see ``layers.scan_layers``.
+        chunk_rows: stage 3, how many rows each device encodes at a time; null for all. Fewer need less memory, and are
+            computed twice; the batch, and so its negatives, stay whole.
+        chunk_tokens: stages 1 and 2, how many predicted tokens of each device meet the LM head at a time; null for all.
         attention: a name from ``attention.api.IMPLEMENTATIONS``; null takes what suits the platform and the shapes.
     """
 
     dtype: str = "float32"
     remat: str = "none"
+    chunk_rows: int | None = None
+    chunk_tokens: int | None = 1024
     attention: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, size in (("chunk_rows", self.chunk_rows), ("chunk_tokens", self.chunk_tokens)):
+            if size is not None and size < 1:
+                raise ValueError(f"compute.{name} is {size}: at least 1, or null for all at once")
 
 
 class Qwen2VL(nnx.Module):
@@ -69,9 +79,13 @@ class Qwen2VL(nnx.Module):
         )
         return self.vision.merger(x)
 
-    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Next-token scores of states that went through the final norm; float32."""
-        return self.text.logits(hidden)
+    def head_kernel(self) -> Float[Array, "D V"]:
+        """The map of the LM head, in the type in which it is stored."""
+        return self.text.head_kernel()
+
+    def logits(self, hidden: Float[Array, "*B D"], kernel: Float[Array, "D V"] | None = None) -> Float[Array, "*B V"]:
+        """Next-token scores of states that went through the final norm; float32. ``kernel``: see ``TextModel``."""
+        return self.text.logits(hidden, kernel)
 
 
 def graph_of(config: Qwen2VLConfig, compute: Compute = Compute()) -> tuple[nnx.GraphDef, Params]:

@@ -74,8 +74,17 @@ class TextModel(nnx.Module):
         flags = jnp.zeros(self.config.layers)
         return scan_layers(self.layers, x, lambda layer, x, _: layer(x, rotation, spans), flags, remat=remat)
 
-    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Next-token scores of states that went through the final norm; float32."""
+    def head_kernel(self) -> Float[Array, "D V"]:
+        """The map of the LM head, in the type in which it is stored."""
+        return self.embed.table[...].T if self.head is None else self.head.kernel[...]
+
+    def logits(self, hidden: Float[Array, "*B D"], kernel: Float[Array, "D V"] | None = None) -> Float[Array, "*B V"]:
+        """Next-token scores of states that went through the final norm; float32.
+
+        Args:
+            kernel: what ``head_kernel`` gave, for a caller that has put it somewhere.
+        """
         if self.head is None:
-            return self.embed.score(hidden)
-        return jnp.matmul(hidden, self.head.kernel[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
+            return self.embed.score(hidden, kernel)
+        kernel = (self.head_kernel() if kernel is None else kernel).astype(hidden.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)

@@ -13,11 +13,16 @@ from cocoa_jax.objectives.masked_text import masked_text_loss
 
 
 @jax.named_scope("stage2")
-def bridge_loss(model: Qwen2VL, batch: Mapping[str, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
+def bridge_loss(
+    model: Qwen2VL, batch: Mapping[str, Array], chunk_tokens: int | None = None
+) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Cross-entropy of the masked tokens of block B; the truncated attention is in the batch's spans.
+
+    Args:
+        chunk_tokens: see ``masked_text_loss``.
 
     Source: CoCoA, arXiv 2603.01471, stage 2.
     """
     hidden = model(Inputs.from_batch(batch))
-    loss, metrics = masked_text_loss(model, hidden, batch["predict_at"], batch["predict_id"])
+    loss, metrics = masked_text_loss(model, hidden, batch["predict_at"], batch["predict_id"], chunk_tokens)
     return loss, {"bridge": loss, **metrics}

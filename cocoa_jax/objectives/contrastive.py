@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from cocoa_jax.models.inputs import Inputs
 from cocoa_jax.models.qwen2_vl import Qwen2VL
+from cocoa_jax.models.spread import over_rows, row_parts, whole
 
+ModelOf = Callable[[Int[Array, ""]], Qwen2VL]
+"""The model for a chunk of rows, by its number: what is random in it must differ from chunk to chunk."""
 NEVER = -1e30  # a score that no softmax sees; finite, so that its gradient is zero and not NaN
 
 
@@ -45,26 +48,83 @@ def embed_examples(model: Qwen2VL, batch: Mapping[str, Array]) -> Float[Array, "
     The K bridge tokens of an example are normalised one by one and concatenated, so W = K D and the
     cosine of two embeddings is the mean cosine of their tokens; K = 1 is the paper.
     """
-    hidden = model(Inputs.from_batch(batch)).astype(jnp.float32)
-    B, E, K = batch["pool"].shape
-    columns = jnp.maximum(batch["pool"].reshape(B, E * K), 0)
+    return _in_order(_embed_slots(model, Inputs.from_batch(batch), batch["pool"]), batch["example"])
+
+
+def embed_in_chunks(model_of: ModelOf, batch: Mapping[str, Array], rows: int | None) -> Float[Array, "X W"]:
+    """As ``embed_examples``, ``rows`` rows of each device at a time; their activations are not kept but made again.
+
+    Of a chunk only its embeddings are kept, so that memory hardly grows with the batch, and a loss over all of them
+    has the gradients of the whole batch.
+    Source: gradient caching, arXiv 2101.06983.
+
+    Raises:
+        ValueError: the chunks do not divide the rows of a device.
+    """
+    (B, _, _), pool = batch["pool"].shape, batch["pool"]
+    parts = row_parts(B)
+    own = B // parts
+    if rows is None or rows >= own:
+        return embed_examples(model_of(jnp.int32(0)), batch)
+    if own % rows:
+        raise ValueError(f"compute.chunk_rows is {rows}, a device has {own} rows: choose a divisor of them")
+
+    @jax.checkpoint
+    def embed(number: Array, inputs: Inputs, pool: Array) -> Array:
+        inputs, pool = jax.tree.map(over_rows, (inputs, pool))
+        return over_rows(_embed_slots(model_of(number), inputs, pool))
+
+    chunks = jax.tree.map(lambda x: _cut(x, parts, rows), (Inputs.from_batch(batch), pool))
+    numbers = jnp.arange(own // rows)
+    _, slots = jax.lax.scan(lambda carry, chunk: (carry, embed(*chunk)), None, (numbers, *chunks))
+    return _in_order(_joined(slots, parts, rows), batch["example"])
+
+
+def _embed_slots(model: Qwen2VL, inputs: Inputs, pool: Int[Array, "B E K"]) -> Float[Array, "B E W"]:
+    """The embedding of every slot for an example; one that is not used holds something that nobody takes."""
+    hidden, (B, E, K) = model(inputs), pool.shape
+    columns = jnp.maximum(pool.reshape(B, E * K), 0)
     pooled = jnp.take_along_axis(hidden, columns[..., None], axis=1)
-    # An unused slot reads some state or other and is never taken; the guard keeps a zero state finite.
+    pooled = pooled.astype(jnp.promote_types(pooled.dtype, jnp.float32))
     squares = jnp.sum(jnp.square(pooled), axis=-1, keepdims=True)
-    unit = pooled * jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) / K**0.5
-    return jnp.take(unit.reshape(B * E, -1), batch["example"], axis=0)
+    # The guard keeps the zero state of an unused slot finite.
+    return (pooled * jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) / K**0.5).reshape(B, E, -1)
+
+
+def _in_order(slots: Float[Array, "B E W"], example: Int[Array, " X"]) -> Float[Array, "X W"]:
+    # Every device compares its share with all of them: they are small, and gathered once.
+    return jnp.take(whole(slots.reshape(-1, slots.shape[-1])), example, axis=0)
+
+
+def _cut(x: Array, parts: int, rows: int) -> Array:
+    """[B, ...] as [c, parts * rows, ...]: every chunk has as many rows of each of ``parts`` devices."""
+    cut = x.reshape(parts, -1, rows, *x.shape[1:])
+    return jnp.moveaxis(cut, 1, 0).reshape(-1, parts * rows, *x.shape[1:])
+
+
+def _joined(x: Array, parts: int, rows: int) -> Array:
+    """The inverse of ``_cut``."""
+    cut = x.reshape(-1, parts, rows, *x.shape[2:])
+    return jnp.moveaxis(cut, 0, 1).reshape(-1, *x.shape[2:])
 
 
 @jax.named_scope("stage3")
 def contrastive_loss(
-    model: Qwen2VL, batch: Mapping[str, Array], config: ContrastiveConfig, progress: Float[Array, ""] | float = 1.0
+    model_of: ModelOf,
+    batch: Mapping[str, Array],
+    config: ContrastiveConfig,
+    progress: Float[Array, ""] | float = 1.0,
+    chunk_rows: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """InfoNCE over the whole global batch, when ``progress`` of the run (0 to 1) is done.
+
+    Args:
+        chunk_rows: rows that each device encodes at a time; None for all.
 
     Source: CoCoA, arXiv 2603.01471, stage 3.
     """
     N = batch["target_key"].shape[0]
-    embeddings = embed_examples(model, batch)
+    embeddings = embed_in_chunks(model_of, batch, chunk_rows)
     more = batch.get("image_key"), batch.get("negative_key")
     return info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config, progress, *more)
 
@@ -89,7 +149,7 @@ def info_nce(
         negative_key: a hard negative of equal key to a target is no negative of its query; R = S - N.
     """
     N, S = queries.shape[0], targets.shape[0]
-    cosines = queries @ targets.T
+    cosines = over_rows(queries) @ targets.T
     same = target_key[:, None] == target_key[None, :]
     if image_key is not None:
         same |= (image_key[:, None] == image_key[None, :]) & (image_key[:, None] >= 0)
@@ -99,16 +159,21 @@ def info_nce(
     else:
         excluded = jnp.concatenate([same, target_key[:, None] == negative_key[None, :]], axis=1)
     scores = jnp.where(excluded, NEVER, cosines / config.at(progress))
-    own = jnp.diagonal(scores)
+    own = _diagonal(scores)
     loss = jnp.mean(jax.nn.logsumexp(scores, axis=1) - own)
     if config.symmetric:
         loss = (loss + jnp.mean(jax.nn.logsumexp(scores[:, :N], axis=0) - own)) / 2
     others = jnp.where(excluded | jnp.eye(N, S, dtype=bool), -1.0, cosines)
     hardest = jnp.max(others, axis=1)
-    positive = jnp.diagonal(cosines)
+    positive = _diagonal(cosines)
     return loss, {
         "contrastive": loss,
         "batch_accuracy": jnp.mean(positive > hardest),
         "positive_cosine": jnp.mean(positive),
         "hardest_cosine": jnp.mean(hardest),
     }
+
+
+def _diagonal(scores: Float[Array, "N S"]) -> Float[Array, " N"]:
+    """By comparison of indices, which devices with a share of the rows can do alone."""
+    return jnp.sum(jnp.where(jnp.eye(*scores.shape, dtype=bool), scores, 0.0), axis=1)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cocoa_jax.models.qwen2_vl import Qwen2VL
+from cocoa_jax.models.spread import over_rows, over_vocabulary, row_parts, shared_rows
 
 
 @jax.named_scope("loss")
@@ -15,22 +16,55 @@ def masked_text_loss(
     hidden: Float[Array, "B T D"],
     predict_at: Int[Array, "B M"],
     predict_id: Int[Array, "B M"],
+    chunk_tokens: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean cross-entropy over the chosen positions of the whole batch, and the share guessed right.
 
-    Only the chosen states meet the LM head: no [B, T, V] tensor is made.
+    Only the chosen states meet the LM head, ``chunk_tokens`` of each device at a time, and a device makes the scores of
+    its part of the vocabulary: there is no [B, T, V] tensor, nor a [B, M, V] one.
 
     Args:
         hidden: states after the final norm.
         predict_at: the column whose state predicts; -1 where the budget M is not used up.
         predict_id: the true id there, -1 where unused.
+        chunk_tokens: None for all of them at once.
     """
-    chosen = jnp.take_along_axis(hidden, jnp.maximum(predict_at, 0)[..., None], axis=1)
-    scores = model.logits(chosen)
-    used = predict_id >= 0
-    true = jnp.take_along_axis(scores, jnp.maximum(predict_id, 0)[..., None], axis=-1)[..., 0]
+    B, M = predict_id.shape
+    columns = M if chunk_tokens is None else min(M, max(1, chunk_tokens * row_parts(B) // B))
+    chosen = over_rows(jnp.take_along_axis(hidden, jnp.maximum(predict_at, 0)[..., None], axis=1))
+    kernel = over_vocabulary(model.head_kernel())
+
+    def sums(states: Float[Array, "B m D"], ids: Int[Array, "B m"]) -> tuple[Array, Array]:
+        return _sums(over_vocabulary(model.logits(shared_rows(states), kernel), rows=True), ids)
+
+    if columns == M:
+        total, right = sums(chosen, predict_id)
+    else:
+        chunks = _chunks(chosen, columns, 0), _chunks(predict_id, columns, -1)
+        # What one chunk computed is not kept for the backward pass: it would add up to all scores again.
+        _, parts = jax.lax.scan(lambda carry, chunk: (carry, jax.checkpoint(sums)(*chunk)), None, chunks)
+        total, right = (jnp.sum(part) for part in parts)
+    count = jnp.maximum(jnp.sum(predict_id >= 0), 1)
+    metrics = {"masked_accuracy": right / count, "masked_tokens": count.astype(jnp.float32)}
+    return total / count, metrics
+
+
+def _chunks(x: Array, columns: int, filling: int) -> Array:
+    """[B, M, ...] as [c, B, columns, ...]; the last chunk is filled up."""
+    B, M = x.shape[:2]
+    padded = jnp.pad(x, [(0, 0), (0, -M % columns), *[(0, 0)] * (x.ndim - 2)], constant_values=filling)
+    return jnp.moveaxis(padded.reshape(B, -1, columns, *x.shape[2:]), 1, 0)
+
+
+def _sums(scores: Float[Array, "B m V"], ids: Int[Array, "B m"]) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Cross-entropies and right guesses, added up over the used positions (ids from 0).
+
+    By comparison with every id, as the devices that share the vocabulary can do it alone; a tie with the true id is no
+    right guess.
+    """
+    own = jnp.arange(scores.shape[-1]) == ids[..., None]
+    true = jnp.sum(jnp.where(own, scores, 0.0), axis=-1)
     losses = jax.nn.logsumexp(scores, axis=-1) - true
-    count = jnp.maximum(jnp.sum(used), 1)
-    loss = jnp.sum(jnp.where(used, losses, 0.0)) / count
-    right = jnp.sum(used & (jnp.argmax(scores, axis=-1) == predict_id)) / count
-    return loss, {"masked_accuracy": right, "masked_tokens": count.astype(jnp.float32)}
+    best_other = jnp.max(jnp.where(own, -jnp.inf, jax.lax.stop_gradient(scores)), axis=-1)
+    used = ids >= 0
+    return jnp.sum(jnp.where(used, losses, 0.0)), jnp.sum(used & (true > best_other))

@@ -24,16 +24,23 @@ class WarmupConfig:
 
 @jax.named_scope("stage1")
 def warmup_loss(
-    model: Qwen2VL, decoder: ImageDecoder, batch: Mapping[str, Array], config: WarmupConfig
+    model: Qwen2VL,
+    decoder: ImageDecoder,
+    batch: Mapping[str, Array],
+    config: WarmupConfig,
+    chunk_tokens: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """``mntp + mae_weight * mae`` of a batch whose text is masked already and whose pictures are not.
+
+    Args:
+        chunk_tokens: see ``masked_text_loss``.
 
     Source: CoCoA, arXiv 2603.01471, stage 1.
     """
     inputs = Inputs.from_batch(batch)
     shown = hide_units(inputs.patches, batch["hidden_unit"], batch["unit_seed"])
     hidden = model(dataclasses.replace(inputs, patches=shown))
-    text, metrics = masked_text_loss(model, hidden, batch["predict_at"], batch["predict_id"])
+    text, metrics = masked_text_loss(model, hidden, batch["predict_at"], batch["predict_id"], chunk_tokens)
     image = picture_loss(decoder, hidden, inputs, batch["hidden_unit"])
     return text + config.mae_weight * image, {"mntp": text, "mae": image, **metrics}
 

@@ -26,6 +26,7 @@ _MODEL = tuple(
 )
 _READ = {  # the code that a measurement depends on
     "attention": ("attention/*.py", *_MODEL),
+    "plan": ("attention/*.py", "models/*.py", "objectives/*.py", "training/*.py", "profiling/*.py"),
     "step": ("attention/*.py", "models/*.py", "objectives/*.py", "training/*.py", "profiling/*.py"),
 }
 

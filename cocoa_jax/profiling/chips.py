@@ -28,6 +28,7 @@ class Chip:
         hbm_bytes: capacity.
         hbm_bandwidth: bytes a second.
         ici_bandwidth: bytes a second that one chip can send over all its links of the interconnect together.
+        dcn_bandwidth: bytes a second that one chip's share of its host's network can send to other slices.
         host: chips of one host along each axis; smaller slices have to be asked for apart.
         shapes: the slices that are known to compile.
         source: page of the rates.
@@ -42,6 +43,7 @@ class Chip:
     hbm_bytes: float
     hbm_bandwidth: float
     ici_bandwidth: float
+    dcn_bandwidth: float
     host: tuple[int, ...]
     shapes: tuple[str, ...]
     source: str
@@ -59,15 +61,16 @@ _GIB = 2.0**30
 
 # The pages give the interconnect of a chip in both directions together: a ring uses half of it to send. That of v4
 # is not on its page: six links of 45 GB/s, from https://jax-ml.github.io/scaling-book/tpus. Where a chip is two
-# devices, each has half of everything.
+# devices, each has half of everything. The data-centre network of v5e and v6e is what the pages give for a pod of 256
+# chips, divided; for the others it is assumed: 25, 50 and 100 Gbit/s a chip of v4, v5p and tpu7x.
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 137.5e12, MXU_128, 1, 2, 16 * _GIB, 600e9, 135e9, (2, 2, 1), _CUBE, _DOCS + "v4"),
-        Chip("v5e", "TPU v5 lite", 197e12, MXU_128, 1, 1, 16 * _GIB, 819e9, 200e9, (2, 2), _PLANE, _DOCS + "v5e"),
-        Chip("v5p", "TPU v5", 459e12, MXU_128, 2, 1, 95 * _GIB, 2765e9, 600e9, (2, 2, 1), _CUBE, _DOCS + "v5p"),
-        Chip("v6e", "TPU v6 lite", 918e12, MXU_256, 1, 1, 32 * _GIB, 1638e9, 400e9, (2, 2), _PLANE, _DOCS + "v6e"),
-        Chip("tpu7x", "TPU7x", 1153.5e12, MXU_256, 1, 2, 96 * _GIB, 3690e9, 300e9, (2, 2, 1), _CUBE, _DOCS + "tpu7x"),
+        Chip("v4", "TPU v4", 137.5e12, MXU_128, 1, 2, 16 * _GIB, 600e9, 135e9, 1.5625e9, (2, 2, 1), _CUBE, _DOCS + "v4"),
+        Chip("v5e", "TPU v5 lite", 197e12, MXU_128, 1, 1, 16 * _GIB, 819e9, 200e9, 3.125e9, (2, 2), _PLANE, _DOCS + "v5e"),
+        Chip("v5p", "TPU v5", 459e12, MXU_128, 2, 1, 95 * _GIB, 2765e9, 600e9, 6.25e9, (2, 2, 1), _CUBE, _DOCS + "v5p"),
+        Chip("v6e", "TPU v6 lite", 918e12, MXU_256, 1, 1, 32 * _GIB, 1638e9, 400e9, 12.5e9, (2, 2), _PLANE, _DOCS + "v6e"),
+        Chip("tpu7x", "TPU7x", 1153.5e12, MXU_256, 1, 2, 96 * _GIB, 3690e9, 300e9, 6.25e9, (2, 2, 1), _CUBE, _DOCS + "tpu7x"),
     )
 }
 

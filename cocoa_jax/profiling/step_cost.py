@@ -43,7 +43,7 @@ def check_step(config: TrainConfig, topology: str, slices: int) -> None:
     """
     _, devices = parse_topology(topology, slices)
     read_backbone(config.checkpoint)
-    mesh_sizes(config.mesh, devices)
+    mesh_sizes(config.mesh, devices, slices)
 
 
 def model_step(spec: Mapping[str, Any], dump: Path) -> dict[str, Any]:
@@ -86,15 +86,19 @@ def model_step(spec: Mapping[str, Any], dump: Path) -> dict[str, Any]:
 
 
 def row_kernels(config: TrainConfig, backbone: Qwen2VLConfig, mesh: Mesh, chip: Chip) -> KernelTable:
-    """What the span kernels do in a full row: documents of equal length, as many as a row may hold.
+    """What the span kernels do in a full batch: documents of equal length fill its rows.
 
     Stage 2 truncates each at three quarters. What a device's share of rows and heads does not divide, stays whole.
     """
     if importlib.util.find_spec("cocoa_jax.attention.flash_tpu") is None:
         return {}
     rows, text, vision = config.data.rows, backbone.text, backbone.vision
-    (B, T, P), E = rows.widest, rows.examples_per_row
+    B, T, P = rows.widest
+    examples = rows.batch_size * (2 + config.data.negatives if config.stage == "contrastive" else 1)
+    E = min(rows.examples_per_row, -(-examples // B))
     share, tensor = B // batch_shards(mesh), mesh.shape["tensor"]
+    if config.stage == "contrastive" and config.compute.chunk_rows:
+        share = min(share, config.compute.chunk_rows)
     segments = spans.segments([T // E] * E, T)
     seen = segments
     if config.stage == "bridge":

@@ -38,7 +38,7 @@ def step_mesh(config: TrainConfig, target: Slice) -> Mesh:
     Raises:
         TopologyError, ValueError: the sizes of ``config.mesh`` do not fit the slice.
     """
-    sizes = mesh_sizes(config.mesh, len(target.devices))
+    sizes = mesh_sizes(config.mesh, len(target.devices), target.slices)
     return slice_mesh(target, dict(zip(AXES, sizes, strict=True)))
 
 

@@ -14,6 +14,10 @@ def main(spec: dict[str, Any], dump: Path, answer: Path) -> None:
         from cocoa_jax.profiling.attention import model_cell
 
         result = model_cell(spec, dump)
+    elif spec["program"] == "plan":
+        from cocoa_jax.profiling.plan import plan_step
+
+        result = plan_step(spec, dump)
     else:
         from cocoa_jax.profiling.step_cost import model_step
 

@@ -72,6 +72,8 @@ def _adapted(config: TrainConfig, backbone: Qwen2VLConfig, adapter: AdapterRecor
     def model(params: Params, batch: Mapping[str, Array]) -> Qwen2VL:
         # A function of (seed, step) alone, as a batch is: a run that is continued drops the same numbers.
         key = jax.random.fold_in(jax.random.key(config.seed), batch["step"]) if dropout else None
+        if key is not None and "chunk" in batch:
+            key = jax.random.fold_in(key, batch["chunk"])
         return bind(graph, join(params["backbone"], params["adapter"], key))
 
     def init(params: Params) -> Params:
@@ -87,8 +89,12 @@ def _with_loss(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shape
 
     def loss(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
         if config.stage == "bridge":
-            return bridge_loss(model(params, batch), batch)
-        return contrastive_loss(model(params, batch), batch, config.contrastive, progress)
+            return bridge_loss(model(params, batch), batch, config.compute.chunk_tokens)
+
+        def model_of(chunk: Array) -> Qwen2VL:
+            return model(params, {**batch, "chunk": chunk})
+
+        return contrastive_loss(model_of, batch, config.contrastive, progress, config.compute.chunk_rows)
 
     return Program({**shapes, "head": {}}, loss, lambda _: {})
 
@@ -97,7 +103,8 @@ def _warmup(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shapes: 
     head_graph, head_shapes = decoder_graph(backbone, config.compute.attention)
 
     def loss(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
-        return warmup_loss(model(params, batch), bind(head_graph, params["head"]), batch, config.warmup)
+        decoder, chunk_tokens = bind(head_graph, params["head"]), config.compute.chunk_tokens
+        return warmup_loss(model(params, batch), decoder, batch, config.warmup, chunk_tokens)
 
     def init_head(params: Params) -> Params:
         # The head trains in its own precision, whatever that of a frozen backbone.

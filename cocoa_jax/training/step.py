@@ -29,7 +29,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, wanted: Train
         ``(state, batch) -> (state, metrics)``; the state that goes in is used up. A frozen backbone passes through
         in the same memory.
     """
-    places = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    places, mesh = jax.tree.map(lambda leaf: leaf.sharding, wanted), wanted.step.sharding.mesh
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         trained, batch = trained_part(state.params), {**batch, "step": state.step}
@@ -37,7 +37,9 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, wanted: Train
         def of_trained(part: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
             return loss({**state.params, **part}, batch, state.step / steps)
 
-        (value, metrics), gradients = jax.value_and_grad(of_trained, has_aux=True)(trained)
+        # The models ask the mesh in use how rows and heads are shared.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            (value, metrics), gradients = jax.value_and_grad(of_trained, has_aux=True)(trained)
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(gradients, state.optimizer, trained)
             params = {**state.params, **optax.apply_updates(trained, updates)}

@@ -23,8 +23,11 @@ class Stub:
     def __call__(self, inputs):
         return jnp.take(jnp.asarray(self.table), inputs.tokens, axis=0)
 
-    def logits(self, hidden):
-        return hidden @ self.head
+    def head_kernel(self):
+        return self.head
+
+    def logits(self, hidden, kernel):
+        return hidden @ kernel
 
 
 @pytest.fixture

@@ -97,8 +97,11 @@ class Stub:
         # Every state hears of every picture of the row, as under attention.
         return jnp.where(inputs.unit[..., None] >= 0, seen, words) + units.mean(1, keepdims=True)
 
-    def logits(self, hidden):
-        return hidden @ self.head
+    def head_kernel(self):
+        return self.head
+
+    def logits(self, hidden, kernel):
+        return hidden @ kernel
 
 
 @pytest.fixture

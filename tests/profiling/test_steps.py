@@ -22,13 +22,14 @@ from cocoa_jax.profiling.cells import Cells
 from cocoa_jax.profiling.step_cost import step_markdown, step_spec
 from cocoa_jax.profiling.steps import abstract_batch, abstract_step, parameter_count, read_backbone
 from cocoa_jax.profiling.trace import record_trace
+from cocoa_jax.training.mesh import AXES
 
 REPOSITORY = Path(__file__).parents[2]
 PUBLISHED = {"qwen2-vl-2b": 2.2e9, "qwen2-vl-7b": 8.3e9, "qwen2.5-vl-3b": 3.75e9, "qwen2.5-vl-7b": 8.3e9}
 
 
 def one_device() -> Mesh:
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES)
 
 
 @pytest.mark.parametrize("stage", ["warmup", "bridge", "contrastive"])
@@ -71,7 +72,7 @@ def compiled(backbone, stage_settings, tmp_path_factory):
 
 
 def test_a_compiled_step(compiled):
-    assert compiled["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert compiled["mesh"] == {"slice": 1, "data": 1, "fsdp": 4, "tensor": 1}
     assert 0 < compiled["memory"]["arguments"] < compiled["memory"]["peak"] < compiled["memory"]["capacity"]
     assert compiled["seconds"] >= max(compiled["mxu_seconds"], 0.0) and compiled["flops"] > 0
     kinds = {row["kind"] for row in compiled["sent"]}

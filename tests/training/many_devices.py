@@ -21,7 +21,7 @@ from cocoa_jax.training.step import make_step
 
 
 def one_device() -> Mesh:
-    return jax.make_mesh((1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return jax.make_mesh((1, 1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 4, devices=jax.devices()[:1])
 
 
 def losses(config: TrainConfig, mesh: Mesh) -> dict[str, object]:

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from cocoa_jax.training import mesh as module
-from cocoa_jax.training.mesh import MeshConfig, batch_shards, make_mesh, replicated, rows_sharding
+from cocoa_jax.training.mesh import MeshConfig, batch_shards, make_mesh, mesh_sizes, replicated, rows_sharding
 
 
 @pytest.fixture
@@ -23,12 +23,13 @@ def devices(monkeypatch):
 @pytest.mark.parametrize(
     ("n", "asked", "got"),
     [
-        (1, {}, (1, 1, 1)),
-        (8, {}, (8, 1, 1)),
-        (8, {"fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        (8, {"data": 1, "fsdp": -1}, (1, 8, 1)),
-        (8, {"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
-        (8, {"data": 2, "fsdp": 4}, (2, 4, 1)),
+        (1, {}, (1, 1, 1, 1)),
+        (8, {}, (1, 8, 1, 1)),
+        (8, {"fsdp": 2, "tensor": 2}, (1, 2, 2, 2)),
+        (8, {"data": 1, "fsdp": -1}, (1, 1, 8, 1)),
+        (8, {"data": 2, "fsdp": 2, "tensor": -1}, (1, 2, 2, 2)),
+        (8, {"data": 2, "fsdp": 4}, (1, 2, 4, 1)),
+        (8, {"slice": 2, "fsdp": 4}, (2, 1, 4, 1)),
     ],
 )
 def test_sizes(devices, n, asked, got):
@@ -54,8 +55,14 @@ def test_sizes_that_do_not_fit_are_refused(devices, n, asked, message):
     assert "\n" not in str(caught.value)
 
 
+def test_slices_are_not_cut():
+    assert mesh_sizes(MeshConfig(slice=2, fsdp=16), 32, 2) == (2, 1, 16, 1)
+    with pytest.raises(ValueError, match="on 2 slices: set mesh.slice to 2"):
+        mesh_sizes(MeshConfig(fsdp=32), 32, 2)
+
+
 def test_shardings_of_a_real_mesh():
     mesh = make_mesh(MeshConfig())
-    assert mesh.axis_names == ("data", "fsdp", "tensor") and batch_shards(mesh) == 1
-    assert rows_sharding(mesh).spec == jax.sharding.PartitionSpec(("data", "fsdp"))
+    assert mesh.axis_names == ("slice", "data", "fsdp", "tensor") and batch_shards(mesh) == 1
+    assert rows_sharding(mesh).spec == jax.sharding.PartitionSpec(("slice", "data", "fsdp"))
     assert replicated(mesh).is_fully_replicated

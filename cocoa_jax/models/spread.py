@@ -1,0 +1,56 @@
+"""Where activations lie on the mesh in use: few constraints, at the places that XLA cannot guess.
+
+Parameters have their table in ``training/sharding.py``. From those alone XLA may as well split every state by its width
+as the kernels are split, and send activations around where it should gather weights.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from cocoa_jax.attention.divide import free_axes, row_axes
+
+VOCABULARY = ("fsdp", "tensor")  # the axes that share the parameters share the LM head by its vocabulary
+
+
+def row_parts(rows: int) -> int:
+    """In how many equal parts so many rows lie on the devices of the mesh in use; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in row_axes(rows))
+
+
+def over_rows(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
+    """``x`` with its rows over the devices and all else whole; as it is where there is no mesh."""
+    axes = row_axes(x.shape[0])
+    return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
+
+
+def over_vocabulary(x: Float[Array, "*S V"], *, rows: bool = False) -> Float[Array, "*S V"]:
+    """``x`` with its last axis over the devices that share the parameters, and all else whole.
+
+    Args:
+        rows: whether the first axis lies over what is left of the axes of rows; each of those has other rows.
+    """
+    free = free_axes()
+    axes = tuple(name for name in VOCABULARY if name in free)
+    if not axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(_left(x.shape[0]) if rows else None, *[None] * (x.ndim - 2), axes))
+
+
+def shared_rows(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
+    """``x`` whole on all devices that share the parameters, its rows over the other axes of rows."""
+    return jax.lax.with_sharding_constraint(x, P(_left(x.shape[0]))) if free_axes() else x
+
+
+def whole(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """All of ``x`` on every device."""
+    return jax.lax.with_sharding_constraint(x, P()) if free_axes() else x
+
+
+def _left(rows: int) -> tuple[str, ...]:
+    return tuple(name for name in row_axes(rows) if name not in VOCABULARY)
