@@ -17,14 +17,14 @@ Attend = Callable[[Array, Array, Array, Spans, float], Array]
 
 
 def free_axes() -> tuple[str, ...]:
-    """Axes of several devices of the mesh in use (``jax.set_mesh``) that no ``shard_map`` around the caller has taken."""
+    """Axes of more than one device of the mesh in use that no ``shard_map`` around the caller has taken."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1)
 
 
 def row_axes(rows: int) -> tuple[str, ...]:
-    """The axes over which so many rows are spread: all that there are of ``ROWS``, or none if they do not divide them."""
+    """The axes over which so many rows are spread: all that are there of ``ROWS``, or none if they do not divide."""
     mesh, free = jax.sharding.get_abstract_mesh(), free_axes()
     axes = tuple(name for name in ROWS if name in free)
     return () if rows % math.prod(mesh.shape[name] for name in axes) else axes

@@ -23,13 +23,13 @@ def row_parts(rows: int) -> int:
     return math.prod(mesh.shape[name] for name in row_axes(rows))
 
 
-def over_rows(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
+def over_rows(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     """``x`` with its rows over the devices and all else whole; as it is where there is no mesh."""
     axes = row_axes(x.shape[0])
     return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
 
 
-def over_vocabulary(x: Float[Array, "*S V"], *, rows: bool = False) -> Float[Array, "*S V"]:
+def over_vocabulary(x: Float[Array, "... V"], *, rows: bool = False) -> Float[Array, "... V"]:
     """``x`` with its last axis over the devices that share the parameters, and all else whole.
 
     Args:
@@ -42,12 +42,12 @@ def over_vocabulary(x: Float[Array, "*S V"], *, rows: bool = False) -> Float[Arr
     return jax.lax.with_sharding_constraint(x, P(_left(x.shape[0]) if rows else None, *[None] * (x.ndim - 2), axes))
 
 
-def shared_rows(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
+def shared_rows(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     """``x`` whole on all devices that share the parameters, its rows over the other axes of rows."""
     return jax.lax.with_sharding_constraint(x, P(_left(x.shape[0]))) if free_axes() else x
 
 
-def whole(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+def whole(x: Float[Array, ...]) -> Float[Array, ...]:
     """All of ``x`` on every device."""
     return jax.lax.with_sharding_constraint(x, P()) if free_axes() else x
 

@@ -66,11 +66,31 @@ _GIB = 2.0**30
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 137.5e12, MXU_128, 1, 2, 16 * _GIB, 600e9, 135e9, 1.5625e9, (2, 2, 1), _CUBE, _DOCS + "v4"),
-        Chip("v5e", "TPU v5 lite", 197e12, MXU_128, 1, 1, 16 * _GIB, 819e9, 200e9, 3.125e9, (2, 2), _PLANE, _DOCS + "v5e"),
+        Chip(
+            "v4", "TPU v4", 137.5e12, MXU_128, 1, 2, 16 * _GIB, 600e9, 135e9, 1.5625e9, (2, 2, 1), _CUBE, _DOCS + "v4"
+        ),
+        Chip(
+            "v5e", "TPU v5 lite", 197e12, MXU_128, 1, 1, 16 * _GIB, 819e9, 200e9, 3.125e9, (2, 2), _PLANE, _DOCS + "v5e"
+        ),
         Chip("v5p", "TPU v5", 459e12, MXU_128, 2, 1, 95 * _GIB, 2765e9, 600e9, 6.25e9, (2, 2, 1), _CUBE, _DOCS + "v5p"),
-        Chip("v6e", "TPU v6 lite", 918e12, MXU_256, 1, 1, 32 * _GIB, 1638e9, 400e9, 12.5e9, (2, 2), _PLANE, _DOCS + "v6e"),
-        Chip("tpu7x", "TPU7x", 1153.5e12, MXU_256, 1, 2, 96 * _GIB, 3690e9, 300e9, 6.25e9, (2, 2, 1), _CUBE, _DOCS + "tpu7x"),
+        Chip(
+            "v6e", "TPU v6 lite", 918e12, MXU_256, 1, 1, 32 * _GIB, 1638e9, 400e9, 12.5e9, (2, 2), _PLANE, _DOCS + "v6e"
+        ),
+        Chip(
+            "tpu7x",
+            "TPU7x",
+            1153.5e12,
+            MXU_256,
+            1,
+            2,
+            96 * _GIB,
+            3690e9,
+            300e9,
+            6.25e9,
+            (2, 2, 1),
+            _CUBE,
+            _DOCS + "tpu7x",
+        ),
     )
 }
 

@@ -57,7 +57,7 @@ def test_sizes_that_do_not_fit_are_refused(devices, n, asked, message):
 
 def test_slices_are_not_cut():
     assert mesh_sizes(MeshConfig(slice=2, fsdp=16), 32, 2) == (2, 1, 16, 1)
-    with pytest.raises(ValueError, match="on 2 slices: set mesh.slice to 2"):
+    with pytest.raises(ValueError, match=r"on 2 slices: set mesh\.slice to 2"):
         mesh_sizes(MeshConfig(fsdp=32), 32, 2)
 
 
