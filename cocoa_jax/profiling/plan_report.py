@@ -50,8 +50,8 @@ def _times(result: Mapping[str, Any]) -> list[str]:
         f"* chip, {LABEL}: {_ms(result['chip_seconds'])}, by what bounds each operation: {spent}; "
         f"{result['bytes'] / GIB:.1f} GiB through HBM",
         f"* interconnect at its full bandwidth: {_ms(result['interconnect_seconds'])}",
-        f"* **a step takes at least {least}**, {ratio(result):.2f} x the ideal MXU time, if all that is sent hides behind "
-        f"the computation, {serial} if nothing does; bound by {result['bound']}",
+        f"* **a step takes at least {least}**, {ratio(result):.2f} x the ideal MXU time, if all that is sent is "
+        f"hidden behind the computation, {serial} if nothing is; bound by {result['bound']}",
     ]
     if result["slices"] > 1:
         lines.insert(3, f"* data-centre network: {_ms(result['network_seconds'])}")
