@@ -98,14 +98,14 @@ def _in_order(slots: Float[Array, "B E W"], example: Int[Array, " X"]) -> Float[
 
 def _cut(x: Array, parts: int, rows: int) -> Array:
     """[B, ...] as [c, parts * rows, ...]: every chunk has as many rows of each of ``parts`` devices."""
-    cut = x.reshape(parts, -1, rows, *x.shape[1:])
-    return jnp.moveaxis(cut, 1, 0).reshape(-1, parts * rows, *x.shape[1:])
+    chunks = x.shape[0] // parts // rows
+    return x.reshape(parts, chunks, rows, *x.shape[1:]).swapaxes(0, 1).reshape(chunks, parts * rows, *x.shape[1:])
 
 
 def _joined(x: Array, parts: int, rows: int) -> Array:
     """The inverse of ``_cut``."""
-    cut = x.reshape(-1, parts, rows, *x.shape[2:])
-    return jnp.moveaxis(cut, 0, 1).reshape(-1, *x.shape[2:])
+    chunks = x.shape[0]
+    return x.reshape(chunks, parts, rows, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
 @jax.named_scope("stage3")

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cocoa_jax.objectives.contrastive import ContrastiveConfig, contrastive_loss, embed_examples, info_nce
+from cocoa_jax.objectives.contrastive import (
+    ContrastiveConfig,
+    contrastive_loss,
+    embed_examples,
+    embed_in_chunks,
+    info_nce,
+)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -166,6 +172,56 @@ def test_a_state_of_zeros_gives_no_nan():
         return contrastive_loss(lambda _: dataclasses.replace(stub, table=table), batch, ContrastiveConfig())[0]
 
     assert np.isfinite(jax.grad(loss)(jnp.asarray(stub.table))).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixer:
+    """A model in which every state hears of its whole row, with a kernel in the type of its states."""
+
+    table: jax.Array
+    kernel: jax.Array
+
+    def __call__(self, inputs):
+        words = jnp.take(self.table, inputs.tokens, axis=0)
+        return jnp.tanh(words @ self.kernel + words.mean(1, keepdims=True))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize(("wide", "tolerance"), [(False, 1e-5), (True, 1e-10)])
+def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(rows, wide, tolerance):
+    rng = np.random.default_rng(5)
+    bridges = np.arange(1, 25)[:, None]
+    layout = [[0, 5, 9, 22], [1, 2, 3, 4], [6, 7], [8, 10, 11, 12, 23], [13, 14, 15, 16], [17, 18, 19, 20, 21]]
+    batch = rows_of(bridges, layout, 5) | {"target_key": rng.integers(0, 8, 10)}  # 10 pairs and 4 hard negatives
+    with jax.enable_x64(wide):
+        kind = jnp.float64 if wide else jnp.float32
+        params = jnp.asarray(rng.standard_normal((40, 6)), kind), jnp.asarray(rng.standard_normal((6, 6)), kind)
+
+        def run(rows):
+            def loss(params):
+                return contrastive_loss(lambda _: Mixer(*params), batch, ContrastiveConfig(0.1), 1.0, rows)[0]
+
+            return jax.jit(jax.value_and_grad(loss))(params)
+
+        got, want = run(rows), run(None)
+        assert want[0].dtype == kind
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
+
+
+def test_every_chunk_has_a_model_of_its_own():
+    """What is random in a model must not repeat itself from chunk to chunk."""
+    table, bridges = jnp.ones((40, 5)), np.arange(1, 13)[:, None]
+    batch = rows_of(bridges, [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]], 2)
+    marks = 1.0 + jnp.arange(15.0).reshape(3, 5)
+    found = embed_in_chunks(lambda number: Stub(table * marks[number]), batch, 2)
+    np.testing.assert_allclose(found, np.repeat(unit(np.asarray(marks)), 4, axis=0), rtol=1e-6)
+
+
+def test_chunks_that_do_not_divide_the_rows_are_refused():
+    batch = rows_of(np.arange(1, 13)[:, None], [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]], 2)
+    with pytest.raises(ValueError, match=r"chunk_rows is 4, a device has 6 rows: choose a divisor"):
+        embed_in_chunks(lambda _: Stub(np.ones((40, 5))), batch, 4)
 
 
 def test_rows_of_one_picture_and_equal_negatives_are_no_negatives():

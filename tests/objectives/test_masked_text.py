@@ -1,6 +1,7 @@
 """Cross-entropy at the chosen positions against plain numpy."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,51 @@ def test_nothing_chosen_is_no_loss_and_no_nan(rng, stub):
 def test_scores_of_any_size_stay_finite(stub, chosen):
     loss, _ = masked_text_loss(stub, np.full((B, T, D), 1e4, np.float32), *chosen)
     assert np.isfinite(loss)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 6, 9, 12, None])
+def test_chunks_give_the_loss_and_gradients_of_the_whole(rng, stub, chosen, chunk_tokens):
+    """Chunks of 1, 1, 2, 3, 4 and all columns of the budget of 4; 3 do not divide it."""
+    hidden = jnp.asarray(rng.standard_normal((B, T, D), np.float32))
+    at, ids = chosen
+
+    def naive(hidden, head):
+        scores = jax.nn.log_softmax(jnp.take_along_axis(hidden, jnp.maximum(at, 0)[..., None], axis=1) @ head)
+        true = jnp.take_along_axis(scores, jnp.maximum(ids, 0)[..., None], axis=-1)[..., 0]
+        return -jnp.sum(true * (ids >= 0)) / np.sum(ids >= 0)
+
+    def ours(hidden, head):
+        return masked_text_loss(dataclasses.replace(stub, head=head), hidden, at, ids, chunk_tokens)[0]
+
+    got = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, jnp.asarray(stub.head))
+    want = jax.value_and_grad(naive, (0, 1))(hidden, jnp.asarray(stub.head))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)  # float32, summed in another order
+    _, metrics = masked_text_loss(stub, hidden, at, ids, chunk_tokens)
+    np.testing.assert_allclose(metrics["masked_accuracy"], plain(hidden, stub.head, at, ids)[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("chunk_tokens", "columns"), [(8, 2), (16, 4), (None, 32)])
+def test_no_more_scores_at_once_than_a_chunk_has(chunk_tokens, columns):
+    """What the compiled gradient holds of the vocabulary: a chunk of each row, never [B, T, V], nor [B, M, V]."""
+    rows, tokens, budget, width, vocabulary = 4, 64, 32, 8, 997  # a prime that no other size is
+    head = jnp.zeros((width, vocabulary))
+
+    def loss(hidden, head, at):
+        return masked_text_loss(Stub(None, head), hidden, at, at, chunk_tokens)[0]
+
+    at = jnp.zeros((rows, budget), jnp.int32)
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(jnp.zeros((rows, tokens, width)), head, at).compile()
+    sizes = [
+        np.prod([int(side) for side in sides.split(",")]) for sides in re.findall(r"\[([\d,]+)\]", compiled.as_text())
+    ]
+    assert max(size for size in sizes if size % vocabulary == 0) == rows * columns * vocabulary
+
+
+def test_a_tie_is_no_right_guess(stub, chosen):
+    """Equal scores for all ids say nothing, wherever the true one stands."""
+    _, metrics = masked_text_loss(dataclasses.replace(stub, head=np.zeros((D, V))), np.zeros((B, T, D)), *chosen)
+    assert metrics["masked_accuracy"] == 0
 
 
 def test_bridge_loss_is_the_masked_loss_of_the_batch(rng, stub, chosen):

@@ -1,5 +1,6 @@
-"""Run in a process of its own by test_step: the losses of ten steps of every stage on one device and on eight."""
+"""Run in a process of its own by test_step: the losses of a few steps on one device and on meshes of eight."""
 
+import dataclasses
 import json
 import sys
 
@@ -19,6 +20,8 @@ from cocoa_jax.training.stages import stage_program
 from cocoa_jax.training.state import abstract_state, first_state
 from cocoa_jax.training.step import make_step
 
+STEPS = 5
+
 
 def one_device() -> Mesh:
     return jax.make_mesh((1, 1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 4, devices=jax.devices()[:1])
@@ -37,7 +40,7 @@ def losses(config: TrainConfig, mesh: Mesh) -> dict[str, object]:
     pictures = load_pictures(config.data.split)
     sources = {kind: picture_source(kind, pictures) for kind in config.data.kinds}
     found = []
-    for batch in stage_dataset(config.batches(), sources, config.data.kinds, processor, seed=1, steps=10):
+    for batch in stage_dataset(config.batches(), sources, config.data.kinds, processor, seed=1, steps=STEPS):
         del batch["stats"]
         batch = place(batch, mesh)
         state, metrics = step(state, batch)
@@ -55,10 +58,21 @@ def main(settings: str) -> None:
     results = {}
     for values in json.loads(settings):
         config = parse(TrainConfig, values)
-        split = MeshConfig(fsdp=2, tensor=2) if config.stage == "contrastive" else MeshConfig()
-        results[config.stage] = {"one": losses(config, one_device()), "eight": losses(config, make_mesh(split))}
+        found = {"one": losses(config, one_device())}
+        for name, sizes in MESHES.items():
+            # Where every device has several rows, it takes them one by one.
+            rows = 1 if config.stage == "contrastive" else None
+            compute = dataclasses.replace(config.compute, chunk_rows=rows, chunk_tokens=2, remat="attention")
+            found[name] = losses(dataclasses.replace(config, compute=compute), make_mesh(sizes))
+        results[config.stage] = found
     json.dump(results, sys.stdout)
 
+
+MESHES = {
+    "data": MeshConfig(),
+    "fsdp": MeshConfig(data=1, fsdp=8),
+    "cube": MeshConfig(fsdp=2, tensor=2),
+}
 
 if __name__ == "__main__":
     main(sys.argv[1])

@@ -1,13 +1,14 @@
 """Every parameter of both families has its place on the mesh."""
 
 import json
+from pathlib import Path
 
 import jax
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from cocoa_jax.models.config import parse_config
+from cocoa_jax.models.config import parse_config, read_config
 from cocoa_jax.models.lora import LoraConfig, adapted_graph
 from cocoa_jax.models.mae import decoder_graph
 from cocoa_jax.models.qwen2_vl import Compute, abstract_params
@@ -15,6 +16,8 @@ from cocoa_jax.training.mesh import MeshConfig, make_mesh
 from cocoa_jax.training.sharding import TABLE, param_shardings, path_of, spec_of, state_shardings
 
 FAMILIES = ("qwen2", "qwen2_5")
+BACKBONES = ("qwen2-vl-2b", "qwen2-vl-7b", "qwen2.5-vl-3b", "qwen2.5-vl-7b")
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,41 @@ def test_specs(path, spec):
     assert spec_of(path) == spec
 
 
+def specs_of(name):
+    """Every parameter of a published backbone, adapted and with the stage-1 head: path, shape and spec, a line each."""
+    config = read_config(REPOSITORY / "configs/backbones" / name)
+    shapes = {"backbone": abstract_params(config), "head": decoder_graph(config)[1]}
+    shapes["adapter"] = adapted_graph(config, Compute(), LoraConfig(), (1, 2))[1]
+    return [
+        f"{path} {list(leaf.shape)} {','.join(str(axis) for axis in spec_of(path)) or '-'}"
+        for path, leaf in sorted(by_path(shapes).items())
+    ]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_specs_of_published_backbones(golden, name):
+    """Against the file that ``python tests/training/test_sharding.py`` writes."""
+    assert specs_of(name) == (golden / f"{name}.specs.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("fsdp", [16, 32])
+def test_usual_meshes_pad_no_kernel(name, fsdp):
+    """What a device holds of a kernel is an equal share, and of whole rows of eight where they are split."""
+    for line in specs_of(name):
+        path, rest = line.split(" [")
+        shape, axes = [int(side) for side in rest.split("] ")[0].split(", ")], rest.split("] ")[1].split(",")
+        if path.startswith("adapter") or not path.endswith(("kernel", "table")):
+            continue
+        if "fsdp" not in axes:
+            assert "patch_embed" in path
+            continue
+        place = axes.index("fsdp")
+        assert shape[place] % fsdp == 0, line
+        if place == len(shape) - 2:
+            assert shape[place] // fsdp % 8 == 0, line
+
+
 @pytest.mark.parametrize("path", ["backbone/text/embed/tables", "head/other/kernel", "backbone/vision/pos/table"])
 def test_an_unknown_parameter_is_refused(path):
     with pytest.raises(KeyError, match=f"no sharding for parameter {path}"):
@@ -100,3 +138,8 @@ def test_moments_lie_where_their_parameters_lie(shapes):
     for moments in (adam.mu, adam.nu):
         assert jax.tree.map(lambda sharding: sharding.spec, moments) == want
     assert adam.count.spec == P()
+
+
+if __name__ == "__main__":
+    for backbone in BACKBONES:
+        (REPOSITORY / f"tests/golden/{backbone}.specs.txt").write_text("\n".join(specs_of(backbone)) + "\n")

@@ -1,4 +1,4 @@
-"""The train step: the same on one device and on eight, and its state is used up."""
+"""The train step: the same on one device and on meshes of eight, and its state is used up."""
 
 import json
 import os
@@ -38,22 +38,20 @@ def runs(backbone, stage_settings, tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "cube"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_ten_losses_agree_on_one_device_and_on_eight(runs, stage):
-    one, eight = runs[stage]["one"], runs[stage]["eight"]
-    assert len(one["losses"]) == 10 and np.isfinite(one["losses"]).all() and len(set(one["losses"])) == 10
+def test_losses_agree_on_one_device_and_on_every_mesh_of_eight(runs, stage, mesh):
+    """With chunks of rows and tokens on the meshes, and all at once on one device: neither is in the result."""
+    one, eight = runs[stage]["one"], runs[stage][mesh]
+    assert len(one["losses"]) == 5 and np.isfinite(one["losses"]).all() and len(set(one["losses"])) == 5
     np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
 
 
 def test_rows_and_parameters_are_spread_as_the_mesh_says(runs):
     keys = ("batch_shards", "tokens", "table")
     found = {(stage, name): [run[key] for key in keys] for stage in STAGES for name, run in runs[stage].items()}
-    assert found == {
-        **{(stage, "one"): [1, 1, 1] for stage in STAGES},
-        ("warmup", "eight"): [8, 8, 1],
-        ("bridge", "eight"): [8, 8, 1],
-        ("contrastive", "eight"): [4, 4, 4],
-    }
+    spread = {"one": [1, 1, 1], "data": [8, 8, 1], "fsdp": [8, 8, 8], "cube": [4, 4, 4]}
+    assert found == {(stage, name): shares for stage in STAGES for name, shares in spread.items()}
 
 
 # ------------------------------------------------------------------------------------ the update itself, on a toy

@@ -1,0 +1,172 @@
+"""The plans of the paper's stages on TPU slices: ``python benchmarks/pods.py`` makes docs/pods.md and docs/pods/*.json.
+
+A cell that has its file is not compiled again (remove the file, or give --remake), so that the command can be stopped
+and continued. Every cell is compiled for its slice on this machine; nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cocoa_jax.config import TrainConfig, load_config
+from cocoa_jax.profiling.cells import Cells, MeasurementError
+from cocoa_jax.profiling.plan import plan_spec
+from cocoa_jax.profiling.plan_report import GIB, memory_kinds, ratio, serial_seconds
+from cocoa_jax.profiling.plan_search import changed
+from cocoa_jax.profiling.topology import parse_topology
+
+REPOSITORY = Path(__file__).parents[1]
+FOLDER, PAGE = REPOSITORY / "docs/pods", REPOSITORY / "docs/pods.md"
+BACKBONES = ("qwen2-vl-2b", "qwen2.5-vl-3b", "qwen2-vl-7b", "qwen2.5-vl-7b")
+STAGES = ("1-warmup", "2-bridge", "3-contrastive")
+# The first slices that are made; those behind them show larger and other ones.
+SLICES = (("v5e:4x4", 1), ("v5e:8x8", 1), ("v5p:2x2x4", 1), ("v6e:4x4", 1), ("v5e:16x16", 1), ("v5e:16x16", 2))
+BEGIN, END = "<!-- cells: written by benchmarks/pods.py -->", "<!-- end of cells -->"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One stage of one backbone, with an adapter or in full, on one kind of slice."""
+
+    backbone: str
+    stage: str
+    training: str
+    topology: str
+    slices: int
+
+    @property
+    def name(self) -> str:
+        several = f"{self.slices}x" if self.slices > 1 else ""
+        return f"{self.backbone}_{self.stage}_{self.training}_{several}{self.topology.replace(':', '-')}"
+
+    @property
+    def devices(self) -> int:
+        return parse_topology(self.topology, self.slices)[1]
+
+    def settings(self) -> dict[str, Any]:
+        """What is changed in the stage's config: the backbone, and the batch where the paper's has too few rows."""
+        rows = load_config(TrainConfig, self.path).data.rows
+        found: dict[str, Any] = {"checkpoint": f"configs/backbones/{self.backbone}"}
+        times = -(-self.devices // rows.shapes[0][0])
+        if times > 1:
+            found["data.rows.batch_size"] = rows.batch_size * times
+            found["data.rows.shapes"] = [[count * times, tokens, patches] for count, tokens, patches in rows.shapes]
+        return found
+
+    @property
+    def path(self) -> Path:
+        return REPOSITORY / f"configs/pods/{self.stage}-{self.training}.yaml"
+
+    @property
+    def command(self) -> str:
+        words = " ".join(f"--{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in
+                         self.settings().items())  # fmt: skip
+        more = f" --slices {self.slices}" if self.slices > 1 else ""
+        return f"cocoa plan --config configs/pods/{self.path.name} --topology {self.topology}{more} {words}"
+
+
+def all_cells() -> list[Cell]:
+    """In the order in which they are made: adapters first, the small slice and backbone first."""
+    orders = itertools.product(SLICES, ("lora", "full"), BACKBONES, STAGES)
+    return [Cell(backbone, stage, how, *where) for where, how, backbone, stage in orders]
+
+
+def made(cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    for cell in cells:
+        if (path := FOLDER / f"{cell.name}.json").is_file():
+            yield cell, json.loads(path.read_text())
+
+
+def make(cell: Cell) -> None:
+    """Compile a cell and write its file."""
+    config = changed(load_config(TrainConfig, cell.path), cell.settings())
+    result = Cells(None).get(plan_spec(config, cell.topology, cell.slices))
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    aside = FOLDER / f"{cell.name}.partial"
+    aside.write_text(json.dumps({"command": cell.command, "versions": versions, "result": result}, indent=1) + "\n")
+    os.replace(aside, FOLDER / f"{cell.name}.json")
+
+
+def table(cells: list[Cell]) -> str:
+    """The cells that are there, and the number of those that are not."""
+    lines = [
+        "| backbone | stage | trained | slice | mesh | batch | memory, GiB | MXU, ms | chip, ms | sent, ms "
+        "| at least, ms | to MXU | bound by |",
+        "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    there = list(made(cells))
+    for cell, kept in there:
+        r = kept["result"]
+        mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1)
+        where = f"{cell.slices} x {cell.topology}" if cell.slices > 1 else cell.topology
+        name = f"[{cell.backbone}](pods/{cell.name}.json)"
+        memory = f"{r['needed'] / GIB:.1f} of {r['capacity'] / GIB:.0f}"
+        first = [name, cell.stage, cell.training, where, mesh, f"{r['examples']:,}", memory]
+        if r["fits"]:
+            sent = r["interconnect_seconds"] + r["network_seconds"]
+            times = [r["mxu_seconds"], r["chip_seconds"], sent, r["step_seconds"]]
+            rest = [*(f"{seconds * 1e3:,.0f}" for seconds in times), f"{ratio(r):.2f}", r["bound"]]
+        else:
+            rest = ["does not fit", *[""] * 5]
+        lines.append("| " + " | ".join([*first, *rest]) + " |")
+    missing = [cell.name for cell in cells if not (FOLDER / f"{cell.name}.json").is_file()]
+    text = f"\n{len(there)} of {len(cells)} cells are made."
+    if missing:
+        text += " Not yet there, in the order in which the command makes them: " + ", ".join(missing) + "."
+    return "\n".join(lines) + "\n" + text + "\n"
+
+
+def memory_table(cells: list[Cell]) -> str:
+    """Memory of a device by kind, GiB."""
+    there = [(cell, kept["result"]) for cell, kept in made(cells)]
+    kinds = list(dict.fromkeys(kind for _, result in there for kind in memory_kinds(result)))
+    lines = ["| cell | " + " | ".join(kinds) + " | nothing hidden, ms |", "| --- |" + " ---: |" * (len(kinds) + 1)]
+    for cell, result in there:
+        held = memory_kinds(result)
+        sizes = [f"{held[kind] / GIB:.2f}" if kind in held else "-" for kind in kinds]
+        serial = f"{serial_seconds(result) * 1e3:,.0f}" if result["fits"] else "-"
+        lines.append(f"| {cell.name} | " + " | ".join(sizes) + f" | {serial} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_page(cells: list[Cell]) -> None:
+    """Put the tables between the marks of the page."""
+    text = PAGE.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(cells)}\n{memory_table(cells)}\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="words that the names of the cells must have, such as 2b,v5e-4x4")
+    parser.add_argument("--limit", type=int, default=None, help="how many cells to compile at most")
+    parser.add_argument("--remake", action="store_true", help="compile cells that are there again")
+    parser.add_argument("--table", action="store_true", help="compile nothing, write the page from the files")
+    given = parser.parse_args()
+    cells, words = all_cells(), [word for word in given.only.split(",") if word]
+    wanted = [cell for cell in cells if all(word in cell.name for word in words)]
+    if not given.remake:
+        wanted = [cell for cell in wanted if not (FOLDER / f"{cell.name}.json").is_file()]
+    for cell in tqdm([] if given.table else wanted[: given.limit], unit="cell"):
+        try:
+            make(cell)
+        except (MeasurementError, ValueError) as error:
+            tqdm.write(f"{cell.name}: {error}")
+        write_page(cells)
+    write_page(cells)
+
+
+if __name__ == "__main__":
+    main()

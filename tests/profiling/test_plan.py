@@ -1,0 +1,171 @@
+"""Plans: a real compilation of a small stage, what is refused, and what is advised where a step does not fit."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cocoa_jax import cli
+from cocoa_jax.commands import planning
+from cocoa_jax.config import TrainConfig, load_config, parse, to_dict
+from cocoa_jax.profiling.cells import Cells
+from cocoa_jax.profiling.plan import PlanError, needed_bytes, plan_spec
+from cocoa_jax.profiling.plan_report import memory_kinds, plan_markdown, ratio, serial_seconds
+from cocoa_jax.profiling.plan_run import plan, search
+from cocoa_jax.profiling.plan_search import candidates, changed, remedies
+from cocoa_jax.training.mesh import mesh_sizes
+
+REPOSITORY = Path(__file__).parents[2]
+GIB = 2.0**30
+PODS = sorted((REPOSITORY / "configs/pods").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def small(backbone, stage_settings, tmp_path_factory):
+    """A small stage 3 in chunks of rows on a host of four v5e."""
+    settings = stage_settings("contrastive", backbone, tmp_path_factory.mktemp("plan"))
+    return parse(TrainConfig, settings | {"mesh": {"data": 1, "fsdp": -1}, "compute": {"chunk_rows": 2}})
+
+
+def test_a_plan_of_a_small_step(small):
+    result = Cells(None).get(plan_spec(small, "v5e:2x2", 1))
+    kinds = memory_kinds(result)
+    assert result["fits"] and 0 < result["held"]["trained weights"] < result["held"]["optimizer"]
+    assert sum(kinds.values()) == pytest.approx(result["needed"]) and min(kinds.values()) >= 0
+    assert sum(result["spent"].values()) == pytest.approx(result["chip_seconds"], rel=0.5)
+    assert result["step_seconds"] == max(result[f"{name}_seconds"] for name in ("chip", "interconnect", "network"))
+    assert serial_seconds(result) > result["step_seconds"] and ratio(result) >= 1
+    text = plan_markdown(result)
+    assert "static model: compiled for that slice, not run" in text and "measured" not in text
+    assert all(name in text for name in ("frozen", "optimizer", "padding")) or "frozen" not in kinds
+
+
+def test_a_step_that_does_not_fit_is_a_failure_with_a_remedy(small, tmp_path, capsys):
+    rows = dataclasses.replace(small.data.rows, shapes=((16, 48, 2_000_000),))
+    wide = dataclasses.replace(small, data=dataclasses.replace(small.data, rows=rows))
+    path = tmp_path / "wide.yaml"
+    path.write_text(yaml.safe_dump(to_dict(wide)))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", "--config", str(path), "--topology", "v5e:2x2"])
+    shown, said = capsys.readouterr()
+    assert stopped.value.code == 1 and "DOES NOT FIT" in shown
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("cocoa: stage contrastive needs ") and "of 16.00 GiB a device" in last
+
+
+# ----------------------------------------------------------------------------------------------- advice and search
+
+
+class Made(Cells):
+    """Cells whose figures follow a rule instead of a compiler: memory and time by the settings."""
+
+    def __init__(self, capacity: float):
+        super().__init__(None)
+        self.capacity, self.asked = capacity * GIB, []
+
+    def get(self, spec):
+        config = parse(TrainConfig, spec["config"])
+        self.asked.append(config)
+        rows, shards = config.compute.chunk_rows or 8, mesh_sizes(config.mesh, 16)[2]
+        needed = (2.0 * rows + 40 / shards) * (1 if config.compute.remat == "full" else 1.5) * GIB
+        seconds = 1.0 + 1 / rows + 0.01 * shards + (0.3 if config.compute.remat == "full" else 0)
+        names = ("chip", "interconnect", "network", "mxu", "step", "compile")
+        return {
+            "stage": config.stage, "topology": spec["topology"], "slices": 1, "devices": 16, "mesh": {"fsdp": shards},
+            "batch": {"tokens": [512, 1280], "patches": [512, 4096, 1176]}, "examples": 1024,
+            "held": {"trained weights": GIB}, "arguments": GIB, "capacity": self.capacity, "needed": needed,
+            "fits": needed <= self.capacity, "flops": 1.0, "bytes": 1.0, "bound": "matrix units of the chip",
+            "spent": {"matrix units": seconds}, "sent": [], "unknown": [], **{f"{n}_seconds": seconds for n in names},
+        }  # fmt: skip
+
+
+@pytest.fixture
+def stage3():
+    config = load_config(TrainConfig, REPOSITORY / "configs/pods/3-contrastive-lora.yaml")
+    return changed(config, {"compute.chunk_rows": 8, "compute.remat": "attention"})
+
+
+def test_the_remedies_are_named_with_what_they_save(stage3):
+    cells, shown, said = Made(20), [], []
+    with pytest.raises(PlanError) as failed:
+        plan(stage3, "v5e:4x4", 1, cells, said.append, shown.append)
+    text = str(failed.value)
+    # (2 x 8 + 40 / 16) x 1.5 = 27.75 GiB; full remat 18.50, half the rows 15.75, a quarter of them 9.75.
+    assert "needs 27.75 GiB of 20.00 GiB" in text and "\n" not in text
+    assert "--compute.remat=full saves 9.25 GiB and fits" in text
+    assert (
+        "--compute.chunk_rows=4 saves 12.00 GiB and fits" in text and "--compute.chunk_rows=2 saves 18.00 GiB" in text
+    )
+    assert "DOES NOT FIT" in shown[0] and len(said) == len(cells.asked) - 1
+
+
+def test_knobs_that_help_only_together_are_tried_together(stage3):
+    with pytest.raises(PlanError, match="does not fit alone") as failed:
+        plan(stage3, "v5e:4x4", 1, Made(8), lambda _: None, lambda _: None)
+    assert "--compute.remat=full --compute.chunk_rows=2 saves 21.25 GiB and fits" in str(failed.value)
+
+
+def test_nothing_is_said_to_help_that_does_not(stage3):
+    config = changed(stage3, {"compute.chunk_rows": 1, "compute.remat": "full"})
+    with pytest.raises(PlanError, match=r"no setting saves memory: take a larger slice or smaller rows\.shapes"):
+        plan(config, "v5e:4x4", 1, Made(1), lambda _: None, lambda _: None)
+
+
+def test_a_step_that_fits_is_no_failure(stage3):
+    shown = []
+    plan(stage3, "v5e:4x4", 1, Made(30), lambda _: None, shown.append)
+    assert "fits" in shown[0] and "DOES NOT" not in shown[0]
+
+
+def test_a_search_ranks_what_fits_by_time(stage3):
+    cells = Made(20)
+    text = search(stage3, "v5e:4x4", 1, 100, cells, lambda _: None)
+    times = [float(line.split("|")[3]) for line in text.splitlines() if line.startswith("| `")]
+    assert times == sorted(times) and 0 < len(times) < len(cells.asked)
+    with pytest.raises(PlanError, match="none of 3 settings fits"):
+        search(stage3, "v5e:4x4", 1, 3, Made(1), lambda _: None)
+
+
+@pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("devices", [16, 64])
+def test_what_is_tried_can_be_compiled(path, devices):
+    """Every candidate and remedy is a mesh of these devices whose rows and chunks come out even."""
+    config = load_config(TrainConfig, path)
+    times = -(-devices // config.data.rows.shapes[0][0])
+    shapes = [[count * times, *rest] for count, *rest in config.data.rows.shapes]
+    config = changed(config, {"data.rows.shapes": shapes})
+    tried = [*candidates(config, devices), *remedies(config, devices)]
+    assert len(tried) == len({str(choice) for choice in tried}) > 3
+    for choice in tried:
+        one = changed(config, choice)
+        slices, data, fsdp, _ = mesh_sizes(one.mesh, devices)
+        one.data.rows.check_shared(slices * data * fsdp, "devices")
+        if one.compute.chunk_rows:
+            assert one.data.rows.widest.rows // (slices * data * fsdp) % one.compute.chunk_rows == 0
+
+
+# ------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_the_compilers_refusal_is_read():
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of memory in memory "
+        "space hbm. Used 18.53G of 15.75G hbm. Exceeded hbm capacity by 2.78G.\n\nTotal hbm usage >= 18.78G:"
+    )
+    assert needed_bytes(message) == 18.53 * GIB
+    with pytest.raises(PlanError, match="the step does not compile: INTERNAL: Mosaic failed"):
+        needed_bytes("INTERNAL: Mosaic failed to compile TPU kernel\nand more")
+
+
+@pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
+def test_configs_of_pods_are_whole(path):
+    """Sizes come from the backbone named in the file, and the step of each can be described."""
+    config = load_config(TrainConfig, path)
+    assert config.batches() and (config.lora is None) == path.stem.endswith("full")
+    assert config.data.rows.batch_size == {"warmup": 128, "bridge": 64, "contrastive": 1024}[config.stage]
+    assert config.optimizer.learning_rate == 2e-5 and config.contrastive.temperature == 0.02
+
+
+def test_the_command_is_there():
+    assert cli.commands()["plan"] is planning.PLAN
