@@ -7,6 +7,7 @@ if nothing overlapped but the transfers that the compiler runs beside the comput
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def program_cost(module: Module, dump: Path, chip: Chip, kernels: KernelTable) -
     for where, runs in module.runs.items():
         for op in module.computations.get(where, []):
             if _PALLAS in op.rest:
-                costs.append(_kernel(op, runs, files, kernels))
+                costs.append(_kernel(op, _dump_of(module, where, op, files), runs, kernels))
                 continue
             moved = module.hbm_bytes(where, op)
             if op.kind.endswith("-start"):
@@ -139,18 +140,38 @@ def program_cost(module: Module, dump: Path, chip: Chip, kernels: KernelTable) -
     return ProgramCost(chip, tuple(costs), transfers, tuple(unknown))
 
 
-def _kernel(op: Op, runs: float, files: Mapping[str, Path], kernels: KernelTable) -> OpCost:
+def _kernel(op: Op, dump: Path, runs: float, kernels: KernelTable) -> OpCost:
     work = next((work for name, work in kernels.items() if _named(op, name)), None)
     if work is None:
         raise ModelError(
             f"kernel {op.name}: its time depends on the data; give the number of its grid steps and of its active and "
             "masked tiles (KernelWork)"
         )
-    if op.name not in files:
-        raise ModelError(f"kernel {op.name} has no dump of bundles: was LIBTPU_INIT_ARGS set before JAX started?")
-    program = read_program(files[op.name])
+    program = read_program(dump)
     cycles = program.kernel_cycles(work.counts)
     return OpCost(op.name, op.scope, runs, cycles, work.flops, work.bytes, program.parts)
+
+
+def _dump_of(module: Module, where: str, op: Op, files: Mapping[str, Path]) -> Path:
+    """The dump of a kernel or of its twin: one that occurs twice is built once, under one of the names.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    if op.name in files:
+        return files[op.name]
+    wanted = _signature(module, where, op)
+    for other, ops in module.computations.items():
+        for twin in ops:
+            if twin.name in files and _PALLAS in twin.rest and _signature(module, other, twin) == wanted:
+                return files[twin.name]
+    raise ModelError(f"kernel {op.name} has no dump of bundles: was LIBTPU_INIT_ARGS set before JAX started?")
+
+
+def _signature(module: Module, where: str, op: Op) -> tuple[str, ...]:
+    """Name without its number, and the shapes of results and operands without their layouts."""
+    shapes = (op.shape, *(module.shapes.get((where, name), "") for name in op.operands))
+    return op.name.partition(".")[0], *(re.sub(r"\{[^{}]*\}", "", shape) for shape in shapes)
 
 
 def _named(op: Op, name: str) -> bool:
