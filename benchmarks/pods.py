@@ -60,7 +60,7 @@ class Cell:
         times = -(-self.devices // rows.shapes[0][0])
         if times > 1:
             found["data.rows.batch_size"] = rows.batch_size * times
-            found["data.rows.shapes"] = [[count * times, tokens, patches] for count, tokens, patches in rows.shapes]
+            found["data.rows.shapes"] = tuple((n * times, t, p) for n, t, p in rows.shapes)
         return found
 
     @property
@@ -69,7 +69,7 @@ class Cell:
 
     @property
     def command(self) -> str:
-        words = " ".join(f"--{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in
+        words = " ".join(f"--{name}={json.dumps(value) if isinstance(value, tuple) else value}" for name, value in
                          self.settings().items())  # fmt: skip
         more = f" --slices {self.slices}" if self.slices > 1 else ""
         return f"cocoa plan --config configs/pods/{self.path.name} --topology {self.topology}{more} {words}"

@@ -120,7 +120,7 @@ def program_cost(module: Module, dump: Path, chip: Chip, kernels: KernelTable) -
     for where, runs in module.runs.items():
         for op in module.computations.get(where, []):
             if _PALLAS in op.rest:
-                costs.append(_kernel(op, _dump_of(module, where, op, files), runs, kernels))
+                costs.append(_kernel(op, dump_of(module, where, op, files), runs, kernels))
                 continue
             moved = module.hbm_bytes(where, op)
             if op.kind.endswith("-start"):
@@ -152,7 +152,7 @@ def _kernel(op: Op, dump: Path, runs: float, kernels: KernelTable) -> OpCost:
     return OpCost(op.name, op.scope, runs, cycles, work.flops, work.bytes, program.parts)
 
 
-def _dump_of(module: Module, where: str, op: Op, files: Mapping[str, Path]) -> Path:
+def dump_of(module: Module, where: str, op: Op, files: Mapping[str, Path]) -> Path:
     """The dump of a kernel or of its twin: one that occurs twice is built once, under one of the names.
 
     Raises:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cocoa_jax.config import TrainConfig, parse, to_dict
+from cocoa_jax.config import SettingsError, TrainConfig
 from cocoa_jax.profiling.cells import Cells, MeasurementError
 from cocoa_jax.profiling.plan import plan_spec
 from cocoa_jax.profiling.topology import parse_topology
@@ -33,14 +32,18 @@ class Tried:
 
 def changed(config: TrainConfig, settings: Settings) -> TrainConfig:
     """``config`` with some values replaced."""
-    values = copy.deepcopy(to_dict(config))
     for name, value in settings.items():
-        *path, last = name.split(".")
-        part = values
-        for word in path:
-            part = part[word]
-        part[last] = value
-    return parse(TrainConfig, values)
+        config = _replaced(config, name.split("."), value)
+    return config
+
+
+def _replaced(config: Any, path: Sequence[str], value: Any) -> Any:
+    first, *rest = path
+    values = {field.name: field for field in dataclasses.fields(config)}
+    if first not in values:
+        raise SettingsError(f"{type(config).__name__} has no setting {first!r}: choose one of {', '.join(values)}")
+    inner = _replaced(vars(config)[first], rest, value) if rest else value
+    return dataclasses.replace(config, **{first: inner})
 
 
 def remedies(config: TrainConfig, devices: int) -> list[Settings]:

@@ -8,7 +8,7 @@ import yaml
 
 from cocoa_jax import cli
 from cocoa_jax.commands import planning
-from cocoa_jax.config import TrainConfig, load_config, parse, to_dict
+from cocoa_jax.config import SettingsError, TrainConfig, load_config, parse, to_dict
 from cocoa_jax.profiling.cells import Cells
 from cocoa_jax.profiling.plan import PlanError, needed_bytes, plan_spec
 from cocoa_jax.profiling.plan_report import memory_kinds, plan_markdown, ratio, serial_seconds
@@ -23,7 +23,7 @@ PODS = sorted((REPOSITORY / "configs/pods").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def small(backbone, stage_settings, tmp_path_factory):
-    """A small stage 3 in chunks of rows on a host of four v5e."""
+    """A small stage 3 in chunks of rows."""
     settings = stage_settings("contrastive", backbone, tmp_path_factory.mktemp("plan"))
     return parse(TrainConfig, settings | {"mesh": {"data": 1, "fsdp": -1}, "compute": {"chunk_rows": 2}})
 
@@ -42,7 +42,7 @@ def test_a_plan_of_a_small_step(small):
 
 
 def test_a_step_that_does_not_fit_is_a_failure_with_a_remedy(small, tmp_path, capsys):
-    rows = dataclasses.replace(small.data.rows, shapes=((16, 48, 2_000_000),))
+    rows = dataclasses.replace(small.data.rows, shapes=((480_000, 48, 32),))
     wide = dataclasses.replace(small, data=dataclasses.replace(small.data, rows=rows))
     path = tmp_path / "wide.yaml"
     path.write_text(yaml.safe_dump(to_dict(wide)))
@@ -120,7 +120,7 @@ def test_a_step_that_fits_is_no_failure(stage3):
 
 def test_a_search_ranks_what_fits_by_time(stage3):
     cells = Made(20)
-    text = search(stage3, "v5e:4x4", 1, 100, cells, lambda _: None)
+    text = search(stage3, "v5e:4x4", 1, 20, cells, lambda _: None)
     times = [float(line.split("|")[3]) for line in text.splitlines() if line.startswith("| `")]
     assert times == sorted(times) and 0 < len(times) < len(cells.asked)
     with pytest.raises(PlanError, match="none of 3 settings fits"):
@@ -133,7 +133,7 @@ def test_what_is_tried_can_be_compiled(path, devices):
     """Every candidate and remedy is a mesh of these devices whose rows and chunks come out even."""
     config = load_config(TrainConfig, path)
     times = -(-devices // config.data.rows.shapes[0][0])
-    shapes = [[count * times, *rest] for count, *rest in config.data.rows.shapes]
+    shapes = tuple((count * times, *rest) for count, *rest in config.data.rows.shapes)
     config = changed(config, {"data.rows.shapes": shapes})
     tried = [*candidates(config, devices), *remedies(config, devices)]
     assert len(tried) == len({str(choice) for choice in tried}) > 3
@@ -146,6 +146,13 @@ def test_what_is_tried_can_be_compiled(path, devices):
 
 
 # ------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_settings_are_replaced_by_their_names(stage3):
+    other = changed(stage3, {"mesh.fsdp": 4, "lora.rank": 16})
+    assert (other.mesh.fsdp, other.lora.rank, other.data) == (4, 16, stage3.data)
+    with pytest.raises(SettingsError, match="MeshConfig has no setting 'fdsp'"):
+        changed(stage3, {"mesh.fdsp": 4})
 
 
 def test_the_compilers_refusal_is_read():
