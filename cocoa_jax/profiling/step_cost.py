@@ -117,6 +117,8 @@ def row_kernels(config: TrainConfig, backbone: Qwen2VLConfig, mesh: Mesh, chip: 
             whole = Spans(*(np.tile(side, (share, 1)) for side in (one.start, one.end)))
             calls = span_calls(whole, heads // part, kv // part, width, chip.kind, chip.cores)
             table |= {f"{tower}/{name}": call.work() for name, call in calls.items()}
+            if tower == "text":  # the stage-1 decoder is one more layer of it
+                table |= {f"decoder/{name}": call.work() for name, call in calls.items()}
     return table
 
 
