@@ -1,4 +1,4 @@
-"""Run in two processes by test_hosts: they meet, lay rows out, save, read, and stop together; a line of JSON each."""
+"""Run in two processes by test_hosts: they meet, lay rows out, save, read, and stop together; or one dies."""
 
 import json
 import os
@@ -30,6 +30,16 @@ def found_where_planned(mesh) -> bool:
     return bool(jax.jit(lambda got: jnp.all(got == example))(found))
 
 
+def die(victim: int) -> None:
+    """Compute together for ever, but for one process, which is killed."""
+    hosts.join(DistributedConfig(heartbeat=8))
+    rows = place({"pool": np.ones((4, 1, 1)), "example": np.zeros(1, np.int32)}, make_mesh(MeshConfig()))["pool"]
+    for step in range(10**6):
+        float(jax.jit(jnp.sum)(rows))
+        if step == 3 and jax.process_index() == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main(folder: str) -> None:
     hosts.join(DistributedConfig(heartbeat=30))
     done = []
@@ -54,4 +64,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    die(int(sys.argv[2])) if sys.argv[1] == "die" else main(sys.argv[1])

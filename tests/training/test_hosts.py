@@ -114,18 +114,21 @@ def free_address() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def test_two_processes_meet_lay_out_rows_save_and_stop_together(tmp_path):
+def start_parts(*words: str) -> list[subprocess.Popen]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         **{COORDINATOR: free_address(), COUNT: "2"},
     }
-    command = [sys.executable, str(WORKER.with_name("host_parts.py")), str(tmp_path / "stage")]
+    command = [sys.executable, str(WORKER.with_name("host_parts.py")), *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, env={**environment, INDEX: str(index)}, **pipes) for index in range(2)]
+    return [subprocess.Popen(command, env={**environment, INDEX: str(index)}, **pipes) for index in range(2)]
+
+
+def test_two_processes_meet_lay_out_rows_save_and_stop_together(tmp_path):
     told = []
-    for process in started:
+    for process in start_parts(str(tmp_path / "stage")):
         output, errors = process.communicate(timeout=400)
         assert process.returncode == 0, errors[-3000:]
         told.append(json.loads(next(line for line in output.splitlines() if line.startswith("told "))[5:]))
@@ -133,6 +136,19 @@ def test_two_processes_meet_lay_out_rows_save_and_stop_together(tmp_path):
     assert told[0] == told[1]  # the signal reached one of them
     assert told[0].pop("stop") is not None
     assert told[0] == {"found": [True, True], "order": [0, 1, 4, 5, 2, 3, 6, 7], "step": 2, "same": True}
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_dies_ends_the_other(killed):
+    started = start_parts("die", str(killed))
+    try:
+        assert started[killed].wait(300) == -signal.SIGKILL
+        before = time.monotonic()
+        _, errors = started[1 - killed].communicate(timeout=300)
+        assert time.monotonic() - before < 60  # the promise to users, not a measurement
+    finally:
+        statuses(started)
+    assert started[1 - killed].returncode != 0 and "another task died" in errors, errors[-3000:]
 
 
 def start(shared, config: Path, processes: int, tell: tuple[int, int, int] = (-1, 0, -1), **more: str):
@@ -198,7 +214,8 @@ def test_two_processes_are_one_run_and_continue_on_one_and_on_two(shared, tmp_pa
     np.testing.assert_allclose(moved_losses, alone_losses, rtol=1e-3)
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_dies_ends_the_others_within_a_minute(shared, tmp_path, killed):
     config = settings_of(shared, tmp_path / "run", "bridge", steps=100_000)
     started = start(shared, config, 2, (killed, signal.SIGKILL, 3))
