@@ -50,7 +50,8 @@ def _together(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """``load_items``, which fails for all processes where it fails for one: each reads a part of its own."""
     if jax.process_count() == 1:
         return load_items(path, wanted)
-    found, failure = None, None
+    found: dict[str, Any] | None = None
+    failure: DamagedCheckpointError | None = None
     try:
         found = load_items(path, wanted)
     except DamagedCheckpointError as error:

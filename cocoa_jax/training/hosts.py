@@ -39,7 +39,7 @@ def peers(config: DistributedConfig, environment: Mapping[str, str]) -> Peers | 
     """
     if config.mode == "off":
         return None
-    given = {
+    given: dict[str, str | int | None] = {
         "distributed.coordinator or " + COORDINATOR: config.coordinator or environment.get(COORDINATOR),
         "distributed.processes or " + COUNT: config.processes or _number(environment, COUNT),
         "distributed.process or " + INDEX: _number(environment, INDEX) if config.process is None else config.process,

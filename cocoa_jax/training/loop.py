@@ -89,7 +89,10 @@ def train(config: TrainConfig) -> Path:
         if program.adapter is not None:
             metadata["adapter"] = program.adapter.to_json()
         pending: Pending | None = None
-        with MetricsWriter(output, config.stage, start, config.loop.steps) if is_first() else NoMetrics() as writer:
+        logs: MetricsWriter | NoMetrics = NoMetrics()
+        if is_first():
+            logs = MetricsWriter(output, config.stage, start, config.loop.steps)
+        with logs as writer:
             for step in range(start, config.loop.steps):
                 batch = next(batches)
                 stats = batch.pop("stats")

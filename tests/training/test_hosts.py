@@ -108,11 +108,52 @@ def settings_of(shared, output: Path, stage: str, steps: int = STEPS) -> Path:
     return path
 
 
-def start(shared, config: Path, processes: int, tell: tuple[int, int, int] = (-1, 0, -1), **more: str):
-    """Start a run on 8 devices; ``tell`` is which process gets which signal at which step."""
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start_parts(*words: str) -> list[subprocess.Popen]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        **{COORDINATOR: free_address(), COUNT: "2"},
+    }
+    command = [sys.executable, str(WORKER.with_name("host_parts.py")), *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, env={**environment, INDEX: str(index)}, **pipes) for index in range(2)]
+
+
+def test_two_processes_meet_lay_out_rows_save_and_stop_together(tmp_path):
+    told = []
+    for process in start_parts(str(tmp_path / "stage")):
+        output, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors[-3000:]
+        told.append(json.loads(next(line for line in output.splitlines() if line.startswith("told "))[5:]))
+    assert [one.pop("made") for one in told] == [1, 0]  # process 0 alone makes the folder
+    assert told[0] == told[1]  # the signal reached one of them
+    assert told[0].pop("stop") is not None
+    assert told[0] == {"found": [True, True], "order": [0, 1, 4, 5, 2, 3, 6, 7], "step": 2, "same": True}
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_dies_ends_the_other(killed):
+    started = start_parts("die", str(killed))
+    try:
+        assert started[killed].wait(300) == -signal.SIGKILL
+        before = time.monotonic()
+        _, errors = started[1 - killed].communicate(timeout=300)
+        assert time.monotonic() - before < 60  # the promise to users, not a measurement
+    finally:
+        statuses(started)
+    assert started[1 - killed].returncode != 0 and "another task died" in errors, errors[-3000:]
+
+
+def start(shared, config: Path, processes: int, tell: tuple[int, int, int] = (-1, 0, -1), **more: str):
+    """Start a run on 8 devices; ``tell`` is which process gets which signal at which step."""
+    address = free_address()
     started = []
     for index in range(processes):
         environment = {
@@ -148,6 +189,7 @@ def losses(output: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run_and_continue_on_one_and_on_two(shared, tmp_path):
     """Stage 3, whose loss sees all rows: on 8 devices of one process; and on 2 x 4, then 8, then 2 x 4 again."""
     alone = settings_of(shared, tmp_path / "alone", "contrastive")
@@ -172,6 +214,7 @@ def test_two_processes_are_one_run_and_continue_on_one_and_on_two(shared, tmp_pa
     np.testing.assert_allclose(moved_losses, alone_losses, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_dies_ends_the_others_within_a_minute(shared, tmp_path, killed):
     config = settings_of(shared, tmp_path / "run", "bridge", steps=100_000)

@@ -128,7 +128,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(finished, settings_in, tmp_p
     settings = settings_in(tmp_path / "run")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     begun = subprocess.run(
-        [sys.executable, str(WORKER), json.dumps(settings), "5"],
+        [sys.executable, str(WORKER), json.dumps(settings), "-6"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         timeout=200,

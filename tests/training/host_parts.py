@@ -1,0 +1,67 @@
+"""Run in two processes by test_hosts: they meet, lay rows out, save, read, and stop together; or one dies."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cocoa_jax.checkpoints.orbax import StageCheckpoints
+from cocoa_jax.config import DistributedConfig, MeshConfig
+from cocoa_jax.data.packing import share as rows_of
+from cocoa_jax.training import hosts
+from cocoa_jax.training.mesh import AXES, make_mesh, rows_sharding
+from cocoa_jax.training.place import place
+
+ROWS, SLOTS = 16, 2
+
+
+def found_where_planned(mesh) -> bool:
+    """Whether every example of a planned batch is found in its place on the mesh."""
+    share = hosts.row_share(mesh)
+    slot = np.arange(ROWS * SLOTS, dtype=np.int32).reshape(ROWS, SLOTS, 1)  # every slot holds its own number
+    example = np.arange(ROWS * SLOTS, dtype=np.int32)[::-1].copy()
+    batch = place({"pool": slot[rows_of(ROWS, share.index, share.count)], "example": example}, mesh)
+    found = jax.jit(lambda it: jnp.take(it["pool"].reshape(-1), it["example"]))(batch)
+    return bool(jax.jit(lambda got: jnp.all(got == example))(found))
+
+
+def die(victim: int) -> None:
+    """Compute together for ever, but for one process, which is killed."""
+    hosts.join(DistributedConfig(heartbeat=8))
+    rows = place({"pool": np.ones((4, 1, 1)), "example": np.zeros(1, np.int32)}, make_mesh(MeshConfig()))["pool"]
+    for step in range(10**6):
+        float(jax.jit(jnp.sum)(rows))
+        if step == 3 and jax.process_index() == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder: str) -> None:
+    hosts.join(DistributedConfig(heartbeat=30))
+    done = []
+    hosts.first_alone("folder", lambda: done.append(os.mkdir(folder)))
+    one_after_another = make_mesh(MeshConfig(fsdp=2))
+    pairs = np.array(jax.devices()).reshape(2, 2, 2).transpose(1, 0, 2).reshape(4, 2, 1)
+    mixed = jax.sharding.Mesh(pairs, AXES)
+    tree = {"kernel": jax.device_put(np.arange(64, dtype=np.float32).reshape(8, 8), rows_sharding(one_after_another))}
+    wanted = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)}
+    with StageCheckpoints(folder, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, params=tree, head={}, optimizer={}, loop={}, metadata={}, wait=True)
+        restored = checkpoints.restore(2, wanted)
+        same = bool(jax.jit(lambda a, b: jnp.all(a == b))(restored.params["kernel"], tree["kernel"]))
+    if jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    stop = next((step for step in range(200) if time.sleep(0.05) or hosts.stop_agreed(step)), None)
+    found = [found_where_planned(one_after_another), found_where_planned(mixed)]
+    order = hosts.row_share(mixed).order.tolist()
+    told = {"made": len(done), "found": found, "order": order, "step": restored.step, "same": same, "stop": stop}
+    sys.stdout.write("told " + json.dumps(told) + "\n")
+
+
+if __name__ == "__main__":
+    die(int(sys.argv[2])) if sys.argv[1] == "die" else main(sys.argv[1])
