@@ -43,14 +43,14 @@ DEVICES = {
 OTHER = Device(56 * 2**20, 8192)  # the smallest vector memory of the TPUs from v5 on
 
 
-# By kind and kernel: (longest row, query block, key block), in the order of the lengths; the last one has no end.
+# Heads of width 128, by kind and kernel: longest row, then queries and keys of a tile; the last one has no end.
 _WHOLE, _HALF, _SMALL = (512, 512), (256, 512), (256, 256)
 _ANY = 1 << 31
 _Sizes = tuple[tuple[int, tuple[int, int]], ...]
 TABLE: dict[str, tuple[_Sizes, _Sizes]] = {
     "TPU v5 lite": (
         ((512, _WHOLE), (2048, _HALF), (_ANY, _WHOLE)),
-        ((512, _WHOLE), (_ANY, _HALF)),
+        ((512, _WHOLE), (1024, _HALF), (2048, _SMALL), (_ANY, _HALF)),
     ),
     "TPU v5": (
         ((512, _WHOLE), (2048, _HALF), (_ANY, _WHOLE)),
@@ -61,6 +61,8 @@ TABLE: dict[str, tuple[_Sizes, _Sizes]] = {
         ((512, _WHOLE), (2048, _HALF), (_ANY, _WHOLE)),
     ),
 }
+# Narrower heads, as those of the vision tower, have key heads of their own: one head a tile, which has to be large.
+NARROW: tuple[_Sizes, _Sizes] = (((_ANY, _WHOLE),), ((_ANY, _WHOLE),))
 HEADS = 6  # of a tile: the more, the longer the program and its compilation
 
 
@@ -71,7 +73,7 @@ def device(kind: str) -> Device:
 
 def tuning(kind: str, width: int, keys: int) -> Tuning:
     """The tuned sizes for a device kind, a head width and a number of keys; an unknown device gets those of v5e."""
-    forward, backward = TABLE.get(kind, TABLE["TPU v5 lite"])
+    forward, backward = NARROW if width < LANES else TABLE.get(kind, TABLE["TPU v5 lite"])
     return Tuning(_choose(forward, keys), _choose(backward, keys), HEADS)
 
 
