@@ -58,6 +58,7 @@ def attend(
 
     ``cut`` need not divide the rows: they are filled up. None takes what suits a CPU.
     """
+    spans = spans.within(0, k.shape[1])  # the last block of keys is filled up with zeros, which nobody may see
     arrays = _vary_together([q, k, v, jnp.asarray(spans.start), jnp.asarray(spans.end)])
     return _attend(scale, cut or cut_for(q.shape[1], k.shape[1], q.shape[2], k.shape[2]), *arrays)
 

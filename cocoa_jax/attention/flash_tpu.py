@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from cocoa_jax.attention.flash_tpu_backward import backward
 from cocoa_jax.attention.flash_tpu_blocks import Tuning, device, fit, heads_per_tile, tuning
 from cocoa_jax.attention.flash_tpu_forward import Call, forward
-from cocoa_jax.attention.flash_tpu_tiles import Words, active_tiles, query_blocks_per_call, stacked
+from cocoa_jax.attention.flash_tpu_tiles import Words, active_tiles, keys_per_call, queries_per_call, stacked
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.attention.tiles import Blocks, count_tiles
 
@@ -69,8 +69,8 @@ def attend(
         sizes: block sizes; None takes them from the table of the device.
         interpret: run the kernels step by step on any device, for tests.
     """
-    spans = Spans(*(jnp.clip(jnp.asarray(a, jnp.int32), 0, k.shape[1]) for a in (spans.start, spans.end)))
-    return _attend(_static(q, k, spans, scale, sizes, interpret), q, k, v, spans)
+    spans = spans.within(0, k.shape[1])
+    return _attend(_static(q, k, spans, scale, sizes, interpret), q, k, v, jax.tree.map(jnp.asarray, spans))
 
 
 def _static(q: Array, k: Array, spans: Spans, scale: float, sizes: Tuning | None, interpret: bool) -> Static:
@@ -157,16 +157,11 @@ def _call(static: Static, blocks: Blocks, spans: Spans, keys: int, tiles: int | 
     return call, *active_tiles(spans, keys, blocks, words)
 
 
-def _part(spans: Spans, first: int, last: int) -> Spans:
-    """The spans over the keys [first, last) alone."""
-    return Spans(*(jnp.clip(a, first, last) - first for a in (spans.start, spans.end)))
-
-
 def _forward(static: Static, q: Array, k: Array, v: Array, spans: Spans) -> tuple[Array, Array]:
     """Output [B, T, N, H] and log-sum-exp [B, N, T]; long rows in parts, so that the list of tiles stays small."""
     (B, T, N, _), S = q.shape, k.shape[1]
     blocks = static.tuning.forward
-    part = blocks.query * query_blocks_per_call(B, *blocks.grid(T, S))
+    part = queries_per_call(B, T, S, blocks)
     keys, values = _heads_first(k, blocks.key), _heads_first(v, blocks.key)
     outs, sums = [], []
     for at in range(0, T, part):
@@ -186,17 +181,16 @@ def _backward(
     """Gradients of q, k and v; rows with many keys in parts, so that what stays in vector memory and the list fit."""
     (B, T, N, _), S = q.shape, k.shape[1]
     blocks, heads = static.tuning.backward, static.tuning.heads
-    part = min(static.resident, blocks.key * query_blocks_per_call(B, *reversed(blocks.grid(T, S))))
-    part = max(part // blocks.key, 1) * blocks.key
+    part = keys_per_call(B, T, S, blocks, static.resident)
     product = jnp.einsum("btnh,btnh->bnt", out.astype(jnp.float32), dout.astype(jnp.float32))
     stats = jnp.concatenate([a.reshape(B, N // heads, heads, T) for a in (lse, product)], axis=2)
-    stats, bounds = _padded(stats, 3, blocks.query), _padded(stacked(spans), 2, blocks.query)
+    stats = _padded(stats, 3, blocks.query)
     queries, gradient = _heads_first(q, blocks.query), _heads_first(dout, blocks.query)
     dq: Any = 0
     dks, dvs = [], []
     for at in range(0, S, part):
         to = min(at + part, S)
-        own = spans if (at, to) == (0, S) else _part(spans, at, to)
+        own = spans.within(at, to)
         call, tiles, count = _call(static, blocks, own, to - at, static.tiles[1])
         keys, values = (_heads_first(a[:, at:to], blocks.key) for a in (k, v))
         bounds = _padded(stacked(own), 2, blocks.query)

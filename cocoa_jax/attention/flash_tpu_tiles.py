@@ -92,9 +92,15 @@ def active_tiles(spans: Spans, keys: int, blocks: Blocks, words: Words) -> tuple
     return words.pack(tiles.row, tiles.query, tiles.key, tiles.flags), tiles.count
 
 
-def query_blocks_per_call(rows: int, queries: int, keys: int) -> int:
-    """How many query blocks one call may take so that its list stays below ``WORDS``."""
-    return max(1, min(queries, WORDS // (rows * keys)))
+def queries_per_call(rows: int, queries: int, keys: int, blocks: Blocks) -> int:
+    """How many queries one forward call takes, so that its list stays below ``WORDS``; more than there are for all."""
+    return blocks.query * max(WORDS // (rows * blocks.grid(queries, keys)[1]), 1)
+
+
+def keys_per_call(rows: int, queries: int, keys: int, blocks: Blocks, resident: int) -> int:
+    """How many keys one backward call takes: their gradients stay in vector memory, at most ``resident`` of them."""
+    most = WORDS // (rows * blocks.grid(queries, keys)[0])
+    return blocks.key * max(min(most, resident // blocks.key), 1)
 
 
 def stacked(spans: Spans) -> Int[Array, "B 2 T"]:

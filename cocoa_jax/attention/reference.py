@@ -19,6 +19,7 @@ def attend(
     """Softmax attention in float32 over the keys that each query sees; a query that sees nothing gives zeros."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
+    spans = spans.within(0, S)  # an interval beyond the keys sees nothing
     # Heads before tokens, and the queries of one key head side by side: one plain batch of products.
     queries = q.swapaxes(1, 2).reshape(B, K, N // K * T, H)
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)

@@ -35,6 +35,11 @@ class Spans:
         k = self.start.__array_namespace__().arange(keys)
         return (self.start[..., None] <= k) & (k < self.end[..., None])
 
+    def within(self, first: int, last: int) -> Spans:
+        """The part of every interval that lies among the keys [first, last), counted from ``first``; int32."""
+        xp = self.start.__array_namespace__()
+        return Spans(*((xp.clip(a, first, last) - first).astype(np.int32) for a in (self.start, self.end)))
+
 
 def segments(lengths: Sequence[int], total: int) -> Spans:
     """Segments packed side by side from slot 0, each token seeing its own segment; int32 [total].

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cocoa_jax.attention import flash_tpu, flash_tpu_blocks, flash_tpu_tiles, reference
 from cocoa_jax.attention.api import attend
 from cocoa_jax.attention.flash_tpu_blocks import Tuning, fit, heads_per_tile
-from cocoa_jax.attention.flash_tpu_tiles import Words, active_tiles, masked, query_blocks_per_call, unmasked
+from cocoa_jax.attention.flash_tpu_tiles import Words, active_tiles, keys_per_call, masked, queries_per_call, unmasked
 from cocoa_jax.attention.spans import Spans, causal, segments, truncated
 from cocoa_jax.attention.tiles import FIRST, LAST, Blocks
 
@@ -157,7 +157,7 @@ def test_a_new_axis_under_vmap_joins_the_rows():
 def test_long_rows_in_parts(monkeypatch):
     monkeypatch.setattr(flash_tpu_tiles, "WORDS", 4)  # the forward pass takes two blocks of queries at a time
     monkeypatch.setitem(flash_tpu_blocks.DEVICES, jax.devices()[0].device_kind, flash_tpu_blocks.Device(2**20, 128))
-    assert query_blocks_per_call(1, 3, 2) == 2
+    assert queries_per_call(1, 300, 200, TILE) == 256 and keys_per_call(1, 300, 200, TILE, 128) == 128
     program.cache_clear()
     spans = Spans(np.arange(300, dtype=np.int32)[None] // 2, np.full((1, 300), 200, np.int32))
     operands = arrays(1, 300, 200, 2, 2, 64)

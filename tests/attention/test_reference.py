@@ -78,6 +78,15 @@ def test_half_precision_in_half_precision_out():
     np.testing.assert_allclose(np.float32(got), plain(*map(np.float32, low), spans), atol=0.03)  # 8 bits of mantissa
 
 
+def test_what_lies_beyond_the_keys_is_not_seen():
+    q, k, v = (x[:1] for x in case(T=6, S=4)[:3])
+    beyond = Spans(np.int32([[-3, 4, -9, 6, -2, 3]]), np.int32([[-1, 9, 0, 7, 2, 8]]))
+    got = np.asarray(attend(q, k, v, beyond, scale=SCALE))
+    assert (got[0, :4] == 0).all()
+    inside = Spans(np.int32([[0, 0, 0, 0, 0, 3]]), np.int32([[0, 0, 0, 0, 2, 4]]))
+    np.testing.assert_array_equal(got, attend(q, k, v, inside, scale=SCALE))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
