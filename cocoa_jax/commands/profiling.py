@@ -10,7 +10,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cocoa_jax.commands.command import Command, Group
 from cocoa_jax.config import TrainConfig
-from cocoa_jax.profiling.attention import IMPLEMENTATIONS, MODELLED, ProfileError
+from cocoa_jax.profiling.attention import ProfileError
+from cocoa_jax.profiling.attention_model import IMPLEMENTATIONS
 from cocoa_jax.profiling.masks import MASKS
 from cocoa_jax.profiling.picture import draw_masks
 from cocoa_jax.profiling.run import attention_table, step_table
@@ -23,9 +24,11 @@ def _attention_options(parser: ArgumentParser) -> None:
     parser.add_argument("--lengths", default="1024,2048,4096", help="tokens in a row")
     parser.add_argument("--masks", default="full,causal,bridge,packed-bridge", help=f"of {', '.join(MASKS)}")
     names = f"of {', '.join(IMPLEMENTATIONS)}"
-    parser.add_argument("--implementations", default=",".join(MODELLED), help=names)
+    parser.add_argument("--implementations", default="reference,splash,flash_tpu", help=names)
     parser.add_argument("--backward", action="store_true", help="forward and backward, not forward alone")
     parser.add_argument("--rows", type=int, default=1, help="rows of the batch")
+    parser.add_argument("--heads", default="12,2", help="query heads and key/value heads")
+    parser.add_argument("--width", type=int, default=128, help="of a head")
     parser.add_argument("--output", default=None, help="folder of tables and drawing; what it holds is not done again")
 
 
@@ -35,8 +38,12 @@ def _attention(given: Namespace) -> None:
     if not all(length.isdigit() for length in given.lengths.split(",")):
         raise ProfileError(f"--lengths is {given.lengths!r}: give numbers, such as 1024,4096")
     lengths = [int(length) for length in given.lengths.split(",")]
+    heads = given.heads.split(",")
+    if len(heads) != 2 or not all(number.isdigit() for number in heads):
+        raise ProfileError(f"--heads is {given.heads!r}: give query heads and key heads, such as 12,2")
     names = given.masks.split(","), given.implementations.split(",")
-    sys.stdout.write(attention_table(given.topology, lengths, *names, given.backward, given.rows, given.output))
+    shape = given.rows, (int(heads[0]), int(heads[1])), given.width
+    sys.stdout.write(attention_table(given.topology, lengths, *names, given.backward, *shape, given.output))
 
 
 def _step_options(parser: ArgumentParser) -> None:

@@ -13,35 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cocoa_jax.profiling.attention_model import IMPLEMENTATIONS, MODELLED, cell_mask, temporary_bytes
 from cocoa_jax.profiling.cells import Cells
-from cocoa_jax.profiling.chips import Chip, chip_of_kind
-from cocoa_jax.profiling.hlo import Module
-from cocoa_jax.profiling.kernels import (
-    Candidate,
-    Problem,
-    blockwise_candidates,
-    flash_candidates,
-    reference_candidates,
-)
+from cocoa_jax.profiling.chips import chip_of_kind
+from cocoa_jax.profiling.kernels import Problem
 from cocoa_jax.profiling.masks import MASKS
-from cocoa_jax.profiling.model import LABEL, ProgramCost, program_cost
-from cocoa_jax.profiling.splash import splash_candidates
-from cocoa_jax.profiling.topology import parse_topology, tpu_slice
+from cocoa_jax.profiling.model import LABEL
+from cocoa_jax.profiling.topology import parse_topology
 
 MEASURED = "measured"
 WARM_UP, REPEATS = 3, 10
-
-Candidates = Callable[[Problem, Chip | None], list[Candidate]]
-IMPLEMENTATIONS: dict[str, Candidates] = {
-    "reference": reference_candidates,
-    "blockwise": blockwise_candidates,
-    "splash": splash_candidates,
-    "flash_tpu": flash_candidates,
-}
-MODELLED = ("reference", "splash", "flash_tpu")  # blockwise loops as often as the data say
 
 
 class ProfileError(ValueError):
@@ -63,7 +45,7 @@ class Row:
             row has the median of the whole program and no issue time.
         around: roofline time of what surrounds the kernels: transposes, sums, the list of tiles.
         to_splash: ``seconds`` over that of splash on the same mask and length.
-        bundles: bundles of a kernel's compute regions, per 512 x 512 tile and head, unmasked first.
+        bundles: bundles of a kernel's compute regions, one run of each, unmasked first.
     """
 
     kind: str
@@ -72,6 +54,10 @@ class Row:
     mask: str
     length: int
     backward: bool
+    rows: int
+    heads: int
+    kv_heads: int
+    width: int
     blocks: str
     visited: int
     total: int
@@ -93,6 +79,8 @@ def profile_attention(
     implementations: Sequence[str],
     backward: bool,
     rows: int = 1,
+    heads: tuple[int, int] = (12, 2),
+    width: int = 128,
     cells: str | Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
@@ -101,6 +89,8 @@ def profile_attention(
     Args:
         device: a topology to compile for, or None to measure on the present device.
         rows: of the batch.
+        heads: query and key/value heads.
+        width: of a head.
         cells: folder that keeps every result of the static model, so that the command can be continued.
         say: takes a line about what comes next.
     Raises:
@@ -108,7 +98,7 @@ def profile_attention(
         TopologyError: an unknown topology.
         MeasurementError: a program that does not compile.
     """
-    _check(device, lengths, masks, implementations)
+    _check(device, lengths, masks, implementations, heads)
     kept = Cells(cells)
     found: list[Row] = []
     for length in lengths:
@@ -116,14 +106,20 @@ def profile_attention(
             group = []
             for name in implementations:
                 say(f"{name} {mask} {length}")
-                problem = Problem(mask, length, backward, rows)
+                problem = Problem(mask, length, backward, rows, *heads, width)
                 values = _modelled(device, name, problem, kept) if device else _measured(name, problem)
                 group.append(Row(**values, to_splash=None))
             found += _related(group)
     return found
 
 
-def _check(device: str | None, lengths: Sequence[int], masks: Sequence[str], implementations: Sequence[str]) -> None:
+def _check(
+    device: str | None,
+    lengths: Sequence[int],
+    masks: Sequence[str],
+    implementations: Sequence[str],
+    heads: tuple[int, int],
+) -> None:
     for what, asked, known in (
         ("mask", masks, MASKS),
         ("implementation", implementations, MODELLED if device else tuple(IMPLEMENTATIONS)),
@@ -133,6 +129,10 @@ def _check(device: str | None, lengths: Sequence[int], masks: Sequence[str], imp
             raise ProfileError(f"{what} {unknown[0]!r} is unknown here: choose from {', '.join(known)}")
     if any(length < 1 for length in lengths) or not (lengths and masks and implementations):
         raise ProfileError(f"lengths {list(lengths)}: give positive numbers, and at least one mask and implementation")
+    if min(heads) < 1 or heads[0] % heads[1]:
+        raise ProfileError(f"heads {heads[0]},{heads[1]}: give query heads, and key heads that divide them")
+    if "windowed" in implementations and tuple(masks) != ("windows",):
+        raise ProfileError("implementation 'windowed' is for mask 'windows' alone: leave one of them out")
     if "flash_tpu" in implementations and importlib.util.find_spec("cocoa_jax.attention.flash_tpu") is None:
         raise ProfileError("implementation 'flash_tpu' is not part of this installation: leave it out")
     if device:
@@ -152,62 +152,12 @@ def _related(group: list[Row]) -> list[Row]:
 
 
 def _modelled(topology: str, name: str, problem: Problem, cells: Cells) -> dict[str, Any]:
-    # Splash computes the same whatever the mask, but for the causal one: it is compiled once.
-    mask = "full" if name == "splash" and problem.mask != "causal" else problem.mask
-    asked = {**dataclasses.asdict(problem), "mask": mask}
-    spec = {"program": "attention", "topology": topology, "implementation": name, **asked}
-    result = cells.get(spec)
-    best = min(result["candidates"], key=lambda one: one["seconds"])
-    shown = {"kind": LABEL, "device": topology, "implementation": name, "mask": problem.mask}
-    return {**shown, "length": problem.length, "backward": problem.backward, **best}
-
-
-def model_cell(spec: dict[str, Any], dump: Path) -> dict[str, Any]:
-    """Every candidate of an implementation under the static model; run by ``worker`` with libtpu dumping there."""
-    target = tpu_slice(spec["topology"])
-    fields = {field.name: spec[field.name] for field in dataclasses.fields(Problem)}
-    problem = Problem(**fields)
-    mesh = Mesh(np.array(target.devices[:1]), ("device",))
-    place = NamedSharding(mesh, PartitionSpec())
-    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in problem.arrays()]
-    found: list[dict[str, Any]] = []
-    name = spec["implementation"]
-    for candidate in IMPLEMENTATIONS[name](problem, target.chip):
-        with jax.set_mesh(mesh):  # Pallas asks the current mesh which chip it is lowered for
-            try:
-                compiled = jax.jit(candidate.function).lower(*arrays).compile()
-            except jax.errors.JaxRuntimeError as error:
-                if "vmem" in str(error).lower() and name == "splash":
-                    continue  # block sizes too large for this chip
-                raise
-        own = dump / f"{len(found)}"
-        own.mkdir()
-        for path in dump.glob("*-final_bundles.txt"):
-            path.rename(own / path.name)
-        cost = program_cost(Module(compiled.as_text() or ""), own, target.chip, candidate.work)
-        found.append(_figures(candidate, cost, compiled))
-    if not found:
-        raise ProfileError(f"{name}: no block size fits {spec['topology']}")
-    return {"candidates": found}
-
-
-def _figures(candidate: Candidate, cost: ProgramCost, compiled: jax.stages.Compiled) -> dict[str, Any]:
-    own = cost.kernels or cost.ops
-    seconds = sum(op.seconds(cost.chip) for op in own)
-    bundles = {op.name: [part.bundles for part in op.parts.compute] for op in cost.kernels if op.parts}
-    return {
-        "blocks": candidate.blocks,
-        "visited": candidate.visited,
-        "total": candidate.total,
-        "masked": candidate.masked,
-        "flops": sum(op.runs * op.flops for op in own),
-        "bytes": sum(op.runs * op.bytes for op in own),
-        "temporary": temporary_bytes(compiled),
-        "issue": sum(op.issue_seconds(cost.chip) for op in own),
-        "seconds": seconds if cost.kernels else cost.seconds,
-        "around": sum(op.seconds(cost.chip) for op in cost.ops if op.parts is None) if cost.kernels else 0.0,
-        "bundles": bundles,
-    }
+    asked = dataclasses.asdict(problem)
+    mask = cell_mask(name, problem.mask)
+    spec = {"program": "attention", "topology": topology, "implementation": name, **asked, "mask": mask}
+    found = cells.get(spec)["masks"]
+    best = min(found.get(problem.mask) or found[mask], key=lambda one: one["seconds"])
+    return {"kind": LABEL, "device": topology, "implementation": name, **asked, **best}
 
 
 def _measured(name: str, problem: Problem) -> dict[str, Any]:
@@ -232,13 +182,7 @@ def _measured(name: str, problem: Problem) -> dict[str, Any]:
             best |= {"temporary": temporary_bytes(compiled), "around": 0.0, "bundles": {}}
     assert best is not None
     shown = {"kind": MEASURED, "device": f"{device.platform} {device.device_kind}", "implementation": name}
-    return {**shown, "mask": problem.mask, "length": problem.length, "backward": problem.backward, **best}
-
-
-def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """Temporary memory of a compiled program."""
-    memory: Any = compiled.memory_analysis()
-    return int(memory.temp_size_in_bytes)
+    return {**shown, **dataclasses.asdict(problem), **best}
 
 
 def median_seconds(call: Callable[[], Any]) -> float:

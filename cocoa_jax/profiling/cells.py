@@ -22,10 +22,14 @@ Spec = Mapping[str, Any]
 
 _PACKAGE = Path(__file__).parents[1]
 _MODEL = tuple(
-    f"profiling/{name}.py" for name in ("attention", "chips", "hlo", "kernels", "llo", "masks", "model", "splash")
+    f"profiling/{name}.py" for name in ("attention_model", "chips", "hlo", "kernels", "llo", "masks", "model")
 )
-_READ = {  # the code that a measurement depends on
-    "attention": ("attention/*.py", *_MODEL),
+_DENSE = ("attention/reference.py", "attention/spans.py")
+_READ = {  # the code that a measurement depends on, by program and implementation
+    "attention reference": (*_DENSE, *_MODEL),
+    "attention windowed": (*_DENSE, *_MODEL),
+    "attention splash": ("profiling/splash.py", *_MODEL),
+    "attention flash_tpu": ("attention/flash_tpu*.py", "attention/spans.py", "attention/tiles.py", *_MODEL),
     "step": ("attention/*.py", "models/*.py", "objectives/*.py", "training/*.py", "profiling/*.py"),
 }
 
@@ -50,7 +54,7 @@ class Cells:
         Raises:
             MeasurementError: it cannot be measured.
         """
-        versions = _versions(str(spec["program"]))
+        versions = _versions(spec)
         path = self._folder / f"{_slug(spec)}.json" if self._folder else None
         if path and path.is_file():
             kept = json.loads(path.read_text())
@@ -93,9 +97,10 @@ def _reason(said: str) -> str:
     return (named or lines or ["the process died without a word"])[-1]
 
 
-def _versions(program: str) -> dict[str, str]:
+def _versions(spec: Spec) -> dict[str, str]:
     digest = hashlib.sha256()
-    for pattern in _READ[program]:
+    words = [str(spec[key]) for key in ("program", "implementation") if key in spec]
+    for pattern in _READ[" ".join(words)]:
         for path in sorted(_PACKAGE.glob(pattern)):
             digest.update(path.read_bytes())
     found = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}

@@ -9,6 +9,7 @@ import numpy as np
 from cocoa_jax.attention import spans
 from cocoa_jax.attention.spans import Spans
 
+WINDOW = 64  # patches of one window of Qwen2.5-VL's vision tower, 112 x 112 pixels
 PACKED = (1100, 700, 1300, 996)  # documents of a row of 4096 tokens, in proportion for other lengths
 
 
@@ -25,18 +26,24 @@ def _bridge(lengths: tuple[int, ...], total: int) -> Spans:
     return spans.truncated(whole, Spans(at, at + 1))
 
 
+def _windows(total: int) -> list[int]:
+    """Whole windows, and what is left."""
+    return [min(WINDOW, total - at) for at in range(0, total, WINDOW)]
+
+
 _MAKERS: dict[str, Callable[[int], Spans]] = {
     "full": lambda total: spans.segments([total], total),
     "causal": lambda total: spans.causal(spans.segments([total], total)),
     "bridge": lambda total: _bridge((total,), total),
     "packed": lambda total: spans.segments(documents(PACKED, total), total),
     "packed-bridge": lambda total: _bridge(documents(PACKED, total), total),
+    "windows": lambda total: spans.segments(_windows(total), total),
 }
 MASKS = tuple(_MAKERS)
 
 
 def mask_spans(name: str, total: int, rows: int = 1) -> Spans:
-    """Spans [rows, total], int32: one document (full, causal, bridge) or four packed side by side.
+    """Spans [rows, total], int32: one document (full, causal, bridge), four packed side by side, or windows.
 
     Raises:
         ValueError: an unknown name.
@@ -50,4 +57,5 @@ def mask_spans(name: str, total: int, rows: int = 1) -> Spans:
 def segment_ids(name: str, total: int) -> np.ndarray:
     """The document of each token, int32 [total], for kernels that know documents only."""
     lengths = documents(PACKED, total) if name.startswith("packed") else (total,)
+    lengths = tuple(_windows(total)) if name == "windows" else lengths
     return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)

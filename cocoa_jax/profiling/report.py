@@ -10,7 +10,13 @@ from pathlib import Path
 from cocoa_jax.profiling.attention import MEASURED, Row
 from cocoa_jax.profiling.model import LABEL
 
-_COLOURS = {"reference": "#8a8a8a", "blockwise": "#b07aa1", "splash": "#4e79a7", "flash_tpu": "#e15759"}
+_COLOURS = {
+    "reference": "#8a8a8a",
+    "blockwise": "#b07aa1",
+    "splash": "#4e79a7",
+    "flash_tpu": "#e15759",
+    "windowed": "#f28e2b",
+}
 MODEL_NOTE = (
     "Static model: the largest of issue cycles / clock, FLOPs / peak and bytes / bandwidth of each kernel. It is the "
     "least time that the compiled program can take, not a measurement."
@@ -25,7 +31,11 @@ def attention_markdown(rows: Sequence[Row]) -> str:
     kind, device = rows[0].kind, rows[0].device
     passes = "forward and backward" if rows[0].backward else "forward"
     note = MODEL_NOTE if kind == LABEL else MEASURED_NOTE
-    head = [f"Attention on {device}, {passes}, {kind}", "", note, ""]
+    first = rows[0]
+    shape = (
+        f"{first.heads} query and {first.kv_heads} key heads of width {first.width}, batch of {first.rows}, bfloat16"
+    )
+    head = [f"Attention on {device}, {passes}, {kind}: {shape}", "", note, ""]
     names = ["mask", "T", "implementation", "blocks", "tiles visited", "masked", "GFLOP", "MiB in HBM", "temporary MiB"]
     names += ["issue ms", f"{kind} ms", "beside ms", "to splash"]
     lines = [_line(names), _line(["---"] * 3 + ["---"] + ["---:"] * 9)]

@@ -21,6 +21,8 @@ def attention_table(
     implementations: Sequence[str],
     backward: bool,
     rows: int,
+    heads: tuple[int, int],
+    width: int,
     output: str | None,
 ) -> str:
     """The table of attention as Markdown; with ``output`` also as files, its cells kept below."""
@@ -29,7 +31,7 @@ def attention_table(
     def say(line: str) -> None:
         sys.stderr.write(f"{line}\n")
 
-    found = profile_attention(device, lengths, masks, implementations, backward, rows, cells, say)
+    found = profile_attention(device, lengths, masks, implementations, backward, rows, heads, width, cells, say)
     if output:
         write_attention(found, output)
     return attention_markdown(found)

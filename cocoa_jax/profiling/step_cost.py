@@ -19,7 +19,7 @@ from cocoa_jax.models.config import Qwen2VLConfig
 from cocoa_jax.profiling.chips import Chip
 from cocoa_jax.profiling.collectives import by_axis, collectives
 from cocoa_jax.profiling.hlo import Module
-from cocoa_jax.profiling.kernels import span_calls
+from cocoa_jax.profiling.kernels import mean_work, span_calls
 from cocoa_jax.profiling.model import LABEL, KernelTable, OpCost, ProgramCost, program_cost
 from cocoa_jax.profiling.steps import abstract_batch, abstract_step, parameter_count, read_backbone, step_mesh
 from cocoa_jax.profiling.topology import parse_topology, tpu_slice
@@ -112,7 +112,7 @@ def row_kernels(config: TrainConfig, backbone: Qwen2VLConfig, mesh: Mesh, chip: 
             part = tensor if kv % tensor == 0 else 1
             whole = Spans(*(np.tile(side, (share, 1)) for side in (one.start, one.end)))
             calls = span_calls(whole, heads // part, kv // part, width, chip.kind, chip.cores)
-            table |= {f"{tower}/{name}": call.work() for name, call in calls.items()}
+            table |= {f"{tower}/{name}": mean_work(some) for name, some in calls.items()}
     return table
 
 

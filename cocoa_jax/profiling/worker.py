@@ -11,7 +11,7 @@ from typing import Any
 def main(spec: dict[str, Any], dump: Path, answer: Path) -> None:
     """Measure ``spec``; libtpu dumps into ``dump``, which its environment has told it already."""
     if spec["program"] == "attention":
-        from cocoa_jax.profiling.attention import model_cell
+        from cocoa_jax.profiling.attention_model import model_cell
 
         result = model_cell(spec, dump)
     else:

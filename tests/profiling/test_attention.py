@@ -61,7 +61,7 @@ def test_masks_see_what_their_names_say(name):
 def test_the_work_of_a_span_kernel_is_that_of_its_active_tiles(name, backward):
     T, heads, groups, size = 96, 6, 2, 16
     spans = mask_spans(name, T, rows=2)
-    work = SpanCall(spans, heads, 128, Blocks(size, size), groups, backward, 1).work()
+    work = SpanCall(spans, T, heads, 128, Blocks(size, size), groups, backward, 1).work()
     mask = np.asarray(spans.as_mask(T)).reshape(2, T // size, size, T // size, size).swapaxes(2, 3)
     some, every = mask.any((3, 4)), mask.all((3, 4))
     plain, hidden = work.counts.compute
@@ -74,7 +74,7 @@ def test_the_work_of_a_span_kernel_is_that_of_its_active_tiles(name, backward):
 
 def test_a_row_that_sees_nothing_is_written_all_the_same():
     nothing = Spans(np.zeros((1, 64), np.int32), np.zeros((1, 64), np.int32))
-    work = SpanCall(nothing, 4, 128, Blocks(32, 32), 2, False, 1).work()
+    work = SpanCall(nothing, 64, 4, 128, Blocks(32, 32), 2, False, 1).work()
     assert (work.counts.steps, work.counts.compute, work.flops) == (4, (0, 0), 0)
 
 
@@ -107,16 +107,17 @@ def test_a_series_is_continued_without_compiling_again(modelled, monkeypatch):
 
 
 def test_a_measurement_that_fails_says_why():
-    spec = {"program": "attention", "topology": "v5e:1x1", "implementation": "nothing"}
-    with pytest.raises(MeasurementError, match=r"attention_v5e-1x1_nothing: KeyError"):
+    spec = {"program": "attention", "topology": "v5e:1x1", "implementation": "reference"}
+    with pytest.raises(MeasurementError, match=r"attention_v5e-1x1_reference: KeyError"):
         Cells(None).get(spec)
 
 
 def row(kind: str, implementation: str, seconds: float) -> Row:
     figures = {"flops": 1e9, "bytes": 1e6, "temporary": 1e6, "issue": 1e-4, "seconds": seconds, "around": 0.0}
     named = {"kind": kind, "device": "v5e:1x1", "implementation": implementation, "mask": "full", "length": 1024}
-    tiles = {"backward": False, "blocks": "", "visited": 1, "total": 4, "masked": 1}
-    return Row(**named, **tiles, **figures, to_splash=seconds / 1e-3, bundles={})
+    asked = {"backward": False, "rows": 1, "heads": 12, "kv_heads": 2, "width": 128}
+    tiles = {"blocks": "", "visited": 1, "total": 4, "masked": 1}
+    return Row(**named, **asked, **tiles, **figures, to_splash=seconds / 1e-3, bundles={})
 
 
 def test_a_model_is_never_called_a_measurement(tmp_path):
