@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_jax.profiling.llo import FLAGS
-from cocoa_jax.profiling.topology import ENVIRONMENT
+from cocoa_jax.profiling.topology import ENVIRONMENT, parse_topology
 
 Spec = Mapping[str, Any]
 """What to measure, as plain JSON values; ``program`` names the measurement in ``worker.py``."""
 
 _PACKAGE = Path(__file__).parents[1]
-_MODEL = tuple(
-    f"profiling/{name}.py" for name in ("attention_model", "chips", "hlo", "kernels", "llo", "masks", "model")
-)
+_MODEL = tuple(f"profiling/{name}.py" for name in ("attention_model", "hlo", "kernels", "llo", "masks", "model"))
 _DENSE = ("attention/reference.py", "attention/spans.py")
 _READ = {  # the code that a measurement depends on, by program and implementation
     "attention reference": (*_DENSE, *_MODEL),
@@ -100,6 +98,8 @@ def _reason(said: str) -> str:
 def _versions(spec: Spec) -> dict[str, str]:
     digest = hashlib.sha256()
     words = [str(spec[key]) for key in ("program", "implementation") if key in spec]
+    chip = parse_topology(spec["topology"])[0]
+    digest.update(repr((chip.peak_flops, chip.flops_per_cycle, chip.cores, chip.hbm_bandwidth)).encode())
     for pattern in _READ[" ".join(words)]:
         for path in sorted(_PACKAGE.glob(pattern)):
             digest.update(path.read_bytes())

@@ -128,6 +128,7 @@ def _times(cost: ProgramCost) -> dict[str, Any]:
         "unknown": list(cost.unknown),
         "top": [_named(op, chip) for op in ranked],
         "scopes": _scopes(cost),
+        "kernels": sorted({f"{_place(op)}/{op.name.partition('.')[0]}" for op in cost.kernels}),
     }
 
 
@@ -140,10 +141,14 @@ def _scopes(cost: ProgramCost) -> dict[str, float]:
     """Seconds by the named scopes of the source, such as ``stage2/text/attention``."""
     found: dict[str, float] = {}
     for op in cost.ops:
-        words = [word for word in op.scope.replace("(", "/").replace(")", "/").split("/") if word in SCOPES]
-        name = "/".join(dict.fromkeys(words)) or "other"
+        name = _place(op)
         found[name] = found.get(name, 0.0) + op.seconds(cost.chip)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _place(op: OpCost) -> str:
+    words = [word for word in op.scope.replace("(", "/").replace(")", "/").split("/") if word in SCOPES]
+    return "/".join(dict.fromkeys(words)) or "other"
 
 
 SCOPES = frozenset(
@@ -185,6 +190,7 @@ def step_markdown(result: Mapping[str, Any]) -> str:
         f"{_ms(result['ring_seconds'])} at its full bandwidth and not hidden",
         f"* lowered in {result['lower_seconds']:.1f} s and compiled in {result['compile_seconds']:.1f} s, here",
     ]
+    lines.append(f"* Pallas kernels: {', '.join(result['kernels']) or 'none'}")
     if result["unknown"]:
         lines.append(f"* loops whose length the data decide, counted once: {', '.join(result['unknown'])}")
     lines += ["", "| collective | mesh axis | sites | runs | MiB sent |", "| --- | --- | ---: | ---: | ---: |"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cocoa_jax import cli
+from cocoa_jax.attention import flash_tpu, flash_tpu_blocks, flash_tpu_tiles
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.attention.tiles import Blocks
 from cocoa_jax.profiling import cells as cells_module
@@ -15,7 +16,15 @@ from cocoa_jax.profiling.attention import ProfileError, Row, profile_attention
 from cocoa_jax.profiling.cells import Cells, MeasurementError
 from cocoa_jax.profiling.chips import CHIPS
 from cocoa_jax.profiling.hlo import Module
-from cocoa_jax.profiling.kernels import SpanCall
+from cocoa_jax.profiling.kernels import (
+    Problem,
+    SpanCall,
+    mean_work,
+    reference_candidates,
+    span_calls,
+    windowed_candidates,
+    with_gradient,
+)
 from cocoa_jax.profiling.masks import MASKS, mask_spans, segment_ids
 from cocoa_jax.profiling.model import ModelError, program_cost
 from cocoa_jax.profiling.report import attention_markdown, write_attention
@@ -76,6 +85,54 @@ def test_a_row_that_sees_nothing_is_written_all_the_same():
     nothing = Spans(np.zeros((1, 64), np.int32), np.zeros((1, 64), np.int32))
     work = SpanCall(nothing, 64, 4, 128, Blocks(32, 32), 2, False, 1).work()
     assert (work.counts.steps, work.counts.compute, work.flops) == (4, (0, 0), 0)
+
+
+def test_a_pass_in_several_calls_does_the_work_of_one(monkeypatch):
+    """A row with more keys than stay in vector memory takes several calls, each charged with their mean."""
+    T, kind, size = 1024, "TPU v5 lite", Blocks(128, 128)
+    asked = mask_spans("packed-bridge", T), 4, 2, 128, kind, 1
+    for module in (flash_tpu, flash_tpu_blocks):
+        monkeypatch.setattr(module, "tuning", lambda *_: flash_tpu_blocks.Tuning(size, size, 2))
+    (whole,) = span_calls(*asked)["span_attention_backward"]
+    monkeypatch.setitem(flash_tpu_blocks.DEVICES, kind, flash_tpu_blocks.Device(2**20, 256))
+    monkeypatch.setattr(flash_tpu_tiles, "WORDS", 32)
+    calls = span_calls(*asked)
+    assert [len(some) for some in calls.values()] == [2, 4]
+    q, k = (jax.ShapeDtypeStruct((1, T, heads, 128), jnp.bfloat16) for heads in (4, 2))
+    monkeypatch.setattr(flash_tpu, "_device_kind", lambda: kind)
+    bound = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    program = with_gradient(lambda q, k, v, s: flash_tpu.attend(q, k, v, s, 1.0), True)
+    made = []
+    for name in ("forward", "backward"):
+        kernel = getattr(flash_tpu, name)
+        monkeypatch.setattr(flash_tpu, name, lambda *args, of=name, kernel=kernel: made.append(of) or kernel(*args))
+    jax.eval_shape(program, q, k, k, bound, bound, q)
+    assert made == ["forward"] * 2 + ["backward"] * 4
+    mean = mean_work(calls["span_attention_backward"])
+    assert mean.flops * 4 == whole.work().flops
+    assert np.allclose(np.multiply(mean.counts.compute, 4), whole.work().counts.compute)
+    assert mean.counts.steps * 4 >= whole.work().counts.steps  # a block of queries is written in every call
+    monkeypatch.setitem(flash_tpu_blocks.DEVICES, kind, flash_tpu_blocks.Device(2**20, 384))
+    with pytest.raises(ModelError, match=r"1024 tokens is done in 3 calls.*choose a length that is a multiple of 384"):
+        mean_work(span_calls(*asked)["span_attention_backward"])
+
+
+def test_windows_as_rows_are_the_attention_of_windows():
+    problem = Problem("windows", 192, False, 1, 2, 2, 16)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 192, 2, 16)), jnp.float32) for _ in range(3))
+    (windowed,), (dense,) = windowed_candidates(problem, None), reference_candidates(problem, None)
+    arrays = q, k, v, problem.spans.start, problem.spans.end, q
+    np.testing.assert_allclose(windowed.function(*arrays), dense.function(*arrays), atol=2e-6)  # sums of 64 terms
+    for mask, length in (("full", 192), ("windows", 200)):
+        with pytest.raises(ValueError, match="ask for mask windows and a multiple of 64"):
+            windowed_candidates(Problem(mask, length, False), None)
+
+
+def test_every_file_that_a_cell_depends_on_exists():
+    for patterns in cells_module._READ.values():
+        for pattern in patterns:
+            assert list(cells_module._PACKAGE.glob(pattern)), pattern
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +205,9 @@ def test_what_is_here_is_measured():
         ([], "give either --topology, such as v5e:1x1, or --device"),
         (["--device", "--topology", "v5e:1x1"], "give either --topology"),
         (["--device", "--lengths", "many"], "--lengths is 'many': give numbers"),
+        (["--device", "--heads", "12"], "--heads is '12': give query heads and key heads, such as 12,2"),
+        (["--device", "--heads", "12,5"], "heads 12,5: give query heads, and key heads that divide them"),
+        (["--topology", "v5e:1x1", "--implementations", "windowed"], "'windowed' is for mask 'windows' alone"),
     ],
 )
 def test_the_command_refuses_in_one_line(arguments, message, capsys):

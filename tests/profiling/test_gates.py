@@ -21,18 +21,19 @@ def row():
 
 
 def test_bundles_per_tile(row):
-    query, key, heads = map(int, re.findall(r"\d+", row.blocks))
-    tile = query * key * heads / 512**2
+    query, key, heads, *backward = map(int, re.findall(r"\d+", row.blocks))
+    tiles = {"forward": query * key, "backward": backward[0] * backward[1]}
     assert set(BUNDLES) == {name.split("_")[2].split(".")[0] for name in row.bundles}
     for name, found in row.bundles.items():
-        limits = BUNDLES[name.split("_")[2].split(".")[0]]
+        which = name.split("_")[2].split(".")[0]
+        limits, tile = BUNDLES[which], tiles[which] * heads / 512**2
         assert len(found) == 2
         for bundles, limit in zip(found, limits, strict=True):
             assert bundles / tile <= limit * ROOM, (name, found)
 
 
 def test_memory_and_tiles(row):
-    query, key, _ = map(int, re.findall(r"\d+", row.blocks))
+    query, key, *_ = map(int, re.findall(r"\d+", row.blocks))
     mask = mask_spans("packed-bridge", LENGTH).as_mask(LENGTH)[0]
     tiles = mask.reshape(LENGTH // query, query, LENGTH // key, key).swapaxes(1, 2)
     assert row.temporary <= TEMPORARY

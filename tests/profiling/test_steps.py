@@ -26,6 +26,13 @@ from cocoa_jax.profiling.trace import record_trace
 REPOSITORY = Path(__file__).parents[2]
 PUBLISHED = {"qwen2-vl-2b": 2.2e9, "qwen2-vl-7b": 8.3e9, "qwen2.5-vl-3b": 3.75e9, "qwen2.5-vl-7b": 8.3e9}
 
+# Both towers, in both passes, by their scopes in the source.
+KERNELS = [
+    f"stage2/{tower}/attention/span_attention_{phase}"
+    for tower in ("text", "vision")
+    for phase in ("backward", "forward")
+]
+
 
 def one_device() -> Mesh:
     return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
@@ -77,8 +84,18 @@ def test_a_compiled_step(compiled):
     kinds = {row["kind"] for row in compiled["sent"]}
     assert "all-gather" in kinds and {row["axis"] for row in compiled["sent"]} <= {"fsdp", "other"}
     assert any(scope.startswith("stage2/text") for scope in compiled["scopes"])
+    assert compiled["kernels"] == KERNELS
     text = step_markdown(compiled)
     assert "static model: compiled for that slice, not run" in text and "measured" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_step_of_the_2b_backbone_runs_the_span_kernels():
+    config = load_config(TrainConfig, REPOSITORY / "configs/profile/2b-bridge.yaml")
+    result = Cells(None).get(step_spec(to_dict(config), "v5e:4x4", 1))
+    assert result["kernels"] == KERNELS
+    assert result["memory"]["peak"] < result["memory"]["capacity"]
 
 
 @pytest.mark.parametrize(
