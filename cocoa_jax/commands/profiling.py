@@ -42,8 +42,9 @@ def _attention(given: Namespace) -> None:
     if len(heads) != 2 or not all(number.isdigit() for number in heads):
         raise ProfileError(f"--heads is {given.heads!r}: give query heads and key heads, such as 12,2")
     names = given.masks.split(","), given.implementations.split(",")
-    shape = given.rows, (int(heads[0]), int(heads[1])), given.width
-    sys.stdout.write(attention_table(given.topology, lengths, *names, given.backward, *shape, given.output))
+    count, width = (int(heads[0]), int(heads[1])), given.width
+    table = attention_table(given.topology, lengths, *names, given.backward, given.rows, count, width, given.output)
+    sys.stdout.write(table)
 
 
 def _step_options(parser: ArgumentParser) -> None:

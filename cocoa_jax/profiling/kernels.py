@@ -114,9 +114,9 @@ def windowed_candidates(problem: Problem, chip: Chip | None) -> list[Candidate]:
         )
 
     def call(q: Array, k: Array, v: Array, spans: Spans) -> Array:
-        cut = [x.reshape(-1, WINDOW, *x.shape[2:]) for x in (q, k, v)]
-        own = Spans(*(x.reshape(-1, WINDOW) % WINDOW for x in (spans.start, spans.end - 1)))
-        return reference.attend(*cut, Spans(own.start, own.end + 1), problem.width**-0.5).reshape(q.shape)
+        q_own, k_own, v_own = (x.reshape(-1, WINDOW, *x.shape[2:]) for x in (q, k, v))
+        first, last = (x.reshape(-1, WINDOW) % WINDOW for x in (spans.start, spans.end - 1))
+        return reference.attend(q_own, k_own, v_own, Spans(first, last + 1), problem.width**-0.5).reshape(q.shape)
 
     windows = problem.rows * problem.length // WINDOW
     return [Candidate("", windows, windows, 0, with_gradient(call, problem.backward), {})]
