@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.attention.tiles import Blocks, Hulls, query_hulls
 
-SIDE, SCORES = 256, 128 * 1024  # of a tile: with its weights half of the second-level cache of a core
+ROWS, KEYS = 512, 256  # of a matrix of scores: XLA shares out a product among the cores from about this size on
+SCORES = 6 * ROWS * KEYS  # of a tile, whose heads lie side by side: it and its weights take 6 MiB in float32
 OUT, LSE = "span_attention_out", "span_attention_lse"  # what a remat policy keeps: no second forward pass
 HIDDEN = -1e30  # score of a hidden key
 LOWEST = -1e29  # where the running maximum starts: above HIDDEN, so that hidden keys weigh exp(-9e29) = 0
@@ -64,9 +65,9 @@ def attend(
 
 
 def cut_for(queries: int, keys: int, heads: int, key_heads: int) -> Cut:
-    """The cut for T queries, S keys, N heads and K key heads: equal blocks, and as many heads as the cache takes."""
+    """The cut for T queries, S keys, N heads and K key heads: equal blocks, and as many heads as ``SCORES`` allows."""
     shared = heads // key_heads
-    blocks = Blocks(_fit(queries, max(2 * SIDE // (shared + 1), 64)), _fit(keys, SIDE))
+    blocks = Blocks(_fit(queries, max(ROWS // shared, 64)), _fit(keys, KEYS))
     most = SCORES // (blocks.query * shared * blocks.key)
     return Cut(blocks, max((g for g in range(1, key_heads + 1) if key_heads % g == 0 and g <= most), default=1))
 
