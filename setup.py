@@ -52,6 +52,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2"],
         # To read Parquet, in which MMEB is published; JSON lines, zips and prepared data need nothing more.
         "data": ["pyarrow>=26"],
+        # The client of `cocoa data synthesize`.
+        "synthesize": ["openai>=3.54"],
         "test": [
             "pytest>=9.2",
             "pytest-timeout>=2.4",
@@ -61,6 +63,10 @@ setup(
             "torch==2.13.0",
             "peft>=0.21",
             "pyarrow>=26",
+            "openai>=3.54",
+            # With them transformers serves a model, to whom the synthesis of data is tested.
+            "fastapi>=0.165",
+            "uvicorn>=0.54",
             "ruff>=0.17",
             "mypy>=2.4",
             "types-PyYAML",
