@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import threading
@@ -59,12 +60,12 @@ class Bad:
 class Ledger:
     """Counts what one process drew and names each bad record once in a file of JSON lines.
 
-    It changes no batch. Threads share it; a worker process starts its own.
+    It changes no batch. Threads share it; a worker process starts its own, and none repeats what the file has.
     """
 
     def __init__(self, config: BadConfig, path: Path | None):
         self._config, self._path = config, path
-        self._drawn = self._bad = 0
+        self._drawn = self._bad = self._read = 0
         self._named: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
 
@@ -83,8 +84,8 @@ class Ledger:
             for bad in found:
                 self._bad, last = self._bad + 1, bad
                 if (bad.source, bad.index) not in self._named:
-                    self._named.add((bad.source, bad.index))
                     self._write(bad)
+                    self._named.add((bad.source, bad.index))
             over = self._bad > self._config.ceiling * max(self._drawn, _FEWEST)
             if last is not None and over:
                 raise TooManyBad(
@@ -97,12 +98,28 @@ class Ledger:
         if self._path is None:
             return
         line = json.dumps(dataclasses.asdict(bad)) + "\n"
-        # One write of a file opened for appending: lines of several processes never mix.
-        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            os.write(file, line.encode())
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed: one process at a time looks and writes
+            self._note_others(file)
+            if (bad.source, bad.index) not in self._named:
+                os.write(file, line.encode())
         finally:
             os.close(file)
+
+    def _note_others(self, file: int) -> None:
+        """What other processes, or an earlier run, have named since this one looked."""
+        while more := os.pread(file, 2**20, self._read):
+            whole = more[: more.rfind(b"\n") + 1]
+            if not whole:
+                return  # a line that is longer, or that a kill cut short, names nothing
+            self._read += len(whole)
+            for line in whole.splitlines():
+                try:
+                    known = json.loads(line)
+                    self._named.add((known["source"], known["index"]))
+                except (ValueError, KeyError, TypeError):
+                    continue
 
 
 @dataclasses.dataclass(frozen=True)

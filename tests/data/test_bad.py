@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +76,35 @@ def test_threads_and_workers_skip_the_same(spoilt, processors):
     for left, right in zip(threaded, whole, strict=True):
         same(left, right)
     assert pickle.loads(pickle.dumps(Ledger(SKIP, None))).__reduce__() == Ledger(SKIP, None).__reduce__()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_skip_the_same_and_name_each_record_once(spoilt, processors, tmp_path, monkeypatch, workers):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # workers inherit it, and import this file for its source
+    whole = list(batches(spoilt, processors, steps=8))
+    report = tmp_path / "bad.jsonl"
+    made = stage_batches(
+        CONFIG, spoilt, {"some": 1.0}, processors["2"], seed=2, steps=8, threads=0, workers=workers, report=report
+    )
+    for left, right in zip(made, whole, strict=True):
+        same(left, right)
+    drawn = [int(batch["stats"][STATS.index("bad_records")]) for batch in whole]
+    assert sum(drawn[0::2]) >= 4 and sum(drawn[1::2]) >= 4, "both workers meet bad records, the same ones too"
+    named = [json.loads(line)["index"] for line in report.read_text().splitlines()]
+    assert sorted(named) == sorted(UNREADABLE | UNDECODABLE)
+
+
+def test_a_ledger_repeats_nothing_that_its_file_has(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    first, second = Ledger(SKIP, path), Ledger(SKIP, path)
+    first.note(8, [Bad("s", 1, "one")])
+    second.note(8, [Bad("s", 1, "one"), Bad("s", 2, "two")])
+    first.note(8, [Bad("s", 2, "two"), Bad("t", 2, "another source")])
+    with path.open("a") as file:
+        file.write("[7]\n{no line of ours}\n")
+    Ledger(SKIP, path).note(8, [Bad("t", 2, "another source"), Bad("s", 3, "three")])
+    named = [json.loads(line) for line in path.read_text().splitlines() if '"reason"' in line]
+    assert [(bad["source"], bad["index"]) for bad in named] == [("s", 1), ("s", 2), ("t", 2), ("s", 3)]
 
 
 def test_hosts_agree_on_a_picture_that_one_of_them_alone_decodes(spoilt, processors):
