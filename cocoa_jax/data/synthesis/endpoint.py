@@ -148,7 +148,8 @@ class Endpoint:
         except (errors.APIConnectionError, errors.RateLimitError, errors.InternalServerError) as error:
             raise Unanswered(f"{type(error).__name__}: {_told(error)}") from error
         except errors.APIStatusError as error:
-            raise Refused(f"status {error.status_code}: {_told(error)}") from error
+            # Servers put their reasons where they like, and the client's message leaves some out.
+            raise Refused(f"status {error.status_code}: {_told(error)} {str(error.body)[:200]}") from error
         except (errors.OpenAIError, RuntimeError, UnicodeError) as error:  # a client closed meanwhile, a lying charset
             raise Unanswered(f"{type(error).__name__}: {_told(error)}") from error
 
@@ -161,9 +162,7 @@ def parse(body: str, asked: str, seconds: float) -> Answer:
     """
     try:
         values = json.loads(body)
-    except RecursionError as error:
-        raise ValueError(f"no JSON: {body[:60]!r}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {body[:60]!r}") from error
     choices = values.get("choices") if isinstance(values, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None

@@ -214,8 +214,8 @@ def synthesize(
         left = Counter(task.prompt for task in tasks(sources, texts) if task.name not in store.done)
         before = foreseen(left, sources, texts, endpoint)
         say(before.line())
-        _check_budget(before, texts)
         if not estimate_only and left:
+            _check_budget(before, texts)
             _ask_all(sources, endpoint, texts, store, left.total(), say)
         return Synthesis(str(output), store.rows, dict(store.reasons))
     finally:

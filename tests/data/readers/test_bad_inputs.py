@@ -18,12 +18,15 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from cocoa_jax.data.bad import BAD
+from cocoa_jax.data.intake import examples_of
+from cocoa_jax.data.pipeline import BatchConfig, MaskingConfig, RowsConfig
 from cocoa_jax.data.pixels import ImageError, decode, open_image
 from cocoa_jax.data.readers import stores, tables
 from cocoa_jax.data.readers.records import Columns, TableSource
+from cocoa_jax.data.readers.stages import StagedSource
 from cocoa_jax.data.readers.stores import FolderStore, ZipStore, inside, open_store
 from cocoa_jax.data.readers.tables import JsonTable, ParquetTable, open_table
-from cocoa_jax.data.sources import Content, RecordError, SourceError
+from cocoa_jax.data.sources import RecordError, SourceError
 
 PAIRS = Columns(query_image="image", target_text="caption")
 
@@ -301,6 +304,16 @@ COLUMNS = Columns(
 )  # fmt: skip
 
 
+FUZZED = {
+    stage: BatchConfig(stage, RowsConfig(2, ((2, 64, 64),), 2, 24), masking=masking)
+    for stage, masking in (
+        ("warmup", MaskingConfig(0.5, 0.5)),
+        ("bridge", MaskingConfig(0.5, 0.0)),
+        ("contrastive", None),
+    )
+}
+
+
 class OneRow:
     """A table of one row."""
 
@@ -318,20 +331,22 @@ class OneRow:
 
 
 @settings(max_examples=150)
-@given(st.dictionaries(st.sampled_from("abcdefg"), CELLS), st.booleans())
-def test_no_row_crashes_the_builder(tmp_path_factory, processors, row, lists):
+@given(st.dictionaries(st.sampled_from("abcdefg"), CELLS), st.booleans(), st.sampled_from(sorted(FUZZED)))
+def test_no_row_crashes_the_builder(tmp_path_factory, processors, row, lists, stage):
+    """A row of anything becomes the examples of a stage, or is refused as a bad record is."""
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     if not folder.is_dir():
         folder.mkdir()
         (folder / "a.jpg").write_bytes(BASES[0])
-    made = TableSource("fuzz", OneRow(row), COLUMNS, FolderStore(folder), list_targets=lists)
+    made = StagedSource(TableSource("fuzz", OneRow(row), COLUMNS, FolderStore(folder), list_targets=lists), stage)
     try:
-        record = made.record(0)
-        example = processors["2"].bridge(record.query, Content(record.target.text), room=64)
+        examples = examples_of(made.record(0, np.random.default_rng(0)), FUZZED[stage], processors["2"])
     except BAD as error:
-        assert str(error)
+        assert str(error).startswith("fuzz 0: ")
     else:
-        assert len(example.tokens) <= 64 and (example.block == 2).sum() == 1
+        for example in examples:
+            assert len(example.tokens) <= 64 and example.patches <= 64
+            assert (example.block == 2).sum() == (stage != "warmup")
 
 
 @settings(max_examples=100)

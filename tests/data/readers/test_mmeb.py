@@ -1,6 +1,7 @@
 """MMEB as published: columns, markers, instructions, pictures in folders and zips, candidates."""
 
 import pickle
+import zipfile
 
 import pytest
 
@@ -70,6 +71,56 @@ def test_the_first_candidate_is_right(tmp_path, to_parquet, picture):
     assert record.target.text == "caption 1" and [n.text for n in record.negatives] == ["other"]
     assert record.query.images[0].data == picture(1) and record.query.text == QUERY_INSTRUCTIONS["MSCOCO_i2t"]
     assert candidates(source, 2) == (("caption 2", ""), ("other", ""), ("third", ""))
+
+
+def test_pictures_of_the_evaluation_come_out_of_its_one_zip(tmp_path, to_parquet, picture):
+    row = {
+        "qry_text": f"<|image_1|>\n{QUESTION} What is it?\n",
+        "qry_img_path": "A-OKVQA/image_0.jpg",
+        "tgt_text": ["a kiwi", "a dog"],
+        "tgt_img_path": ["", ""],
+    }
+    to_parquet(tmp_path / "A-OKVQA" / "test-00000-of-00001.parquet", [row])
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("A-OKVQA/image_0.jpg", picture(4))
+    record = mmeb_eval(tmp_path, "A-OKVQA").record(0)
+    assert record.query.images[0].data == picture(4) and record.query.words == "What is it?"
+    assert record.target.text == "a kiwi" and not record.negatives
+
+
+def test_several_hard_negatives_stand_in_lists(tmp_path, to_parquet, picture):
+    """Texts and pictures of one place belong together; empty places are none."""
+    row = {
+        "qry": f"<|image_1|>\n{QUESTION} What is it?\n",
+        "qry_image_path": "images/OVEN/Train/0.jpg",
+        "pos_text": "a kiwi",
+        "pos_image_path": "",
+        "neg_text": ["a dog", "<|image_1|>\nRepresent the given image.\n", ""],
+        "neg_image_path": ["", "images/OVEN/Train/1.jpg", ""],
+    }
+    to_parquet(tmp_path / "OVEN" / "original-00000-of-00001.parquet", [row])
+    (tmp_path / "images" / "OVEN" / "Train").mkdir(parents=True)
+    for i in range(2):
+        (tmp_path / "images" / "OVEN" / "Train" / f"{i}.jpg").write_bytes(picture(i))
+    wrong = mmeb_train(tmp_path, "OVEN").record(0).negatives
+    assert [(content.text, len(content.images)) for content in wrong] == [
+        ("a dog", 0),
+        ("Represent the given image.", 1),
+    ]
+    assert wrong[1].images[0].data == picture(1)
+
+
+def test_markers_without_pictures_are_stripped_and_the_training_set_has_its_own_spelling(tmp_path, to_parquet, picture):
+    common = {"pos_text": "kiwi", "pos_image_path": "", "neg_text": "", "neg_image_path": ""}
+    asked = {"qry": f"<|image_1|>\n{QUERY_INSTRUCTIONS['WebQA']} Where is it?\n", "qry_image_path": ""}
+    to_parquet(tmp_path / "WebQA" / "original-00000-of-00001.parquet", [common | asked])
+    query = mmeb_train(tmp_path, "WebQA").record(0).query
+    assert (query.text, query.images) == (f"{QUERY_INSTRUCTIONS['WebQA']} Where is it?", ())
+    shown = {"qry": "<|image_1|>\nRepresent the given image for classification\n", "qry_image_path": "a.jpg"}
+    to_parquet(tmp_path / "ImageNet_1K" / "original-00000-of-00001.parquet", [common | shown])
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    query = mmeb_train(tmp_path, "ImageNet_1K").record(0).query
+    assert query.instruction == QUERY_INSTRUCTIONS["ImageNet-1K"] and not query.words
 
 
 def test_the_instructed_edition_joins_instruction_and_text(tmp_path, to_parquet, picture):

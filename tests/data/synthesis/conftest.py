@@ -82,7 +82,7 @@ class ChatServer:
                 values = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer._lock:
                     outer.requests.append(values)
-                    outer.headers.append(dict(self.headers))
+                    outer.headers.append({name.lower(): value for name, value in self.headers.items()})
                     outer.paths.append(self.path)
                     outer._now += 1
                     outer.most = max(outer.most, outer._now)
