@@ -34,13 +34,20 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """One example of a row; ``role`` says what it is in the batch."""
+    """One example of a row.
+
+    Args:
+        role: what it is in the batch.
+        units, hidden_units: visual tokens of its pictures, and those of them that are hidden.
+    """
 
     role: str
     pieces: tuple[Piece, ...]
     pictures: tuple[UInt8[np.ndarray, "h w 3"], ...]
     tokens: int
     patches: int
+    units: int = 0
+    hidden_units: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,10 +78,10 @@ def _row(batch: Mapping[str, np.ndarray], row: int, processor: Processor, bridge
     length = int((batch["token_end"][row] > batch["token_start"][row]).sum())
     begins = np.flatnonzero((batch["positions"][row, :length] == 0).all(axis=1))
     kinds = _kinds(batch, row, length, begins, bridge)
-    roles = _roles(batch)
+    roles, unit = _roles(batch), processor.config.vision.unit_patches
     documents, patch = [], 0
     for slot, (start, end) in enumerate(itertools.pairwise([*begins.tolist(), length])):
-        grids = _grids(batch, row, patch, int((batch["unit"][row, start:end] >= 0).sum()) * 4)
+        grids = _grids(batch, row, patch, int((batch["unit"][row, start:end] >= 0).sum()) * unit)
         pictures = []
         first = patch
         for grid in grids:
@@ -83,7 +90,10 @@ def _row(batch: Mapping[str, np.ndarray], row: int, processor: Processor, bridge
             patch += count
         role = roles.get(row * batch["pool"].shape[1] + slot, "")
         pieces = tuple(_pieces(batch, row, start, end, kinds, processor))
-        documents.append(Document(role, pieces, tuple(pictures), end - start, patch - first))
+        units = slice(first // unit, patch // unit)
+        hidden = int(batch["hidden_unit"][row, units].sum()) if "hidden_unit" in batch else 0
+        count = units.stop - units.start
+        documents.append(Document(role, pieces, tuple(pictures), end - start, patch - first, count, hidden))
     columns = _columns(kinds, batch["unit"][row, :length] >= 0, total)
     mask = Spans(batch["token_start"][row : row + 1], batch["token_end"][row : row + 1]).as_mask(total)[0]
     shown = tuple(kinds[c] if c < length else "pad" for c in columns)

@@ -93,7 +93,7 @@ def _row(row: DrawnRow) -> list[Element]:
         "Rows ask, columns answer. Of a run of image tokens its ends and every eighth are drawn.",
     )
     figure = element("figure", {"class": "sees"}, chart, note)
-    return [*strips, _legend(), element("div", {"class": "documents"}, *documents), figure]
+    return [*strips, _legend(row.documents), element("div", {"class": "documents"}, *documents), figure]
 
 
 def _strip(name: str, parts: Sequence[int], total: int) -> Element:
@@ -110,10 +110,22 @@ def _strip(name: str, parts: Sequence[int], total: int) -> Element:
     return element("div", {"class": "strip"}, label, element("div", {"class": "bar parts"}, *pieces))
 
 
-def _legend() -> Element:
-    keys = [("a", "block A, or a document"), ("eos", "bridge"), ("b", "block B, or the next document")]
+def _legend(documents: Sequence[Document]) -> Element:
+    """What of the colours these documents show."""
+    kinds = [{piece.kind for piece in document.pieces} for document in documents]
+    blocks = any(seen >= {"a", "b"} for seen in kinds)
+    keys = [("a", "block A" if blocks else "a document")]
+    if any("eos" in seen for seen in kinds):
+        keys.append(("eos", "bridge" if blocks else "where it is embedded"))
+    if blocks or len(documents) > 1:
+        keys.append(("b", "block B" if blocks else "the next document"))
     shown = [element("span", {"class": "key"}, element("i", {"class": f"slot {kind}"}), text) for kind, text in keys]
-    shown.append(element("span", {"class": "key"}, element("i", {"class": "token hidden a"}, "word"), "hidden"))
+    if any(piece.hidden for document in documents for piece in document.pieces):
+        shown.append(element("span", {"class": "key"}, element("i", {"class": "token hidden a"}, "word"), "hidden"))
+    if any(document.hidden_units for document in documents):
+        shown.append(
+            element("span", {"class": "key"}, element("i", {"class": "slot veil"}), "hidden part of a picture")
+        )
     return element("div", {"class": "legend"}, *shown)
 
 
@@ -128,6 +140,8 @@ def _document(document: Document, place: int) -> Element:
     ]
     hidden = sum(piece.hidden for piece in document.pieces)
     said = f"{document.role}: {document.tokens} tokens" + (f", {hidden} hidden" if hidden else "")
+    if document.hidden_units:
+        said += f", {document.hidden_units} of {document.units} parts of its pictures hidden"
     return element(
         "article",
         {"class": "document"},

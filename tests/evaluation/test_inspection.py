@@ -37,12 +37,17 @@ def test_pieces_are_the_tokens_of_the_rows(backbone, stage_settings, tmp_path, s
         assert [piece.text for piece in hidden] == [processor.text.decode([int(n)]) for n in true if n >= 0]
         assert stage != "bridge" or {piece.kind for piece in hidden} <= {"b"}
         assert sum(piece.kind == "eos" for piece in pieces) == (0 if stage == "warmup" else len(row.documents))
+        units = batch["hidden_unit"][place].sum() if stage == "warmup" else 0
+        assert sum(d.hidden_units for d in row.documents) == units
+        assert sum(d.units for d in row.documents) == (batch["unit"][place] >= 0).sum()
         assert row.mask.any() and row.mask.shape == (len(row.kinds),) * 2
     assert (asked > 0) == (stage != "contrastive")
     whole = Spans(batch["token_start"], batch["token_end"]).as_mask(batch["tokens"].shape[1])
     assert rows[0].mask.sum() <= whole[used[0]].sum()
     inspect_data(config, step=0, rows=3)
     page = (tmp_path / "page.html").read_text()
+    assert ("hidden part of a picture" in page) == (stage == "warmup")
+    assert ("block B" in page) == (stage == "bridge") and ("where it is embedded" in page) == (stage == "contrastive")
     assert page.count("<section") == 4 and page.count('class="matrix"') == 3
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page), "it loads nothing"
 
