@@ -2,9 +2,9 @@
 
 The same JPEGs and texts, two cores. Theirs, in one process: open, convert, squash to the side, one call of the
 transformers processor a row, then padding to the longest and one tensor (the collator of VLM2Vec; its pixel values are
-joined, not padded). Ours: the pipeline of `cocoa train` with two worker processes, packed rows, from the JPEGs and from
-data that `cocoa data build` made of them. In turns, in one run, nobody else's workers alive; wall seconds, and pairs a
-second.
+joined, not padded). Ours: the pipeline of `cocoa train` with two worker processes or threads, packed rows, from the
+JPEGs and from data that `cocoa data build` made of them. In turns, in one run, nobody else's workers alive; wall
+seconds, and pairs a second.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cocoa_jax.data.pipeline import BatchConfig, stage_batches
 from cocoa_jax.data.prepare import BuildConfig, build
 from cocoa_jax.data.processor import Processor, ProcessorConfig
 
-SIDE, BATCH, PICTURES, TURNS, BATCHES = 448, 32, 64, 3, 6
+SIDE, BATCH, PICTURES, TURNS, BATCHES = 448, 32, 64, 3, 5
 FULL = 6  # batches that a worker and its threads hold ready at most; they are taken before the clock starts
 ROWS = RowsConfig(BATCH, ((5, 2048, 7168), (6, 2048, 7168)), 64, 1)
 
@@ -89,26 +89,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as output:
         prepared = build("jpegs", source, "benchmark", processor, output, BuildConfig(workers=0))
 
-        def ours(chosen: Any) -> Any:
+        def ours(chosen: Any, threads: int, workers: int) -> Any:
             batches = stage_batches(
                 BatchConfig("contrastive", ROWS), {"it": chosen}, {"it": 1.0}, processor,
-                seed=0, steps=10**6, threads=1, workers=given.workers,
+                seed=0, steps=10**6, threads=threads, workers=workers,
             )  # fmt: skip
             return iter(batches)
 
-        seconds: dict[str, list[float]] = {"theirs": [], "ours": [], "ours, prepared": []}
+        n = given.workers
+        sides = {
+            f"JPEGs, {n} processes": (source, 1, n),
+            f"JPEGs, {n} threads": (source, n, 0),
+            f"prepared, {n} processes": (prepared, 1, n),
+            f"prepared, {n} threads": (prepared, n, 0),
+        }
+        seconds: dict[str, list[float]] = {"theirs": [], **{name: [] for name in sides}}
         theirs = their_batches(source, str(folder))
         for _ in range(TURNS):
             seconds["theirs"].append(seconds_a_batch(theirs, 1, BATCHES))
-            for name, chosen in (("ours", source), ("ours, prepared", prepared)):
+            for name, how in sides.items():
                 # Workers that live on would fill their buffers in the others' turn, and take its cores.
-                batches = ours(chosen)
-                seconds[name].append(seconds_a_batch(batches, FULL * given.workers, 2 * BATCHES * given.workers))
+                batches = ours(*how)
+                seconds[name].append(seconds_a_batch(batches, FULL * n, BATCHES * n))
                 batches.close()
         base = np.array(seconds["theirs"])
         for name, each in seconds.items():
             ratio = float(np.median(base / np.array(each)))
-            print(f"{name:15} {BATCH / np.median(each):7.1f} pairs/s, {ratio:.2f} of theirs")
+            print(f"{name:22} {BATCH / np.median(each):7.1f} pairs/s, {ratio:.2f} of theirs")
 
 
 if __name__ == "__main__":
