@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -236,18 +237,17 @@ def _ask_all(
     finished = 0
     with tqdm(total=total, unit="text") as bar:
 
-        def take(outcomes: Iterable[Outcome]) -> None:
+        def take(outcome: Outcome) -> None:
             nonlocal finished
-            for outcome in outcomes:
-                finished += 1
-                answered = progress.answers
-                progress.take(outcome)
-                bar.update()
-                bar.set_postfix(rows=store.rows, rejected=store.reasons.total(), unanswered=progress.unanswered)
-                if answered < progress.answers == texts.probe and finished < total:
-                    now = progress.estimate(total - finished)
-                    say(now.line())
-                    _check_budget(now, texts)
+            finished += 1
+            answered = progress.answers
+            progress.take(outcome)
+            bar.update()
+            bar.set_postfix(rows=store.rows, rejected=store.reasons.total(), unanswered=progress.unanswered)
+            if answered < progress.answers == texts.probe and finished < total:
+                now = progress.estimate(total - finished)
+                say(now.line())
+                _check_budget(now, texts)
 
         todo = (task for task in tasks(sources, texts) if task.name not in store.done)
         _in_threads(asker, todo, endpoint.concurrency, take, client.close)
@@ -261,26 +261,35 @@ def _in_threads(
     work: Callable[[Task], Outcome],
     todo: Iterable[Task],
     threads: int,
-    take: Callable[[Iterable[Outcome]], None],
+    take: Callable[[Outcome], None],
     cut: Callable[[], None],
 ) -> None:
     """``take`` what ``work`` makes of every task, in this thread; no more than twice the threads' number wait."""
     pending: set[concurrent.futures.Future[Outcome]] = set()
     pool = concurrent.futures.ThreadPoolExecutor(threads)
+
+    def take_some() -> None:
+        for future in concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED).done:
+            pending.discard(future)
+            take(future.result())
+
     try:
         for task in todo:
             pending.add(pool.submit(work, task))
             if len(pending) >= 2 * threads:
-                done, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
-                take(future.result() for future in done)
+                take_some()
         while pending:
-            done, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
-            take(future.result() for future in done)
+            take_some()
     except BaseException:
         cut()
+        pool.shutdown(cancel_futures=True)
+        for future in pending:  # what was answered meanwhile is paid for
+            if not future.cancelled() and future.exception() is None:
+                with contextlib.suppress(ValueError):
+                    take(future.result())
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
 
 
 def _row(task: Task, texts: TextsConfig) -> Row:

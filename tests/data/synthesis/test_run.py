@@ -24,7 +24,7 @@ from cocoa_jax.data.mixture import open_mixture
 from cocoa_jax.data.naming import OpenedSource
 from cocoa_jax.data.pipeline import STATS, BatchConfig, MaskingConfig, RowsConfig, stage_dataset
 from cocoa_jax.data.sources import Content, Record
-from cocoa_jax.data.synthesis.endpoint import EndpointConfig, EndpointError, parse
+from cocoa_jax.data.synthesis.endpoint import Endpoint, EndpointConfig, EndpointError, parse
 from cocoa_jax.data.synthesis.filters import FilterConfig
 from cocoa_jax.data.synthesis.pictures import open_subjects, subject
 from cocoa_jax.data.synthesis.plan import TextsConfig, tasks
@@ -157,6 +157,33 @@ def test_an_endpoint_that_never_answers_ends_the_run_and_the_next_run_asks_again
     assert 0 < len(lines(tmp_path)) < 12 and not lines(tmp_path, REJECTED)
     server.answer = said
     assert run(server, photos, tmp_path).rows == 12
+
+
+def test_what_was_answered_is_kept_when_the_run_ends_early(server, photos, tmp_path, monkeypatch):
+    """All twelve answers have come before the first is stored, which fails; the other eleven are stored nevertheless."""
+    store, ask, calls, answered = Store.add, Endpoint.ask, [], []
+
+    def asked(self, words, jpeg, seed):
+        answer = ask(self, words, jpeg, seed)
+        answered.append(answer)
+        return answer
+
+    def add(self, row):
+        calls.append(row["task"])
+        if len(calls) > 1:
+            return store(self, row)
+        while len(answered) < 12:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Endpoint, "ask", asked)
+    monkeypatch.setattr(Store, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        run(server, photos, tmp_path, concurrency=12)
+    kept = {row["task"] for row in lines(tmp_path)}
+    assert len(kept) == 11 and calls[0] not in kept
+    monkeypatch.undo()
+    assert run(server, photos, tmp_path).rows == 12 and len(server.requests) == 13
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
