@@ -160,7 +160,7 @@ def test_an_endpoint_that_never_answers_ends_the_run_and_the_next_run_asks_again
 
 
 def test_what_was_answered_is_kept_when_the_run_ends_early(server, photos, tmp_path, monkeypatch):
-    """All twelve answers have come before the first is stored, which fails; the other eleven are stored nevertheless."""
+    """Twelve answers have come before the first is stored, which fails; the other eleven are stored nevertheless."""
     store, ask, calls, answered = Store.add, Endpoint.ask, [], []
 
     def asked(self, words, jpeg, seed):
