@@ -79,6 +79,7 @@ def url(model):
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_real_server_writes_rows(url, model, tmp_path, to_lines):
     to_lines(tmp_path / "pairs.jsonl", [{"q": f"kiwi number {i}", "a": "a fruit"} for i in range(6)])
     values = "datasets: {words: {format: table, path: pairs.jsonl, columns: {query_text: q, target_text: a}}}"
@@ -101,6 +102,7 @@ def test_a_real_server_writes_rows(url, model, tmp_path, to_lines):
     assert len(open_mixture(load_mixture(tmp_path / "out" / "mixture.yaml"), "bridge").sources["synthetic"]) == 6
 
 
+@pytest.mark.slow
 def test_its_word_about_a_wrong_model_is_passed_on(url, tmp_path, to_lines):
     to_lines(tmp_path / "pairs.jsonl", [{"q": f"kiwi number {i}", "a": "a fruit"} for i in range(6)])
     values = "datasets: {words: {format: table, path: pairs.jsonl, columns: {query_text: q, target_text: a}}}"
