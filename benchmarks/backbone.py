@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not 
 
 import numpy as np
 from layouts import Layout, lay_out
+from peak import peak_gib
 from sizes import config_values, make_config, parameters, random_params
 
 MASKED = 0.7  # of block B, the ratio of stage 2
@@ -139,12 +139,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--logits", default="chosen", choices=("chosen", "all"), help="slots that meet the LM head")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
-    parser.add_argument("--remat", default="none", choices=("none", "full"))
+    parser.add_argument("--remat", default="none", choices=("none", "products", "full"))
     parser.add_argument("--memory", choices=tuple(SIDES), help="one train step of one side, its peak memory")
     options = parser.parse_args()
     if options.memory:
         SIDES[options.memory](options)["train step"]()
-        print(f"{options.memory}: peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+        print(f"{options.memory}: peak {peak_gib():.2f} GiB")
         return
     config = make_config(options.family, "middle")
     size = f"{parameters(config) / 1e6:.0f}M parameters, {options.rows} x {options.tokens} tokens"

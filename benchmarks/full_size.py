@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from layouts import Layout, lay_out
+from peak import peak_gib
 from sizes import config_values, make_config, parameters, random_params
 
 from cocoa_jax.data.vision_plan import VisionRun
@@ -87,8 +87,7 @@ def main() -> None:
     if options.run:
         began = time.perf_counter()
         np.save(options.folder / f"{options.run}.npy", last_hidden(options.run, options.family))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{options.run}: {time.perf_counter() - began:.0f} s with drawing the weights, peak {peak:.2f} GiB")
+        print(f"{options.run}: {time.perf_counter() - began:.0f} s with drawing the weights, peak {peak_gib():.2f} GiB")
         return
     if options.compare:
         compare(options.folder)

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cocoa_jax.checkpoints.threads import spread
+
 Tree = Any  # a pytree of arrays, or of their jax.ShapeDtypeStruct
 Contents = Mapping[str, Mapping[str, Any]]
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
 _GOLDEN = np.uint32(0x9E3779B1)
 _PIECE = 2**15  # elements of a host's array that are mixed at once: few enough for the cache
+_PIECES = 16  # that a thread is worth
 
 
 def contents_of(tree: Tree) -> dict[str, Any]:
@@ -44,12 +47,16 @@ def checksum_of(array: np.ndarray) -> int:
     """The number that ``checksums`` gives, for an array in host memory that is too large for a second copy."""
     bits = np.ascontiguousarray(array).reshape(-1).view(_UNSIGNED[array.dtype.itemsize])
     places = np.arange(_PIECE, dtype=np.uint32) * _GOLDEN
-    total = 0
-    for start in range(0, bits.size, _PIECE):
-        piece = bits[start : start + _PIECE]
-        first = np.uint32(start * int(_GOLDEN) % 2**32)
-        total += int(np.sum(_mix((places[: piece.size] + first) + piece), dtype=np.uint32))
-    return total % 2**32
+
+    def total_of(begin: int, end: int) -> int:
+        total = 0
+        for start in range(begin, end, _PIECE):
+            piece = bits[start : min(start + _PIECE, end)]
+            first = np.uint32(start * int(_GOLDEN) % 2**32)
+            total += int(np.sum(_mix((places[: piece.size] + first) + piece), dtype=np.uint32))
+        return total
+
+    return sum(spread(total_of, bits.size, _PIECE * _PIECES)) % 2**32
 
 
 @jax.jit

@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from cocoa_jax.checkpoints.errors import CheckpointError
+from cocoa_jax.checkpoints.threads import spread
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -129,8 +130,13 @@ def _copy(source: np.ndarray, target: np.ndarray) -> None:
     if target.ndim != 2 or source.flags.c_contiguous:
         target[...] = source
         return
-    for start in range(0, target.shape[1], _BAND):
-        target[:, start : start + _BAND] = source[:, start : start + _BAND]
+
+    def turn(begin: int, end: int) -> None:
+        for start in range(begin, end, _BAND):
+            band = slice(start, min(start + _BAND, end))
+            target[:, band] = source[:, band]
+
+    spread(turn, target.shape[1], _BAND)
 
 
 def plan(tree: Tree, patch: Shape) -> dict[str, Slot]:

@@ -8,15 +8,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
@@ -35,18 +32,16 @@ from cocoa_jax.checkpoints.hub_layout import (
     plan,
     raise_problems,
 )
+from cocoa_jax.checkpoints.safetensors_file import DTYPE_NAMES, DTYPES, Done, Tensor, write_tensors
 from cocoa_jax.models.config import read_config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_SIZE = 5_000_000_000
-_SYNC = 2**28  # bytes of a file that wait for the disk at most
 _ROWS = 4096  # rows of two tables that are compared at once
 
 # Whatever a backbone's folder holds beside its weights: config, tokenizer, preprocessor, chat template, licence.
 _SIDE_FILES = ("*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
-_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def patch_of(folder: Path) -> Shape:
@@ -82,19 +77,43 @@ def read_leaves(folder: str | Path, abstract: Tree, *, keep_dtype: bool = False)
     Raises:
         CheckpointError: see ``read_folder``; also a leaf whose layers differ in dtype, where it is to be kept.
     """
+    with open_leaves(folder, abstract, keep_dtype=keep_dtype) as leaves:
+        for path, leaf in leaves.items():
+            yield path, np.asarray(leaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubLeaf:
+    """An array of a folder whose files are open, read when numpy asks for it.
+
+    ``tensors`` are those that make it up: file, name in it and place.
+    """
+
+    shape: Shape
+    dtype: np.dtype
+    tensors: tuple[tuple[Any, str, Slot], ...]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        leaf = np.empty(self.shape, self.dtype)
+        for file, name, slot in self.tensors:
+            slot.put(file.get_tensor(name), leaf)
+        return leaf
+
+
+@contextmanager
+def open_leaves(folder: str | Path, abstract: Tree, *, keep_dtype: bool = False) -> Iterator[dict[str, HubLeaf]]:
+    """The leaves of ``read_leaves`` by their dotted paths, not read yet; the files are open as long as the context."""
     folder = Path(folder)
     slots = plan(abstract, patch_of(folder))
     leaves = flatten_dict(abstract, sep=".")
     with ExitStack() as stack:
         tensors = open_tensors(folder, slots, stack)
         dtypes = _dtypes(folder, slots, tensors) if keep_dtype else {path: leaf.dtype for path, leaf in leaves.items()}
+        made = {}
         for path, group in itertools.groupby(slots.items(), key=lambda item: item[1].path):
-            leaf = np.empty(leaves[path].shape, dtypes[path])
-            for key, slot in group:
-                file, name = tensors[key]
-                slot.put(file.get_tensor(name), leaf)
-            yield path, leaf
-            del leaf  # so that only the caller holds it while the next one is read
+            parts = tuple((*tensors[key], slot) for key, slot in group)
+            made[path] = HubLeaf(tuple(leaves[path].shape), np.dtype(dtypes[path]), parts)
+        yield made
 
 
 def open_tensors(folder: Path, slots: Mapping[str, Slot], stack: ExitStack) -> dict[str, tuple[Any, str]]:
@@ -155,14 +174,14 @@ def _dtypes(folder: Path, slots: Mapping[str, Slot], tensors: Mapping[str, tuple
         counts[dtype] = counts.get(dtype, 0) + 1
     mixed = [f"{path}: its layers are {counts}, expected one dtype" for path, counts in held.items() if len(counts) > 1]
     raise_problems(f"{folder} cannot be kept byte for byte", mixed)
-    return {path: _DTYPES[next(iter(counts))] for path, counts in held.items()}
+    return {path: DTYPES[next(iter(counts))] for path, counts in held.items()}
 
 
 def _misfit(name: str, header: Any, slot: Slot) -> list[str]:
     """What keeps a tensor from its place, read off the file's header."""
     shape, dtype = tuple(header.get_shape()), header.get_dtype()
     problems = [f"{name}: shape {list(shape)}, wanted {list(slot.shape)}"] if shape != slot.shape else []
-    return problems + ([f"{name}: dtype {dtype}, expected one of {sorted(_DTYPES)}"] if dtype not in _DTYPES else [])
+    return problems + ([f"{name}: dtype {dtype}, expected one of {sorted(DTYPES)}"] if dtype not in DTYPES else [])
 
 
 def _shards(folder: Path, problems: list[str]) -> Mapping[str, set[str] | None]:
@@ -196,6 +215,7 @@ def write_folder(
     config_source_folder: str | Path,
     dtype: Any = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
+    done: Done = lambda count: None,
 ) -> None:
     """Write a backbone as a Hugging Face folder in the hub's key layout; it appears whole or not at all.
 
@@ -205,6 +225,7 @@ def write_folder(
         config_source_folder: its config, tokenizer and preprocessor files are carried along.
         dtype: float32, bfloat16 or float16; None keeps the dtype of each leaf.
         max_shard_size: bytes; a larger model is cut into shards with an index.
+        done: hears of the bytes of every tensor that is written.
 
     Raises:
         CheckpointError: the destination is taken, the disk is too small, or the parameters do not fit the config.
@@ -217,7 +238,7 @@ def write_folder(
     with written_aside(folder, sum(entry.size for entry in entries)) as partial:
         copy_side_files(source, partial)
         _state_dtype(partial / "config.json", {entry.dtype for entry in entries})
-        _write_shards(partial, entries, leaves, max_shard_size)
+        _write_shards(partial, entries, leaves, max_shard_size, done)
 
 
 def copy_side_files(source: str | Path, destination: str | Path) -> None:
@@ -245,12 +266,15 @@ class _Entry:
     def size(self) -> int:
         return int(np.prod(self.slot.shape)) * self.dtype.itemsize
 
+    def tensor(self, load: _LastLeaf) -> Tensor:
+        return Tensor(self.key, self.slot.shape, self.dtype, lambda: self.slot.take(load(self.slot.path), self.dtype))
+
 
 def _entries(slots: Mapping[str, Slot], leaves: Mapping[str, Leaf], dtype: np.dtype | None) -> list[_Entry]:
     """Tensors in the order of the file: leaf by leaf, wider dtypes first so that all of them are aligned."""
     entries = [_Entry(key, slot, dtype or np.dtype(leaves[slot.path].dtype)) for key, slot in slots.items()]
-    wrong = sorted({f"{entry.slot.path}: dtype {entry.dtype}" for entry in entries if entry.dtype not in _DTYPE_NAMES})
-    raise_problems(f"only {', '.join(map(str, _DTYPE_NAMES))} are written", wrong)
+    wrong = sorted({f"{entry.slot.path}: dtype {entry.dtype}" for entry in entries if entry.dtype not in DTYPE_NAMES})
+    raise_problems(f"only {', '.join(map(str, DTYPE_NAMES))} are written", wrong)
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
@@ -263,7 +287,7 @@ def _state_dtype(config: Path, dtypes: set[np.dtype]) -> None:
         config.write_text(json.dumps({**values, **dict.fromkeys(stated, name)}, indent=2) + "\n")
 
 
-def _write_shards(folder: Path, entries: list[_Entry], leaves: Mapping[str, Leaf], limit: int) -> None:
+def _write_shards(folder: Path, entries: list[_Entry], leaves: Mapping[str, Leaf], limit: int, done: Done) -> None:
     shards: list[list[_Entry]] = [[]]
     filled = 0
     for entry in entries:
@@ -276,8 +300,7 @@ def _write_shards(folder: Path, entries: list[_Entry], leaves: Mapping[str, Leaf
     names = [SINGLE_FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     load = _LastLeaf(leaves)
     for name, shard in zip(names, shards, strict=True):
-        with open(folder / name, "wb") as file:
-            _write_safetensors(file, shard, load)
+        write_tensors(folder / name, [entry.tensor(load) for entry in shard], done)
     if count > 1:
         places = {entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         index = {"metadata": {"total_size": sum(entry.size for entry in entries)}, "weight_map": places}
@@ -295,48 +318,3 @@ class _LastLeaf:
             self._value = np.empty(0)  # the old one is gone before the new one comes
             self._path, self._value = path, np.asarray(self._leaves[path])
         return self._value
-
-
-def _write_safetensors(file: BinaryIO, entries: list[_Entry], load: Callable[[str], np.ndarray]) -> None:
-    """One safetensors file, tensor by tensor: the library's own writer wants all of them in memory at once.
-
-    Source: https://github.com/huggingface/safetensors#format
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in entries:
-        start, end = end, end + entry.size
-        header[entry.key] = {
-            "dtype": _DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.slot.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    writer = _Writer(file)
-    # A tensor is written, and reaches the disk, while the next one is turned.
-    with ThreadPoolExecutor(1) as pool:
-        pending = None
-        for entry in entries:
-            data = entry.slot.take(load(entry.slot.path), entry.dtype).view(np.uint8).data
-            if pending is not None:
-                pending.result()
-            pending = pool.submit(writer, data)
-        if pending is not None:
-            pending.result()
-
-
-class _Writer:
-    """Writes to a file and has the disk take it every now and then, not all at the end."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self._waiting = file, 0
-
-    def __call__(self, data: memoryview) -> None:
-        self._file.write(data)
-        self._waiting += data.nbytes
-        if self._waiting > _SYNC:
-            self._file.flush()
-            os.fdatasync(self._file.fileno())
-            self._waiting = 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cocoa_jax.checkpoints.aside import written_aside
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.hub_layout import hub_key, plan, raise_problems
-from cocoa_jax.checkpoints.huggingface import write_folder
 from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.models.config import Qwen2VLConfig
-from cocoa_jax.models.lora import AdapterRecord, LoraConfig, LoraError, adapted_maps, merge
+from cocoa_jax.models.lora import AdapterRecord, LoraConfig, LoraError, adapted_maps
 from cocoa_jax.models.qwen2_vl import Params, abstract_params
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -92,22 +91,12 @@ def save_adapter(
         base: what the adapter belongs to: a folder or a name on the hub.
 
     Raises:
-        CheckpointError: the destination is taken.
+        CheckpointError: the destination is taken, or the disk is too small.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty: give another destination or remove it")
     tensors = dict(_tensors(adapter, _modules(sizes)))
-    partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with written_aside(Path(folder), sum(tensor.nbytes for tensor in tensors.values())) as partial:
         (partial / CONFIG_FILE).write_text(json.dumps(_config_of(record, sizes, base), indent=2, sort_keys=True) + "\n")
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _tensors(adapter: Params, modules: Mapping[str, _Module]) -> Iterator[tuple[str, np.ndarray]]:
@@ -283,24 +272,3 @@ def export_adapter(stage: str | Path, folder: str | Path) -> None:
     backbone = open_backbone(stage)
     record, adapter = backbone.adapter()
     save_adapter(folder, adapter, record, backbone.config, read_metadata(stage)["parent"]["path"])
-
-
-def merge_checkpoint(
-    checkpoint: str | Path, folder: str | Path, adapter: str | Path | None = None, dtype: str | None = None
-) -> None:
-    """Write the weights of a stage (its own adapter merged) or of a Hugging Face folder as a Hugging Face folder.
-
-    Args:
-        adapter: a folder of PEFT that is merged into them.
-        dtype: of the tensors, float32 by default.
-
-    Raises:
-        CheckpointError: an adapter that does not fit, or a destination that is taken.
-    """
-    backbone = open_backbone(checkpoint)
-    read = None if adapter is None else load_adapter(adapter, backbone.config)  # before the weights: it is soon refused
-    params = backbone.load()
-    if read is not None:
-        record, arrays = read
-        params = merge(params, arrays, record.config, record.rows, donate=True)
-    write_folder(folder, params, backbone.side_files, dtype=dtype)

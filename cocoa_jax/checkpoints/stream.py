@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,18 @@ from cocoa_jax.checkpoints.orbax import (
     stage_context,
     steps_folder,
 )
+from cocoa_jax.checkpoints.safetensors_file import Done
 
 _STATE = "state"  # what Orbax calls a tree that is saved by itself
 _log = logging.getLogger(__name__)
 
 
-def save_params(stage_dir: str | Path, leaves: Iterable[tuple[str, np.ndarray]], metadata: dict[str, Any]) -> None:
+def save_params(
+    stage_dir: str | Path,
+    leaves: Iterable[tuple[str, np.ndarray]],
+    metadata: dict[str, Any],
+    done: Done = lambda count: None,
+) -> None:
     """Write step 0 of a stage that holds a backbone and nothing else, while at most two of its arrays are in memory.
 
     An array is written while the next one is being made. The folder must be nobody else's: it is not atomic.
@@ -41,6 +47,7 @@ def save_params(stage_dir: str | Path, leaves: Iterable[tuple[str, np.ndarray]],
     Args:
         leaves: dotted path and array; they are not changed afterwards.
         metadata: what this stage is (JSON).
+        done: hears of the bytes of every array that is written.
 
     Raises:
         CheckpointError: the disk does not take it.
@@ -49,19 +56,25 @@ def save_params(stage_dir: str | Path, leaves: Iterable[tuple[str, np.ndarray]],
     folder.mkdir(parents=True)
     weights, step = folder / "weights", folder / "0"
     contents: dict[str, Any] = {}
-    pending: list[Any] = []
+    pending: list[tuple[Any, int]] = []  # at most one
+
+    def finish() -> None:
+        for writing, size in pending:
+            writing.result()
+            done(size)
+        pending.clear()
+
     for path, leaf in leaves:
         with _errors_of(folder):
-            if pending:
-                pending.pop().result()
+            finish()
             with _streaming():
-                pending.append(ocp.partial.save_async(weights, unflatten_dict({path: leaf}, sep=".")))
+                pending.append((ocp.partial.save_async(weights, unflatten_dict({path: leaf}, sep=".")), leaf.nbytes))
         what = {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "checksum": checksum_of(leaf)}
         contents[path.replace(".", "/")] = what
         del leaf
     found = {name: contents if name == "params" else {} for name in TREES}
     with _errors_of(folder):
-        pending.pop().result()
+        finish()
         with _streaming():
             ocp.partial.finalize(weights)
         with stage_context():
@@ -106,6 +119,24 @@ class StoredLeaf:
         if checksum_of(value) != self.checksum:
             raise DamagedCheckpointError(f"{self.step} is damaged: other bytes than were saved in params {self.path}")
         return value
+
+
+def with_newest(stage_dir: str | Path, abstract: Tree, use: Callable[[dict[str, Any]], None]) -> None:
+    """``use`` the backbone of a stage's newest step, or of the one before it where that turns out to be damaged.
+
+    Args:
+        abstract: see ``stored_params``.
+        use: takes a tree of ``StoredLeaf``.
+
+    Raises:
+        CheckpointError: all steps are damaged, or one holds other arrays than those described.
+    """
+    for params in stored_params(stage_dir, abstract):
+        try:
+            return use(params)
+        except DamagedCheckpointError as error:
+            _log.warning("%s; trying the one before", error)
+    raise DamagedCheckpointError(f"all checkpoints in {steps_folder(stage_dir)} are damaged: train this stage again")
 
 
 def stored_params(stage_dir: str | Path, abstract: Tree) -> Iterator[dict[str, Any]]:

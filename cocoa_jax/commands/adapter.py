@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
-from cocoa_jax.checkpoints.peft import export_adapter, merge_checkpoint
+from cocoa_jax.checkpoints.merging import merge_checkpoint
+from cocoa_jax.checkpoints.peft import export_adapter
 from cocoa_jax.commands.command import Command, Group
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from cocoa_jax.attention.blockwise import LSE, OUT
 from cocoa_jax.models.low_rank import LowRank, TrainedRows
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -113,6 +114,12 @@ def stacked(make: Callable[[nnx.Rngs], Module], layers: int, rngs: nnx.Rngs) -> 
     return nnx.vmap(make)(rngs.split(layers))
 
 
+# The products of the linear maps have no batch dimension, those inside of attention do.
+_products = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(OUT, LSE)
+)
+
+
 def scan_layers(
     stack: Module, x: Array, call: Callable[[Module, Array, Array], Array], flags: Array, *, remat: str
 ) -> tuple[Array, Array]:
@@ -123,7 +130,8 @@ def scan_layers(
         x: what the layers hand on.
         call: ``(layer, x, flag) -> x``.
         flags: [L, ...], what differs between layers beside their parameters.
-        remat: ``none`` keeps every activation, ``full`` recomputes each layer in the backward pass.
+        remat: what the backward pass finds: ``none``, every activation; ``products``, those that a matrix product or
+            attention gives, the rest being made again; ``full``, what entered each layer alone.
 
     Returns:
         What the last layer gives, and [L, ...] of what entered each layer (free unless it is used).
@@ -134,7 +142,9 @@ def scan_layers(
         state, flag = layer
         return call(nnx.merge(graph, state), carry, flag), carry
 
-    policies = {"none": body, "full": jax.checkpoint(body)}
+    # A scan keeps the two passes apart by itself: the barriers that prevent_cse sets would only be in the way.
+    products = jax.checkpoint(body, policy=_products, prevent_cse=False)
+    policies = {"none": body, "products": products, "full": jax.checkpoint(body)}
     if remat not in policies:
         raise ValueError(f"remat policy {remat!r} does not exist: choose one of {sorted(policies)}")
     return jax.lax.scan(policies[remat], x, (params, flags))

@@ -204,13 +204,28 @@ def merge(base: Params, adapter: Params, config: LoraConfig, rows: tuple[int, ..
         donate: whether the adapted leaves of ``base`` are used up, so that one of them at a time exists twice.
     """
     leaves = flatten_dict(base, sep=".")
-    for path, part in _parts(adapter).items():
-        name = "table" if path == _EMBED else "kernel"
-        leaf = jnp.asarray(leaves[f"{path}.{name}"])
-        write = _merge_rows(rows) if path == _EMBED else _merge_map(config.scale)
-        run = jax.jit(write, donate_argnums=(0,) if donate else (), out_shardings=leaf.sharding)
-        leaves[f"{path}.{name}"] = run(leaf, jax.device_get(part))  # small; the weights say which devices work
+    for path, part in adapted_leaves(adapter).items():
+        leaves[path] = merge_leaf(leaves[path], part, config, rows, donate=donate)
     return unflatten_dict(leaves, sep=".")
+
+
+def adapted_leaves(adapter: Params) -> dict[str, dict[str, Any]]:
+    """The arrays of an adapter by the dotted path of the leaf that they change."""
+    parts: dict[str, dict[str, Any]] = {}
+    for (*place, name), leaf in flatten_dict(adapter).items():
+        path = ".".join(place)
+        parts.setdefault(f"{path}.{'table' if path == _EMBED else 'kernel'}", {})[name] = leaf
+    return parts
+
+
+def merge_leaf(
+    leaf: Any, part: Mapping[str, Any], config: LoraConfig, rows: tuple[int, ...], *, donate: bool = False
+) -> Array:
+    """``merge`` of one leaf with its part of the adapter, as ``adapted_leaves`` gives it."""
+    leaf = jnp.asarray(leaf)
+    write = _merge_rows(rows) if "rows" in part else _merge_map(config.scale)
+    run = jax.jit(write, donate_argnums=(0,) if donate else (), out_shardings=leaf.sharding)
+    return run(leaf, jax.device_get(part))  # small; the weights say which devices work
 
 
 def _merge_rows(rows: tuple[int, ...]) -> Any:
@@ -218,15 +233,14 @@ def _merge_rows(rows: tuple[int, ...]) -> Any:
 
 
 def _merge_map(scale: float) -> Any:
-    return lambda kernel, part: merged(kernel, part["a"], part["b"], part.get("magnitude"), scale)
+    def one(parts: tuple[Array, Array, Array, Array | None]) -> Array:
+        return merged(*parts, scale)
 
+    def run(kernel: Array, part: Mapping[str, Array]) -> Array:
+        parts = (kernel, part["a"], part["b"], part.get("magnitude"))
+        return one(parts) if kernel.ndim == 2 else jax.lax.map(one, parts)  # an update of one layer at a time
 
-def _parts(adapter: Params) -> dict[str, dict[str, Any]]:
-    """The arrays of each adapted place by its dotted path."""
-    parts: dict[str, dict[str, Any]] = {}
-    for (*place, name), leaf in flatten_dict(adapter).items():
-        parts.setdefault(".".join(place), {})[name] = leaf
-    return parts
+    return run
 
 
 # ------------------------------------------------------------------------------------------------- what a stage notes

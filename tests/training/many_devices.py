@@ -1,4 +1,5 @@
-"""Run in a process of its own by test_step: the losses of ten steps of every stage on one device and on eight."""
+"""Run in a process of its own by test_step: the losses of ten steps of every stage, and of one with
+an adapter, on one device and on eight."""
 
 import json
 import sys
@@ -29,10 +30,10 @@ def losses(config: TrainConfig, mesh: Mesh) -> dict[str, object]:
     backbone = open_backbone(config.checkpoint)
     processor = Processor.load(backbone.side_files, backbone.config, config.data.processor)
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
-    program = stage_program(config, backbone.config)
+    program = stage_program(config, backbone.config, special=(382, 383))
     wanted = abstract_state(program.shapes, optimizer, mesh)
     params = backbone.load(wanted.params["backbone"])
-    state = first_state({"backbone": params, "head": program.init_head(params)}, optimizer, wanted)
+    state = first_state(program.first_params(params), optimizer, wanted)
     step = make_step(program.loss, optimizer, wanted, config.loop.steps)
     pictures = load_pictures(config.data.split)
     sources = {kind: picture_source(kind, pictures) for kind in config.data.kinds}
@@ -42,21 +43,20 @@ def losses(config: TrainConfig, mesh: Mesh) -> dict[str, object]:
         batch = place(batch, mesh)
         state, metrics = step(state, batch)
         found.append(float(metrics["loss"]))
-    table, tokens = state.params["backbone"]["text"]["embed"]["table"], batch["tokens"]
-    shares = {
-        name: len({str(shard.index) for shard in x.addressable_shards})
-        for name, x in (("table", table), ("tokens", tokens))
-    }
+    arrays = {"table": state.params["backbone"]["text"]["embed"]["table"], "tokens": batch["tokens"]}
+    if config.lora is not None:
+        arrays["magnitude"] = state.params["adapter"]["text"]["layers"]["mlp"]["up_proj"]["magnitude"]
+    shares = {name: len({str(shard.index) for shard in x.addressable_shards}) for name, x in arrays.items()}
     return {"losses": found, "batch_shards": batch_shards(mesh), **shares}
 
 
 def main(settings: str) -> None:
     assert jax.device_count() == 8
     results = {}
-    for values in json.loads(settings):
+    for name, values in json.loads(settings).items():
         config = parse(TrainConfig, values)
-        split = MeshConfig(fsdp=2, tensor=2) if config.stage == "contrastive" else MeshConfig()
-        results[config.stage] = {"one": losses(config, one_device()), "eight": losses(config, make_mesh(split))}
+        split = MeshConfig(fsdp=2, tensor=2) if name in ("contrastive", "lora") else MeshConfig()
+        results[name] = {"one": losses(config, one_device()), "eight": losses(config, make_mesh(split))}
     json.dump(results, sys.stdout)
 
 

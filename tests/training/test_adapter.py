@@ -15,11 +15,15 @@ from jax.experimental.compilation_cache import compilation_cache
 from cocoa_jax import cli
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.errors import CheckpointError
+from cocoa_jax.checkpoints.merging import merge_checkpoint
 from cocoa_jax.checkpoints.orbax import base_folder, load_params, read_metadata
 from cocoa_jax.checkpoints.peft import load_adapter
 from cocoa_jax.commands import training
 from cocoa_jax.config import SettingsError, TrainConfig, parse
+from cocoa_jax.data.sources import Content, load_pictures
 from cocoa_jax.embedder import Embedder
+from cocoa_jax.evaluation import run
+from cocoa_jax.evaluation.tasks import Task
 from cocoa_jax.models.lora import AdapterRecord, LoraConfig, LoraError, init_adapter
 from cocoa_jax.models.qwen2_vl import abstract_params
 from cocoa_jax.training import loop, stages
@@ -153,6 +157,26 @@ def test_embedder_merged_folder_and_peft_adapter_are_one_model(finished, backbon
             cli.main(["adapter", *command])
         told = capsys.readouterr().err
         assert told.count("\n") == 1 and words in told, told
+
+
+def test_a_stage_that_trained_an_adapter_is_evaluated_as_its_merged_weights_are(
+    finished, backbone, tmp_path, monkeypatch, capsys
+):
+    emoji = tuple(Content(images=(picture.image,)) for picture in load_pictures("test_unseen")[:6])
+    texts = tuple(Content(text) for text in ("kiwi", "car", "hill", "boat", "skin", "face"))
+    task = Task("few", "retrieval", "test_unseen", texts, emoji, tuple(frozenset([n]) for n in range(6)))
+    monkeypatch.setattr(run, "picture_tasks", lambda split: [task])
+    merge_checkpoint(finished, tmp_path / "merged")
+    command = ["evaluate", "--splits", "test_unseen", "--output"]
+    cli.main([*command, str(tmp_path / "lora"), "--checkpoint", str(finished)])
+    assert capsys.readouterr().out.startswith("task")
+    settings = Embedder.load(finished).settings
+    merged = run.evaluate(tmp_path / "merged", tmp_path / "plain", ["test_unseen"], backbone, settings)
+    lora = run.read_results(tmp_path / "lora")
+    assert lora["tasks"] == merged.results["tasks"] and lora["config"]["untrained"] == str(backbone)
+    (queries, _), (before, _) = merged.embeddings["few"], run.embed_tasks(Embedder(backbone, settings), [task])["few"]
+    np.testing.assert_array_equal(np.load(tmp_path / "lora" / "embeddings.npz")["few/queries"], queries)
+    assert np.abs(queries - before).max() > 1e-3  # the adapter has learnt something
 
 
 def test_a_stage_that_trains_everything_has_no_adapter(trained):

@@ -17,6 +17,7 @@ from cocoa_jax.training.state import abstract_state, first_state
 from cocoa_jax.training.step import make_step
 
 STAGES = ("warmup", "bridge", "contrastive")
+RUNS = (*STAGES, "lora")
 WORKER = Path(__file__).with_name("many_devices.py")
 
 
@@ -27,7 +28,8 @@ def runs(backbone, stage_settings, tmp_path_factory):
         "optimizer": {"learning_rate": 1e-4, "warmup_steps": 2},
         "contrastive": {"temperature": 0.1, "first_temperature": 0.5},
     }
-    settings = [stage_settings(stage, backbone, tmp_path_factory.mktemp(stage), **gentle) for stage in STAGES]
+    settings = {stage: stage_settings(stage, backbone, tmp_path_factory.mktemp(stage), **gentle) for stage in STAGES}
+    settings["lora"] = {**settings["bridge"], "lora": {"rank": 4, "alpha": 8.0}}  # DoRA with dropout, and trained rows
     # Unoptimised code: most of the time of this test is compilation.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags}
@@ -38,22 +40,25 @@ def runs(backbone, stage_settings, tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_ten_losses_agree_on_one_device_and_on_eight(runs, stage):
-    one, eight = runs[stage]["one"], runs[stage]["eight"]
+@pytest.mark.parametrize("name", RUNS)
+def test_ten_losses_agree_on_one_device_and_on_eight(runs, name):
+    one, eight = runs[name]["one"], runs[name]["eight"]
     assert len(one["losses"]) == 10 and np.isfinite(one["losses"]).all() and len(set(one["losses"])) == 10
     np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
 
 
 def test_rows_and_parameters_are_spread_as_the_mesh_says(runs):
     keys = ("batch_shards", "tokens", "table")
-    found = {(stage, name): [run[key] for key in keys] for stage in STAGES for name, run in runs[stage].items()}
+    found = {(stage, name): [run[key] for key in keys] for stage in RUNS for name, run in runs[stage].items()}
     assert found == {
         **{(stage, "one"): [1, 1, 1] for stage in STAGES},
         ("warmup", "eight"): [8, 8, 1],
         ("bridge", "eight"): [8, 8, 1],
         ("contrastive", "eight"): [4, 4, 4],
+        ("lora", "one"): [1, 1, 1],
+        ("lora", "eight"): [4, 4, 4],
     }
+    assert (runs["lora"]["one"]["magnitude"], runs["lora"]["eight"]["magnitude"]) == (1, 2)
 
 
 # ------------------------------------------------------------------------------------ the update itself, on a toy
