@@ -60,7 +60,7 @@ def last_hidden(run: str, family: str) -> np.ndarray:
     graph, _ = graph_of(layout.config, Compute(dtype=dtype))
     leaves = flatten_dict(random_params(layout.config, SEED, jax.numpy.dtype(dtype)))
     for path in list(leaves):  # one by one, so that only one leaf is held twice
-        leaves[path] = jax.device_put(leaves.pop(path))
+        leaves[path] = jax.device_put(leaves.pop(path)).block_until_ready()
     run_model = jax.jit(lambda params, batch: bind(graph, params)(Inputs.from_batch(batch)))
     state = run_model(unflatten_dict(leaves), layout.ours(MASK))
     return np.asarray(state.astype("float32"))[layout.real]

@@ -65,7 +65,7 @@ FLATTEN = Transform(
     write=lambda value, shape: value.T.reshape(shape),
     part=lambda index: (index[1:], index[:1]),
 )
-_BAND = 128  # columns of a matrix that are turned at once: a band of them stays in the cache
+_BAND = 64  # columns of a matrix that are turned at once: a band of them stays in the cache
 
 # Path of a leaf (regex) -> key on the hub, transform. "{layer}" in a key: the leaf stacks one tensor per layer.
 TABLE: tuple[tuple[str, str, Transform], ...] = (

@@ -95,7 +95,7 @@ def test_few_arrays_are_alive_at_a_time(stage, source, tmp_path, monkeypatch):
             nonlocal most
             value = read(self)
             alive.append(weakref.ref(value))
-            if sum(one() is not None for one in alive) > 2:
+            if sum(one() is not None for one in alive) > 3:
                 gc.collect()
             most = max(most, sum(one() is not None for one in alive))
             return value
@@ -109,7 +109,7 @@ def test_few_arrays_are_alive_at_a_time(stage, source, tmp_path, monkeypatch):
     for name, folder in (("stage", stage), ("source", source)):
         alive, most = [], 0
         merge_checkpoint(folder, tmp_path / name, tmp_path / "peft")
-        assert most <= 2 and len(alive) > 30
+        assert most <= 3 and len(alive) > 30  # what is read, what it becomes, and the last one, being written
 
 
 def test_damage_is_never_merged(stage, tmp_path):

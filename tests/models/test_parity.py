@@ -80,8 +80,8 @@ def test_every_state_and_the_logits(golden_batch, golden_params, family, side, m
 
 
 @functools.cache
-def text_loss(config):
-    graph, _ = graph_of(config)
+def text_loss(config, compute=Compute()):  # noqa: B008 (frozen)
+    graph, _ = graph_of(config, compute)
 
     def loss(params, inputs, at, ids):
         model = bind(graph, params)
@@ -166,6 +166,35 @@ def test_other_ways_to_compute(golden_batch, golden_params, compute):
     found = differences(batch, {name: np.float32(value) for name, value in got.items()}, "bridged")
     assert max(found.values()) <= limit, found
     assert got["hidden"].dtype == compute.dtype and got["logits"].dtype == np.float32
+
+
+def linear_products(jaxpr):
+    """Matrix products without a batch dimension in a program and all that it calls."""
+    count = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            count += equation.params["dimension_numbers"][1] == ((), ())
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(part, "jaxpr", part)
+            count += linear_products(inner) if hasattr(inner, "eqns") else 0
+    return count
+
+
+@pytest.mark.parametrize("attention", ["reference", "blockwise"])
+def test_kept_products_are_not_made_again_and_change_no_gradient(golden_batch, golden_params, attention):
+    batch, params = golden_batch("qwen2", "left"), golden_params("qwen2")
+    inputs = (params, batch.inputs("bridged"), *batch.wanted_text())
+    steps = {
+        name: text_loss(batch.config, Compute(remat=name, attention=attention)) for name in ("none", "products", "full")
+    }
+    made = {name: linear_products(jax.make_jaxpr(step)(*inputs).jaxpr) for name, step in steps.items()}
+    assert made["none"] == made["products"] < made["full"], made
+    if attention == "reference":
+        loss, kept = steps["products"](*inputs)
+        assert abs(loss - batch.files["bridged.mntp_loss"]) <= LOSS
+        # The same formulas on the same numbers, in programs that may be fused in other ways.
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+        jax.tree.map(close, kept, text_loss(batch.config)(*inputs)[1])
 
 
 def test_an_unknown_remat_policy_is_refused(golden_batch, golden_params):
