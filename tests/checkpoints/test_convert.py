@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import convert_worker
 
 from cocoa_jax import cli
-from cocoa_jax.checkpoints import contents, sharded, stream
+from cocoa_jax.checkpoints import contents, convert, sharded, stream
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.contents import checksum_of, checksums
 from cocoa_jax.checkpoints.convert import byte_count, hf_to_orbax, orbax_to_hf
@@ -523,6 +523,23 @@ def test_the_command(source, tmp_path, capsys):
     cli.main(["convert", "orbax-to-hf", str(tmp_path / "stage"), str(tmp_path / "two"), "--max-shard-size", "300kB"])
     assert len(list((tmp_path / "two").glob("*.safetensors"))) == 3
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_hears_of_every_byte(source, tmp_path, monkeypatch):
+    ended = []
+
+    class Bar(convert.tqdm):
+        def close(self):
+            ended.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(convert, "tqdm", Bar)
+    held = sum(value.nbytes for value in tensors(source).values())
+    hf_to_orbax(source, tmp_path / "stage", progress=True)
+    assert set(ended) == {(held, (source / SINGLE_FILE).stat().st_size)}  # the file has a header, too
+    ended.clear()
+    orbax_to_hf(tmp_path / "stage", tmp_path / "out", dtype="bfloat16", progress=True)
+    assert set(ended) == {(held // 2, held // 2)}
 
 
 @pytest.mark.parametrize(
