@@ -228,10 +228,12 @@ def merge_leaf(
     return run(leaf, jax.device_get(part))  # small; the weights say which devices work
 
 
+@functools.cache  # the same function for the same numbers, so that a shape is compiled once
 def _merge_rows(rows: tuple[int, ...]) -> Any:
     return lambda table, part: table.at[jnp.array(rows)].set(part["rows"].astype(table.dtype))
 
 
+@functools.cache
 def _merge_map(scale: float) -> Any:
     def one(parts: tuple[Array, Array, Array, Array | None]) -> Array:
         return merged(*parts, scale)
