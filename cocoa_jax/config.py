@@ -19,7 +19,7 @@ from cocoa_jax.data.pipeline import BatchConfig, Stage, VisibilityConfig
 from cocoa_jax.data.processor import ProcessorConfig
 from cocoa_jax.models.lora import LoraConfig
 from cocoa_jax.models.qwen2_vl import Compute
-from cocoa_jax.objectives.contrastive import ContrastiveConfig
+from cocoa_jax.objectives.contrastive import ContrastiveConfig, Pooling
 from cocoa_jax.objectives.warmup import WarmupConfig
 
 Config = TypeVar("Config")
@@ -145,13 +145,14 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """How a trained model is read: the same pixels and prompts as in training, and rows of its own."""
+    """How a trained model is read: the same pixels, prompts and pooling as in training, and rows of its own."""
 
     processor: ProcessorConfig
     rows: RowsConfig
     visibility: VisibilityConfig = VisibilityConfig()  # noqa: RUF009
     compute: Compute = Compute()  # noqa: RUF009
     mesh: MeshConfig = MeshConfig()
+    pooling: Pooling = "bridge"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,9 @@ def evaluate_config_of(trained: Mapping[str, Any]) -> EvaluateConfig:
     """How a stage that was trained with these settings (``to_dict``) is to be read: the same pixels and visibility."""
     data = trained["data"]
     fields = {"processor": data["processor"], "rows": data["rows"], "visibility": data["visibility"]}
-    return parse(EvaluateConfig, {**fields, "compute": trained["compute"]})
+    # Stages that were trained before there was a choice pooled at the bridge.
+    pooling = trained["contrastive"].get("pooling", "bridge")
+    return parse(EvaluateConfig, {**fields, "compute": trained["compute"], "pooling": pooling})
 
 
 def parse(kind: type[Config], values: Mapping[str, Any]) -> Config:

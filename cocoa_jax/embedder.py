@@ -54,7 +54,8 @@ class Embedder:
         wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
         self._params = jax.tree.map(jax.device_put, backbone.load(wanted), shardings)
         self._embed: Callable[..., Any] = jax.jit(
-            lambda params, batch: embed_examples(bind(graph, params), batch), out_shardings=replicated(self._mesh)
+            lambda params, batch: embed_examples(bind(graph, params), batch, settings.pooling),
+            out_shardings=replicated(self._mesh),
         )
 
     @classmethod
@@ -78,11 +79,19 @@ class Embedder:
         """
         return self.embed_contents([read_item(item, f"item {place}") for place, item in enumerate(items)], progress)
 
-    def embed_contents(self, contents: Sequence[Content], progress: bool = False) -> Float[np.ndarray, "n W"]:
-        """The same for contents that are made already."""
-        width = self._processor.config.text.width * len(self._processor.bridge_ids)
+    def embed_contents(
+        self, contents: Sequence[Content], progress: bool = False, tick: Callable[[int], object] | None = None
+    ) -> Float[np.ndarray, "n W"]:
+        """The same for contents that are made already, or are made when they are indexed.
+
+        Args:
+            tick: told how many more are done, for a bar of one's own.
+        """
+        parts = len(self._processor.bridge_ids) if self.settings.pooling == "bridge" else 1
+        width = self._processor.config.text.width * parts
         out = np.zeros((len(contents), width), np.float32)
-        rows = embedding_rows(contents, self._processor, self._rows, self.settings.visibility)
+        processes = jax.process_index(), jax.process_count()
+        rows = embedding_rows(contents, self._processor, self._rows, self.settings.visibility, *processes)
         with tqdm(total=len(contents), desc="embed", unit="item", disable=not progress, leave=False) as bar:
             for batch, held in rows:
                 batch["example"] = np.arange(held.size, dtype=np.int32)
@@ -90,6 +99,8 @@ class Embedder:
                 used = held.ravel() >= 0
                 out[held.ravel()[used]] = embedded[used]
                 bar.update(int(used.sum()))
+                if tick is not None:
+                    tick(int(used.sum()))
         return out
 
 

@@ -211,7 +211,12 @@ class _InWindow:
 
 
 def embedding_rows(
-    contents: Sequence[Content], processor: Processor, rows: RowsConfig, visibility: VisibilityConfig
+    contents: Sequence[Content],
+    processor: Processor,
+    rows: RowsConfig,
+    visibility: VisibilityConfig,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[tuple[Arrays, Int32[np.ndarray, "B E"]]]:
     """Pack contents into batches for inference, every content in exactly one.
 
@@ -219,7 +224,8 @@ def embedding_rows(
     then gets the first shape that holds its contents. ``batch_size`` contents are about one batch.
 
     Yields:
-        A batch (the model's arrays and ``pool``), and which content each example slot of it holds, -1 for none.
+        This process's rows of a batch (the model's arrays and ``pool``), and which content each example slot of all
+        its rows holds, -1 for none. Every process looks at every content, and decodes the pictures of its own rows.
     Raises:
         ExampleError, ImageError, PackingError: naming the content.
     """
@@ -245,4 +251,5 @@ def embedding_rows(
             held = np.full((len(part), slots), -1, np.int32)
             for row, members in enumerate(part):
                 held[row, : len(members)] = members
-            yield write_rows(examples, part, processor, shape, slots, visibility, truncated=False), held
+            own = part[share(len(part), process_index, process_count)]
+            yield write_rows(examples, own, processor, shape, slots, visibility, truncated=False), held

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +11,8 @@ from PIL import Image
 
 from cocoa_jax.evaluation.charts import matrix_chart
 from cocoa_jax.evaluation.inspection import Document, DrawnRow
-from cocoa_jax.evaluation.markup import Child, Element, element, encode_webp, render
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+from cocoa_jax.evaluation.markup import Child, Element, element, encode_webp
+from cocoa_jax.evaluation.page import document, section, write_whole
 
 
 def write_page(
@@ -27,42 +24,19 @@ def write_page(
         facts: sentences under the title.
         datasets: rows of the table of data sets, all of the same keys.
     """
-    text = "<!DOCTYPE html>\n" + render(_page(title, facts, datasets, rows)) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, _page(title, facts, datasets, rows))
 
 
 def _page(title: str, facts: Sequence[str], datasets: Sequence[Mapping[str, str]], rows: Sequence[DrawnRow]) -> Element:
-    files = resources.files("cocoa_jax.evaluation")
-    style = "".join(files.joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "inspection.css"))
-    head = element(
-        "head",
-        {},
-        element("meta", {"charset": "utf-8"}),
-        element("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
-        element("meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY}),
-        element("meta", {"name": "color-scheme", "content": "light dark"}),
-        element("title", {}, title),
-        element("style", {}, style),
-    )
-    header = element(
-        "header",
-        {},
+    header = [
         element("p", {"class": "eyebrow"}, "CoCoA: what the model is fed"),
         element("h1", {}, title),
         element("ol", {"class": "summary"}, *(element("li", {}, fact) for fact in facts)),
-    )
-    parts = [_section("Data sets", "What this stage draws from.", [_table(datasets)])]
+    ]
+    parts = [section("datasets", "Data sets", "What this stage draws from.", [_table(datasets)])]
     for number, row in enumerate(rows):
-        parts.append(_section(f"Row {number}", _said(row), _row(row)))
-    return element("html", {"lang": "en"}, head, element("body", {}, header, element("main", {}, *parts), _footer()))
-
-
-def _section(title: str, note: str, content: Sequence[Element]) -> Element:
-    heading = element("div", {"class": "heading"}, element("h2", {}, title), element("p", {}, note))
-    return element("section", {}, heading, element("div", {"class": "content"}, *content))
+        parts.append(section(f"row-{number}", f"Row {number}", _said(row), _row(row)))
+    return document(title, ["report.css", "inspection.css"], header, parts, _footer())
 
 
 def _said(row: DrawnRow) -> str:

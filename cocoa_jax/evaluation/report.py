@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from cocoa_jax.evaluation import report_parts, score_parts
-from cocoa_jax.evaluation.markup import Child, Element, element, render
+from cocoa_jax.evaluation.markup import Child, Element, element
+from cocoa_jax.evaluation.page import contents, document, section, write_whole
 from cocoa_jax.evaluation.projection import project_2d
 from cocoa_jax.evaluation.report_data import Curve, GalleryRow, Hit, MapPoint, Reconstruction, ReportData, read_curve
 
@@ -26,9 +24,6 @@ __all__ = [
     "read_curve",
     "write_report",
 ]
-
-# The page may show what it carries and nothing else: no browser will fetch anything for it.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 _NOTES = {
     "scores": "How often the nearest candidate is a right one. Means are over tasks; "
@@ -51,35 +46,12 @@ def write_report(path: Path, data: ReportData) -> None:
 
     Raises ValueError for scores outside 0..1, pictures of unknown encoding, and arrays that are not uint8 [h, w, 3].
     """
-    text = "<!DOCTYPE html>\n" + render(_page(data)) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, _page(data))
 
 
 def _page(data: ReportData) -> Element:
     scores = score_parts.read_scores(data.results)
     sections = list(_sections(data, scores))
-    links = [element("a", {"href": f"#{section.attrib['id']}"}, title) for title, section in sections]
-    head = element(
-        "head",
-        {},
-        element("meta", {"charset": "utf-8"}),
-        element("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
-        element("meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY}),
-        element("meta", {"name": "color-scheme", "content": "light dark"}),
-        element("title", {}, data.title),
-        element(
-            "style", {}, resources.files("cocoa_jax.evaluation").joinpath("report.css").read_text(encoding="utf-8")
-        ),
-    )
     top: list[Child] = [
         element("p", {"class": "eyebrow"}, "CoCoA: multimodal embeddings"),
         element("h1", {}, data.title),
@@ -87,15 +59,9 @@ def _page(data: ReportData) -> Element:
     ]
     if scores:
         top.append(score_parts.headline(scores))
-    top.append(element("nav", {"aria-label": "Contents"}, *links))
-    body = element(
-        "body",
-        {},
-        element("header", {}, *top),
-        element("main", {}, *(section for _, section in sections)),
-        _footer(data.results),
-    )
-    return element("html", {"lang": "en"}, head, body)
+    main = [part for _, part in sections]
+    top.append(contents([title for title, _ in sections], main))
+    return document(data.title, ["report.css"], top, main, _footer(data.results))
 
 
 def _sections(data: ReportData, scores: Sequence[score_parts.Score]) -> Iterator[tuple[str, Element]]:
@@ -116,15 +82,7 @@ def _sections(data: ReportData, scores: Sequence[score_parts.Score]) -> Iterator
 
 
 def _section(name: str, title: str, content: Sequence[Element]) -> Element:
-    heading = element(
-        "div", {"class": "heading"}, element("h2", {"id": f"{name}-title"}, title), element("p", {}, _NOTES[name])
-    )
-    return element(
-        "section",
-        {"id": name, "aria-labelledby": f"{name}-title"},
-        heading,
-        element("div", {"class": "content"}, *content),
-    )
+    return section(name, title, _NOTES[name], content)
 
 
 def _footer(results: Mapping[str, Any]) -> Element:

@@ -1,11 +1,11 @@
-"""Precision@1 and hit@10 by cosine, in numpy, from embeddings of unit length."""
+"""Precision@1 and hit@k by cosine, in numpy, from embeddings of unit length."""
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 TIE = 1e-7  # cosines closer than this are equal: float32 resolves 6e-8 near 1
 UNIT_TOLERANCE = 1e-3
@@ -34,42 +34,71 @@ class EmbeddingError(ValueError):
     """Embeddings that cannot be scored."""
 
 
-def score(
-    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"], relevant: Sequence[AbstractSet[int]]
-) -> Score:
-    """Ranks all candidates for every query by cosine.
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Where the right candidates of every query stand.
 
-    Candidates must be distinct contents; `relevant[q]` holds the indices of those right for query q, at least one.
-    Memory: CHUNK cosines.
+    `above` counts the wrong candidates that are nearer than the best right one, `level` those that are nearer or tie;
+    `right` and `wrong` are the cosines of the best right and the best wrong one, the latter NaN where there is none.
+    """
+
+    above: Int[np.ndarray, " Q"]
+    level: Int[np.ndarray, " Q"]
+    right: Float[np.ndarray, " Q"]
+    wrong: Float[np.ndarray, " Q"]
+
+    @property
+    def tied(self) -> Bool[np.ndarray, " Q"]:
+        """Queries at whose top a right and a wrong candidate tie."""
+        return (self.above == 0) & (self.level > 0)
+
+
+def rank(
+    queries: Float[np.ndarray, "Q D"],
+    candidates: Float[np.ndarray, "C D"],
+    relevant: Sequence[AbstractSet[int]],
+    lists: Sequence[Int[np.ndarray, " n"]] | None = None,
+) -> Ranks:
+    """Compares the right candidates of every query with its wrong ones, by cosine.
+
+    Candidates must be distinct contents; `relevant[q]` holds the indices of those right for query q, at least one;
+    `lists[q]` names those that are compared at all (one named twice counts once), None all. Memory: CHUNK cosines.
 
     Raises:
         EmbeddingError: rows that are not finite or not of unit length, or widths that differ.
-        ValueError: `relevant` does not fit the queries and candidates.
+        ValueError: `relevant` or `lists` do not fit the queries and candidates.
     """
     queries, candidates = _checked(queries, candidates)
-    count = len(candidates)
-    if len(relevant) != len(queries):
-        raise ValueError(f"{len(relevant)} sets of right candidates for {len(queries)} queries: give one a query")
-    for index, right in enumerate(relevant):
-        if not right or min(right) < 0 or max(right) >= count:
-            raise ValueError(
-                f"right candidates of query {index} are {sorted(right)}: give at least one, each below {count}"
-            )
-    first = near = tied = 0
+    count, total = len(candidates), len(queries)
+    _check_indices(total, count, relevant, lists)
+    above, level = np.zeros(total, np.int64), np.zeros(total, np.int64)
+    best, rival = np.zeros(total), np.zeros(total)
     for start, cosines in _chunks(queries, candidates):
-        mask = np.zeros(cosines.shape, bool)
+        right, wrong = np.zeros(cosines.shape, bool), np.full(cosines.shape, lists is None)
         for row in range(len(cosines)):
-            mask[row, list(relevant[start + row])] = True
-        best = np.where(mask, cosines, -np.inf).max(axis=1, keepdims=True)
-        above = (~mask & (cosines > best + TIE)).sum(axis=1)
-        level = (~mask & (cosines >= best - TIE)).sum(axis=1)  # the wrong candidates that are above or tie
-        first += int((level == 0).sum())
-        near += int((level < 10).sum())
-        tied += int(((above == 0) & (level > 0)).sum())
-    total = len(queries)
+            if lists is not None:
+                wrong[row, lists[start + row]] = True
+            right[row, list(relevant[start + row])] = True
+        wrong &= ~right
+        nearest_right = np.where(right, cosines, -np.inf).max(axis=1, keepdims=True)
+        rows = slice(start, start + len(cosines))
+        above[rows] = (wrong & (cosines > nearest_right + TIE)).sum(axis=1)
+        level[rows] = (wrong & (cosines >= nearest_right - TIE)).sum(axis=1)
+        best[rows] = nearest_right[:, 0]
+        rival[rows] = np.where(wrong, cosines, -np.inf).max(axis=1)
+    return Ranks(above, level, best, np.where(np.isfinite(rival), rival, np.nan))
+
+
+def score(
+    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"], relevant: Sequence[AbstractSet[int]]
+) -> Score:
+    """Ranks all candidates for every query; see `rank`."""
+    ranks = rank(queries, candidates, relevant)
+    total, count = len(queries), len(candidates)
+    first, tied = int((ranks.level == 0).sum()), int(ranks.tied.sum())
     return Score(
         p_at_1=first / total,
-        hit_at_10=near / total,
+        hit_at_10=int((ranks.level < 10).sum()) / total,
         ties=tied,
         chance=sum(len(right) for right in relevant) / (count * total),
         queries=total,
@@ -97,6 +126,22 @@ def nearest(
         indices[start : start + len(block)] = order
         cosines[start : start + len(block)] = np.take_along_axis(block, order, axis=1)
     return indices, cosines
+
+
+def _check_indices(
+    total: int, count: int, relevant: Sequence[AbstractSet[int]], lists: Sequence[Int[np.ndarray, " n"]] | None
+) -> None:
+    for what, given in (("sets of right candidates", relevant), ("lists of candidates", lists)):
+        if given is not None and len(given) != total:
+            raise ValueError(f"{len(given)} {what} for {total} queries: give one a query")
+    for index, right in enumerate(relevant):
+        if not right or min(right) < 0 or max(right) >= count:
+            raise ValueError(
+                f"right candidates of query {index} are {sorted(right)}: give at least one, each below {count}"
+            )
+    for index, listed in enumerate(lists or ()):
+        if len(listed) and not 0 <= listed.min() <= listed.max() < count:
+            raise ValueError(f"candidates of query {index} go from {listed.min()} to {listed.max()}, not below {count}")
 
 
 def _checked(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from cocoa_jax.models.inputs import Inputs
 from cocoa_jax.models.qwen2_vl import Qwen2VL
 
+Pooling = Literal["bridge", "mean"]
 NEVER = -1e30  # a score that no softmax sees; finite, so that its gradient is zero and not NaN
 
 
@@ -21,11 +23,14 @@ class ContrastiveConfig:
 
     ``first_temperature`` (ours) is where a run begins; it falls to ``temperature`` geometrically. A model from
     scratch needs it: while its embeddings say nothing, a small temperature rewards making them all alike.
+    ``pooling`` is what is embedded: the states of the ``bridge`` tokens, or the ``mean`` of an example's states (as in
+    MoCa's paper).
     """
 
     temperature: float = 0.02
     first_temperature: float | None = None
     symmetric: bool = False
+    pooling: Pooling = "bridge"
 
     def __post_init__(self) -> None:
         for name, value in (("temperature", self.temperature), ("first_temperature", self.first_temperature)):
@@ -39,20 +44,37 @@ class ContrastiveConfig:
         return self.first_temperature ** (1 - progress) * self.temperature**progress
 
 
-def embed_examples(model: Qwen2VL, batch: Mapping[str, Array]) -> Float[Array, "X W"]:
+def embed_examples(model: Qwen2VL, batch: Mapping[str, Array], pooling: Pooling = "bridge") -> Float[Array, "X W"]:
     """Unit-length embeddings of the batch's examples in the batch's order, float32.
 
     The K bridge tokens of an example are normalised one by one and concatenated, so W = K D and the
-    cosine of two embeddings is the mean cosine of their tokens; K = 1 is the paper.
+    cosine of two embeddings is the mean cosine of their tokens; K = 1 is the paper. With ``mean`` pooling W = D.
     """
     hidden = model(Inputs.from_batch(batch)).astype(jnp.float32)
     B, E, K = batch["pool"].shape
-    columns = jnp.maximum(batch["pool"].reshape(B, E * K), 0)
-    pooled = jnp.take_along_axis(hidden, columns[..., None], axis=1)
+    if pooling == "mean":
+        pooled, K = mean_states(hidden, batch), 1
+    else:
+        columns = jnp.maximum(batch["pool"].reshape(B, E * K), 0)
+        pooled = jnp.take_along_axis(hidden, columns[..., None], axis=1)
     # An unused slot reads some state or other and is never taken; the guard keeps a zero state finite.
     squares = jnp.sum(jnp.square(pooled), axis=-1, keepdims=True)
     unit = pooled * jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) / K**0.5
     return jnp.take(unit.reshape(B * E, -1), batch["example"], axis=0)
+
+
+def mean_states(hidden: Float[Array, "B T D"], batch: Mapping[str, Array]) -> Float[Array, "B E D"]:
+    """The mean over all tokens of each example; zero for an unused slot.
+
+    The last bridge token ends its example and sees all of it, in either direction: its span is the example.
+    """
+    last = batch["pool"][..., -1]
+    column = jnp.maximum(last, 0)
+    start, end = (jnp.take_along_axis(batch[name], column, axis=1) for name in ("token_start", "token_end"))
+    t = jnp.arange(hidden.shape[1])
+    inside = (start[..., None] <= t) & (t < end[..., None]) & (last >= 0)[..., None]
+    length = jnp.maximum(inside.sum(axis=-1, keepdims=True), 1)
+    return jnp.einsum("BET,BTD->BED", inside.astype(hidden.dtype), hidden) / length
 
 
 @jax.named_scope("stage3")
@@ -64,7 +86,7 @@ def contrastive_loss(
     Source: CoCoA, arXiv 2603.01471, stage 3.
     """
     N = batch["target_key"].shape[0]
-    embeddings = embed_examples(model, batch)
+    embeddings = embed_examples(model, batch, config.pooling)
     more = batch.get("image_key"), batch.get("negative_key")
     return info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config, progress, *more)
 

@@ -1,12 +1,14 @@
 """The scorer against an oracle that sorts, and its refusals."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cocoa_jax.evaluation import scorer
-from cocoa_jax.evaluation.scorer import EmbeddingError, nearest, score
+from cocoa_jax.evaluation.scorer import EmbeddingError, nearest, rank, score
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -125,3 +127,72 @@ def test_nearest_is_sorted_and_stable(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(np.take_along_axis(full, indices, 1), cosines, atol=1e-6)
     two = unit(np.tile(np.eye(2), (45, 1)))
     assert (nearest(two[:1], two, 30)[0] == np.arange(0, 60, 2)).all()  # among equals the lower index comes first
+
+
+# ------------------------------------------------------------------------------- lists of candidates, as MMEB has them
+
+
+def plain(query: np.ndarray, candidates: np.ndarray, listed: list[int], right: set[int]) -> tuple[int, int, bool]:
+    """Wrong candidates above and not below the best right one, and argmax over the list as it is stored."""
+    cosines = [float(np.float64(query) @ np.float64(candidates[c])) for c in listed]
+    best = max(cosine for cosine, c in zip(cosines, listed, strict=True) if c in right)
+    wrong = {c: cosine for cosine, c in zip(cosines, listed, strict=True) if c not in right}
+    above = sum(cosine > best + 1e-7 for cosine in wrong.values())
+    return above, sum(cosine >= best - 1e-7 for cosine in wrong.values()), int(np.argmax(np.round(cosines, 6))) == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(tasks(), st.data(), st.integers(1, 60))
+def test_ranks_of_lists_are_those_of_plain_numpy(task, data, chunk: int) -> None:
+    """Lists with repeated candidates, ties everywhere, the right one first."""
+    queries, candidates, relevant = task
+    places = st.lists(st.integers(0, len(candidates) - 1), max_size=12)
+    right = [min(one) for one in relevant]
+    lists = [[one, *data.draw(places)] for one in right]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer, "CHUNK", chunk)
+        ranks = rank(queries, candidates, [{one} for one in right], [np.array(one, np.int32) for one in lists])
+    expected = [plain(q, candidates, one, {r}) for q, one, r in zip(queries, lists, right, strict=True)]
+    assert ranks.above.tolist() == [above for above, _, _ in expected]
+    assert ranks.level.tolist() == [level for _, level, _ in expected]
+    # The published rule differs from ours exactly where there is a tie at the top.
+    assert (ranks.above == 0).tolist() == [first for _, _, first in expected]
+
+
+def test_random_lists_are_ranked_as_plain_numpy_ranks_them() -> None:
+    rng = np.random.default_rng(2)
+    queries, candidates = unit(rng.standard_normal((80, 12))), unit(rng.standard_normal((300, 12)))
+    candidates[17] = candidates[200]  # a tie between two contents
+    lists = [rng.integers(0, 300, 60).astype(np.int32) for _ in range(80)]
+    ranks = rank(queries, candidates, [{int(one[0])} for one in lists], lists)
+    for q, listed in enumerate(lists):
+        above, level, _ = plain(queries[q], candidates, listed.tolist(), {int(listed[0])})
+        assert (ranks.above[q], ranks.level[q]) == (above, level)
+        assert ranks.right[q] == pytest.approx(float(queries[q] @ candidates[listed[0]]), abs=1e-6)  # float32
+
+
+def test_what_nan_would_score_by_the_published_rule_is_refused() -> None:
+    rows = np.full((4, 8), np.nan, np.float32)
+    assert np.mean([int(np.argmax(rows @ row)) == 0 for row in rows]) == 1  # a broken model, 100 %
+    with pytest.raises(EmbeddingError, match="4 of 4 queries are not finite"):
+        rank(rows, rows, [{0}] * 4, [np.arange(4, dtype=np.int32)] * 4)
+
+
+def test_lists_that_do_not_fit_are_refused() -> None:
+    rows = unit(np.eye(3))
+    with pytest.raises(ValueError, match="2 lists of candidates for 3 queries"):
+        rank(rows, rows, [{0}] * 3, [np.array([0])] * 2)
+    with pytest.raises(ValueError, match="query 1 go from -1 to 0"):
+        rank(rows, rows, [{0}] * 3, [np.array([0]), np.array([0, -1]), np.array([0])])
+
+
+def test_a_thousand_queries_need_little_memory() -> None:
+    rng = np.random.default_rng(3)
+    queries, candidates = unit(rng.standard_normal((1000, 64))), unit(rng.standard_normal((5000, 64)))
+    lists = [np.append(q, rng.integers(0, 5000, 999)).astype(np.int32) for q in range(1000)]
+    tracemalloc.start()
+    rank(queries, candidates, [{q} for q in range(1000)], lists)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # The whole matrix alone is 40 MB in float64, with what is compared 160; a chunk is 16 MiB and its four parts.
+    assert peak < 100e6, peak

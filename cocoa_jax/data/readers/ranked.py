@@ -1,0 +1,251 @@
+"""Sets to score: queries with lists of candidates, read only when asked. MMEB, BEIR's layout, folders of classes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+from jaxtyping import Int32
+
+from cocoa_jax.data.pixels import ImageError, open_image
+from cocoa_jax.data.readers.mmeb import mmeb_eval
+from cocoa_jax.data.readers.records import TableSource, instructed
+from cocoa_jax.data.readers.stores import open_store
+from cocoa_jax.data.readers.tables import JsonTable, hash_file
+from cocoa_jax.data.sources import Content, RecordError, SourceError
+
+Split = Literal["IND", "OOD"]
+Format = Literal["mmeb", "beir", "classes"]
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+_Stored = tuple[str, str, str]  # text, path of a picture and instruction, as stored
+
+
+@dataclass(frozen=True)
+class RankedConfig:
+    """One set to score.
+
+    Args:
+        format: ``mmeb``, an evaluation set as published; ``beir``, a folder of corpus.jsonl, queries.jsonl and
+            qrels/NAME.tsv, in which ``image`` may name a picture; ``classes``, a folder of pictures for each class.
+        path: its folder, relative to the file that names it.
+        meta_task, split: under which it is counted: ``IND`` where a training set of the kind was trained on.
+        subset: of MMEB, default the set's name.
+        qrels: of BEIR, which judgements.
+        instruction, target_instruction: before queries and candidates; MMEB brings its own.
+    """
+
+    format: Format
+    path: str
+    meta_task: str = "retrieval"
+    split: Split = "OOD"
+    subset: str = ""
+    qrels: str = "test"
+    instruction: str = ""
+    target_instruction: str = ""
+
+
+@dataclass(frozen=True)
+class RankedFile:
+    """Sets by name, as a YAML file lists them."""
+
+    sets: dict[str, RankedConfig]
+
+
+@dataclass(frozen=True)
+class LazyContents(Sequence[Content]):
+    """Contents that are made when they are asked for, by something small that is kept of each."""
+
+    stored: Sequence[Any]
+    make: Callable[[Any], Content]
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @overload
+    def __getitem__(self, index: int) -> Content: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Content]: ...
+    def __getitem__(self, index: int | slice) -> Content | Sequence[Content]:
+        if isinstance(index, slice):
+            return LazyContents(self.stored[index], self.make)
+        return self.make(self.stored[index])
+
+
+@dataclass(frozen=True, eq=False)
+class RankedSet:
+    """Queries, candidates as stored, and which belong together.
+
+    Args:
+        lists: of each query, the places of its candidates; None: all of them.
+        right: of each query, the places of those that are right.
+        source: a hash of what it was read from; cheap, and so without pictures that lie in folders.
+    """
+
+    name: str
+    meta_task: str
+    split: str
+    queries: Sequence[Content]
+    candidates: Sequence[Content]
+    lists: tuple[Int32[np.ndarray, " n"], ...] | None
+    right: tuple[frozenset[int], ...]
+    source: str
+
+
+def open_ranked(name: str, config: RankedConfig, root: Path) -> RankedSet:
+    """One set, its tables read and no picture.
+
+    Raises:
+        SourceError: naming what is not there or does not fit together.
+    """
+    openers = {"mmeb": _open_mmeb, "beir": _open_beir, "classes": _open_classes}
+    opened = openers[config.format](name, config, root / config.path)
+    if not len(opened.queries) or not len(opened.candidates):
+        raise SourceError(f"{name}: {len(opened.queries)} queries, {len(opened.candidates)} candidates: both need one")
+    return opened
+
+
+@dataclass
+class _Numbered:
+    """Distinct keys in the order of their first appearance."""
+
+    places: dict[Any, int] = field(default_factory=dict)
+
+    def __call__(self, key: Any) -> int:
+        return self.places.setdefault(key, len(self.places))
+
+
+def _open_mmeb(name: str, config: RankedConfig, root: Path) -> RankedSet:
+    source = mmeb_eval(root, config.subset or name, instruction=config.instruction)
+    columns, number = source.columns, _Numbered()
+    queries: list[_Stored] = []
+    lists = []
+    for index in range(len(source.table)):
+        row = source.table.row(index)
+        asked, wanted = (
+            str(row.get(column) or "") for column in (columns.query_instruction, columns.target_instruction)
+        )
+        text, path = row[columns.query_text] or "", row[columns.query_image] or ""
+        texts, paths = row[columns.target_text] or [], row[columns.target_image] or []
+        if not isinstance(path, str) or not all(isinstance(part, list) for part in (texts, paths)):
+            raise SourceError(f"{name} row {index}: expected a path and two lists of candidates: fetch the set again")
+        most = max(len(texts), len(paths))
+        if not most:
+            raise SourceError(f"{name} row {index}: it has no candidates, the first of which is the right one")
+        listed = [
+            number((texts[i] or "" if i < len(texts) else "", paths[i] or "" if i < len(paths) else "", wanted))
+            for i in range(most)
+        ]
+        queries.append((text, path, asked))
+        lists.append(np.array(listed, np.int32))
+    right = tuple(frozenset([int(listed[0])]) for listed in lists)
+    return RankedSet(
+        name, config.meta_task, config.split,
+        LazyContents(queries, _Side(source, "query")), LazyContents(list(number.places), _Side(source, "target")),
+        tuple(lists), right, source.fingerprint(),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Stored text, path and instruction -> content, as training reads them."""
+
+    source: TableSource
+    role: Literal["query", "target"]
+
+    def __call__(self, stored: _Stored) -> Content:
+        text, path, instruction = stored
+        try:
+            images = self.source.read_images(path, f"{self.source.name} {path}")
+            make = self.source.query_content if self.role == "query" else self.source.target_content
+            made = make(text, images, instruction)
+            if not made.text and not made.images:
+                raise RecordError("neither text nor a picture")
+            return made
+        except (RecordError, ImageError) as error:
+            raise SourceError(f"{self.source.name}: {self.role} {(path or text)[:80]!r}: {error}") from error
+
+
+def _open_beir(name: str, config: RankedConfig, root: Path) -> RankedSet:
+    corpus, asked = (_entries(name, root / f"{part}.jsonl") for part in ("corpus", "queries"))
+    judged = root / "qrels" / f"{config.qrels}.tsv"
+    place = {key: i for i, key in enumerate(corpus)}
+    right: dict[str, set[int]] = {}
+    try:
+        lines = judged.read_text().splitlines()
+    except OSError as error:
+        raise SourceError(f"{name}: {judged} cannot be read ({error.strerror}): correct `path` or `qrels`") from error
+    for number, line in enumerate(lines, start=1):
+        parts = line.split("\t")
+        if number == 1 and parts[-1].strip() == "score":
+            continue
+        if len(parts) != 3 or parts[0] not in asked or parts[1] not in place:
+            raise SourceError(
+                f"{judged} line {number}: {line[:60]!r}, expected a query, a document and a score by tabs"
+            )
+        if parts[2].strip() not in ("0", "-1"):
+            right.setdefault(parts[0], set()).add(place[parts[1]])
+    make = _BeirSide(name, root, config.instruction), _BeirSide(name, root, config.target_instruction)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in (root / "corpus.jsonl", root / "queries.jsonl", judged):
+        digest.update(hash_file(path).encode())
+    return RankedSet(
+        name, config.meta_task, config.split,
+        LazyContents([asked[key] for key in right], make[0]), LazyContents(list(corpus.values()), make[1]),
+        None, tuple(frozenset(places) for places in right.values()), digest.hexdigest(),
+    )  # fmt: skip
+
+
+def _entries(name: str, path: Path) -> dict[str, tuple[str, str]]:
+    if not path.is_file():
+        raise SourceError(f"{name}: {path} is not there: correct `path`")
+    table, found = JsonTable([path]), {}
+    for index in range(len(table)):
+        row = table.row(index)
+        if "_id" not in row:
+            raise SourceError(f"{path} row {index}: no `_id` among {sorted(row)}")
+        words = " ".join(part for part in (row.get("title") or "", row.get("text") or "") if part)
+        found[str(row["_id"])] = (words, str(row.get("image") or ""))
+    return found
+
+
+@dataclass(frozen=True)
+class _BeirSide:
+    name: str
+    root: Path
+    instruction: str
+
+    def __call__(self, stored: tuple[str, str]) -> Content:
+        words, path = stored
+        try:
+            images = (open_image(open_store([self.root]).read(path), path),) if path else ()
+        except (RecordError, ImageError) as error:
+            raise SourceError(f"{self.name}: {error}") from error
+        if not words and not images:
+            raise SourceError(f"{self.name}: an entry has neither text nor image: leave it out")
+        return instructed(self.instruction, words, images)
+
+
+def _open_classes(name: str, config: RankedConfig, root: Path) -> RankedSet:
+    if not root.is_dir():
+        raise SourceError(f"{name}: {root} is no folder: correct `path`")
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    pictures = [
+        (path, label)
+        for label, folder in enumerate(classes)
+        for path in sorted((root / folder).iterdir())
+        if path.suffix.lower() in _PICTURES
+    ]
+    shown = [str(path.relative_to(root)) for path, _ in pictures]
+    digest = hashlib.blake2b(json.dumps([classes, shown]).encode(), digest_size=16)
+    words = [(label.replace("_", " "), "") for label in classes]
+    return RankedSet(
+        name, config.meta_task, config.split,
+        LazyContents([("", path) for path in shown], _BeirSide(name, root, config.instruction)),
+        LazyContents(words, _BeirSide(name, root, config.target_instruction)),
+        None, tuple(frozenset([label]) for _, label in pictures), digest.hexdigest(),
+    )  # fmt: skip
