@@ -17,7 +17,7 @@ setup(
     package_dir={"cocoa_jax.configs": "configs"},
     package_data={
         "cocoa_jax": ["data/pictures/*", "data/pictures/*/*", "evaluation/*.css"],
-        "cocoa_jax.configs": ["*/*.yaml", "backbones/*/config.json"],
+        "cocoa_jax.configs": ["*/*.yaml", "*/*/*.yaml", "backbones/*/config.json"],
     },
     entry_points={"console_scripts": ["cocoa = cocoa_jax.cli:main"]},
     # Lower bounds are the versions that were tried together. Upper bounds have their reasons beside them.

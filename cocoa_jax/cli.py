@@ -22,6 +22,7 @@ def commands() -> dict[str, Command | Group]:
 
     return {
         "demo": training.DEMO,
+        "run": training.RUN,
         "init": training.INIT,
         "train": training.TRAIN,
         "evaluate": reading.EVALUATE,

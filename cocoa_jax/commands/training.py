@@ -1,4 +1,4 @@
-"""``cocoa demo``, ``init`` and ``train``."""
+"""``cocoa demo``, ``run``, ``init`` and ``train``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cocoa_jax.commands.command import Command, fields
 from cocoa_jax.config import InitConfig, TrainConfig
-from cocoa_jax.demo import SCALES, make_picture_backbone, run_demo
+from cocoa_jax.demo import SCALES, run_demo
 from cocoa_jax.evaluation.run import read_results, summary
+from cocoa_jax.recipe import Recipe, make_picture_backbone, read_recipe, run_recipe
 from cocoa_jax.training.loop import train
 
 
@@ -24,6 +25,28 @@ def _demo(given: Namespace) -> None:
     sys.stdout.write(f"{summary(read_results(given.output))}\n\nreport: {report}\n")
 
 
+def _run_options(parser: ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML file of a recipe, in this folder or installed")
+    parser.add_argument("--output", default=None, help="folder of everything that the run makes")
+    parser.add_argument("--checkpoint", default=None, help="Hugging Face folder to begin with")
+    parser.add_argument("--data", default=None, help="where the paths of its mixtures begin: a clone of MMEB-train")
+    parser.add_argument("--evaluation_data", default=None, help="a clone of MMEB-eval; without it nothing is scored")
+    parser.add_argument("--seed", type=int, default=None, help="added to the seeds of the backbone and the stages")
+    parser.add_argument("--steps", default=None, help="of each stage, by commas, to try a recipe")
+
+
+def _run(given: Namespace) -> None:
+    recipe = read_recipe(given.recipe)
+    names = ("output", "checkpoint", "data", "evaluation_data", "seed")
+    values = {**vars(recipe), **{name: given[name] for name in names if given[name] is not None}}
+    if given.checkpoint is not None:
+        values["init"] = None
+    steps = given.steps and tuple(int(number) for number in given.steps.split(","))
+    recipe = Recipe(**values)
+    report = run_recipe(recipe, steps)
+    sys.stdout.write(f"{f'report: {report}' if report else f'done: {recipe.output}'}\n")
+
+
 def _init_options(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_class_arguments(InitConfig)
@@ -34,6 +57,12 @@ DEMO = Command(
     example="cocoa demo --output runs/demo --scale standard",
     options=_demo_options,
     run=_demo,
+)
+RUN = Command(
+    about="Run all stages of a recipe in order, with checkpoints between; what is done is not done again.",
+    example="cocoa run configs/recipes/pictures/cocoa.yaml --output runs/cocoa",
+    options=_run_options,
+    run=_run,
 )
 INIT = Command(
     about="Make a small backbone in Hugging Face form from scratch.",

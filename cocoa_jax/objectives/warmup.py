@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,16 @@ from cocoa_jax.objectives.masked_text import masked_text_loss
 
 @dataclasses.dataclass(frozen=True)
 class WarmupConfig:
-    """``mae_weight`` scales the picture loss beside the text loss (0.5 in the paper)."""
+    """The picture loss of stage 1.
+
+    Args:
+        mae_weight: scales it beside the text loss (0.5 in the paper).
+        noise: what stands in the place of hidden units: noise of each ``unit``'s own, or the same ``shared`` by all
+            units of a step (as in MoCa).
+    """
 
     mae_weight: float = 0.5
+    noise: Literal["unit", "shared"] = "unit"
 
 
 @jax.named_scope("stage1")
@@ -28,10 +36,15 @@ def warmup_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """``mntp + mae_weight * mae`` of a batch whose text is masked already and whose pictures are not.
 
+    With shared noise the batch has its ``step`` too.
+
     Source: CoCoA, arXiv 2603.01471, stage 1.
     """
     inputs = Inputs.from_batch(batch)
-    shown = hide_units(inputs.patches, batch["hidden_unit"], batch["unit_seed"])
+    seeds = batch["unit_seed"]
+    if config.noise == "shared":
+        seeds = jnp.full_like(seeds, batch["step"])
+    shown = hide_units(inputs.patches, batch["hidden_unit"], seeds)
     hidden = model(dataclasses.replace(inputs, patches=shown))
     text, metrics = masked_text_loss(model, hidden, batch["predict_at"], batch["predict_id"])
     image = picture_loss(decoder, hidden, inputs, batch["hidden_unit"])

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import yaml
 
-from cocoa_jax import demo
+from cocoa_jax import recipe
 from cocoa_jax.checkpoints.scratch import ScratchConfig
 from cocoa_jax.config import SettingsError, TrainConfig, load_config, parse, to_dict
 from cocoa_jax.data.masking import MaskingConfig, Purpose, example_rng
@@ -35,7 +35,7 @@ def read(monkeypatch):
         asked.append(split)
         return load_pictures(split)
 
-    monkeypatch.setattr(demo, "load_pictures", spy)
+    monkeypatch.setattr(recipe, "load_pictures", spy)
     monkeypatch.setattr(inputs, "load_pictures", spy)
     return asked
 
@@ -47,8 +47,10 @@ def words_of(split: str) -> set[str]:
 
 def test_the_tokenizer_is_built_from_the_training_pictures_alone(read, monkeypatch, tmp_path):
     given = {}
-    monkeypatch.setattr(demo, "make_backbone", lambda folder, settings, texts, shapes: given.update(texts=list(texts)))
-    demo.make_picture_backbone(tmp_path / "backbone", ScratchConfig())
+    monkeypatch.setattr(
+        recipe, "make_backbone", lambda folder, settings, texts, shapes: given.update(texts=list(texts))
+    )
+    recipe.make_picture_backbone(tmp_path / "backbone", ScratchConfig())
     assert read == ["train"] and len(given["texts"]) > 10_000
     seen = {text.lower() for text in given["texts"]}
     # Captions that no training picture has: none of them was given to the tokenizer.

@@ -184,3 +184,23 @@ def test_rows_of_one_picture_and_equal_negatives_are_no_negatives():
     np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
     bare, _ = info_nce(queries, targets, key, ContrastiveConfig(0.1))
     assert abs(float(bare) - float(loss)) > 1e-3, "the keys matter here"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_mean_pooling_is_the_mean_over_the_example_whatever_shares_its_row(causal):
+    rng = np.random.default_rng(5)
+    stub, bridges = Stub(rng.standard_normal((40, 5)).astype(np.float32)), np.arange(1, 7)[:, None]
+    for layout in ([[3, 0], [5], [1, 4, 2]], [[0, 1, 2], [3, 4, 5]]):
+        batch = rows_of(bridges, layout, 3)
+        batch["tokens"][batch["tokens"] == 0] = 39
+        words = np.zeros((6, 5))
+        for row, members in enumerate(layout):
+            for slot, example in enumerate(members):
+                columns = np.arange(3 * slot, 3 * slot + 3)
+                batch["token_start"][row, columns] = 3 * slot
+                batch["token_end"][row, columns] = columns + 1 if causal else 3 * slot + 3
+                batch["tokens"][row, columns[0]] = 20 + example  # a word of its own
+                words[example] = stub.table[[20 + example, 39, bridges[example, 0]]].mean(axis=0)
+        got = embed_examples(stub, batch, "mean")
+        np.testing.assert_allclose(got, unit(words), atol=1e-6)  # float32
+        assert np.abs(got - embed_examples(stub, batch)).max() > 0.1

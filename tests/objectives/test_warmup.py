@@ -149,3 +149,31 @@ def test_no_hidden_unit_is_no_picture_loss(parts):
     model, decoder, batch = parts
     _, metrics = warmup_loss(model, decoder, {**batch, "hidden_unit": np.zeros_like(HIDDEN)}, WarmupConfig())
     assert metrics["mae"] == 0 and np.isfinite(metrics["mntp"])
+
+
+def test_shared_noise_is_one_for_all_units_of_a_step_and_another_in_the_next(patches, monkeypatch):
+    """What stands in the place of hidden units, as the model sees it."""
+    shown = []
+
+    class Seen(Exception):
+        pass
+
+    class Model:
+        def __call__(self, inputs):
+            shown.append(in_units(inputs.patches))
+            raise Seen
+
+    zeros, spans = np.zeros((B, T), np.int32), np.zeros((B, P), np.int32)
+    batch = {
+        "tokens": zeros, "positions": np.zeros((B, T, 3), np.int32), "token_start": zeros, "token_end": zeros,
+        "unit": zeros - 1, "patches": patches, "patch_positions": np.zeros((B, P, 2), np.int32),
+        "patch_start": spans, "patch_end": spans, "hidden_unit": HIDDEN, "unit_seed": SEEDS,
+    }  # fmt: skip
+    for step in (0, 0, 1):
+        with pytest.raises(Seen):
+            warmup_loss(Model(), None, {**batch, "step": jnp.int32(step)}, WarmupConfig(noise="shared"))
+    for one in shown:
+        assert (one[HIDDEN] == one[HIDDEN][0]).all() and len(np.unique(one[HIDDEN][0])) == 4 * C
+        np.testing.assert_array_equal(one[~HIDDEN], in_units(patches)[~HIDDEN])
+    np.testing.assert_array_equal(shown[0], shown[1])
+    assert (shown[0][HIDDEN] != shown[2][HIDDEN]).all()

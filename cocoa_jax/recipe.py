@@ -1,0 +1,222 @@
+"""Recipes: all stages of a run in one file, done one after the other, each from the checkpoint of the one before."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cocoa_jax.checkpoints.orbax import newest_first, steps_folder
+from cocoa_jax.checkpoints.scratch import ScratchConfig, make_backbone
+from cocoa_jax.config import InitConfig, SettingsError, TrainConfig, find_config, load_mixture, parse, to_dict
+from cocoa_jax.data.mixture import open_mixture
+from cocoa_jax.data.prompts import INSTRUCTIONS, plain
+from cocoa_jax.data.sources import load_pictures
+from cocoa_jax.evaluation.collect import REPORT, build_report
+from cocoa_jax.evaluation.set_page import write_set_report
+from cocoa_jax.evaluation.sets import evaluate_sets, named_sets
+from cocoa_jax.models.qwen2_vl import abstract_params
+from cocoa_jax.training.loop import train
+
+PICTURES = "pictures"
+EVALUATION = "evaluation"  # the folder of scores of sets
+_BASE, _FROM, _EPOCHS = "base", "from", "epochs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a recipe file says.
+
+    Args:
+        output: folder of everything that the run makes.
+        stages: settings of each stage by the name of its folder, in order, as in a file of a stage but without
+            ``checkpoint`` and ``output``. ``from`` names a file to begin with, ``epochs`` stands for ``loop.steps``.
+        checkpoint: the folder to begin with; or
+        init: a small backbone to make from scratch.
+        tasks: what the last stage is scored on: ``pictures``, ``mmeb-v1``, a file of sets; null for nothing.
+        seed: added to the seed of the backbone, and a thousand times to those of the stages.
+        data: where the relative paths of the mixtures begin.
+        evaluation_data: the same for ``tasks``; without it MMEB is not scored.
+    """
+
+    output: str
+    stages: dict[str, dict[str, Any]]
+    checkpoint: str | None = None
+    init: InitConfig | None = None
+    tasks: str | None = PICTURES
+    seed: int = 0
+    data: str | None = None
+    evaluation_data: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.checkpoint is None) == (self.init is None):
+            raise SettingsError(f"checkpoint is {self.checkpoint}, init {self.init}: a recipe begins with one of them")
+        if not self.stages:
+            raise SettingsError("stages is empty: a recipe has one stage at least")
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """A recipe from its YAML file, merged over those that it names as its ``base``; a stage that is null is left out.
+
+    Raises:
+        SettingsError: a file is missing, is no YAML, or holds unknown keys or values of the wrong type.
+    """
+    values = _merged_file(find_config(str(path)))
+    stages = {name: _stage(stage) for name, stage in (values.get("stages") or {}).items() if stage is not None}
+    init = values.get("init")
+    return parse(Recipe, {**values, "stages": stages, **({"init": _stage(init)} if init else {})})
+
+
+def stage_configs(recipe: Recipe, steps: tuple[int, ...] | None = None) -> list[TrainConfig]:
+    """The settings of every stage with its folders.
+
+    Args:
+        steps: of each stage, in place of its own; warm-up then takes half of them at most.
+
+    Raises:
+        SettingsError: settings that are unknown or contradict each other.
+    """
+    configs, before = [], recipe.checkpoint or str(Path(recipe.output) / "backbone")
+    if steps is not None and len(steps) != len(recipe.stages):
+        raise SettingsError(f"{len(steps)} numbers of steps for {len(recipe.stages)} stages: give one a stage")
+    for number, (name, settings) in enumerate(recipe.stages.items()):
+        output = str(Path(recipe.output) / name)
+        config = _stage_config(recipe, {**settings, "checkpoint": before, "output": output})
+        if steps is not None:
+            warmup = min(config.optimizer.warmup_steps, steps[number] // 2)
+            config = dataclasses.replace(
+                config,
+                loop=dataclasses.replace(config.loop, steps=steps[number]),
+                optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup),
+            )
+        configs.append(dataclasses.replace(config, seed=config.seed + 1000 * recipe.seed))
+        before = output
+    return configs
+
+
+def run_recipe(recipe: Recipe, steps: tuple[int, ...] | None = None) -> Path | None:
+    """Runs what is not done yet: the backbone, every stage, the scores; returns the report, None where there is none.
+
+    Raises:
+        SettingsError: a folder that was made with other settings; whatever training and scoring raise.
+    """
+    configs = stage_configs(recipe, steps)
+    folder = Path(recipe.output)
+    if recipe.init is not None and not (folder / "backbone").is_dir():
+        settings = recipe.init.backbone
+        make_picture_backbone(folder / "backbone", dataclasses.replace(settings, seed=settings.seed + recipe.seed))
+    for config in configs:
+        if not is_done(config):
+            train(config)
+    if recipe.tasks is None:
+        return None
+    if recipe.tasks == PICTURES:
+        return build_report(folder, tuple(recipe.stages))
+    if recipe.evaluation_data is None:
+        return None
+    last = configs[-1].output
+    results = evaluate_sets(last, folder / EVALUATION, named_sets(recipe.tasks, recipe.evaluation_data))
+    return write_set_report(folder / EVALUATION / REPORT, {folder.name: results})
+
+
+def is_done(config: TrainConfig) -> bool:
+    """Whether the stage's folder holds its last step, made with these very settings."""
+    folder = Path(config.output)
+    try:
+        same = yaml.safe_load((folder / "config.json").read_text()) == to_dict(config)
+    except OSError:
+        return False
+    return same and next(newest_first(steps_folder(folder), missing_ok=True), 0) >= config.loop.steps
+
+
+def make_picture_backbone(folder: str | Path, settings: ScratchConfig) -> None:
+    """A small Qwen2-VL whose tokenizer has seen the words of the training pictures, and no others.
+
+    Raises:
+        CheckpointError: the folder is taken, or sizes that contradict each other.
+    """
+    words = [
+        plain(text)
+        for picture in load_pictures("train")
+        for text in (picture.caption, *picture.keywords, picture.description, picture.label)
+        if text
+    ]
+    make_backbone(folder, settings, [*words, *INSTRUCTIONS.values()], abstract_params)
+
+
+def _stage_config(recipe: Recipe, settings: dict[str, Any]) -> TrainConfig:
+    settings = dict(settings)
+    mixture = settings["data"].get("mixture")
+    if mixture and recipe.data is not None:
+        settings["data"] = {**settings["data"], "mixture": str(_rooted(mixture, recipe))}
+    epochs = settings.pop(_EPOCHS, None)
+    if epochs is None:
+        return parse(TrainConfig, settings)
+    settings["loop"] = {"steps": 1, **settings.get("loop", {})}
+    config = parse(TrainConfig, settings)
+    if config.data.mixture is None:
+        raise SettingsError(f"{_EPOCHS} is {epochs} and there is no mixture to count: give loop.steps")
+    sources = open_mixture(load_mixture(config.data.mixture), config.stage).sources.values()
+    steps = math.ceil(epochs * sum(map(len, sources)) / config.data.rows.batch_size)
+    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps))
+
+
+def _rooted(mixture: str, recipe: Recipe) -> Path:
+    """The mixture as a file of the run, with its data in the folder that the recipe names."""
+    found = find_config(mixture)
+    values = {**_read(found), "root": str(Path(str(recipe.data)).resolve())}
+    path = Path(recipe.output) / found.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial")
+    aside.write_text(yaml.safe_dump(values, sort_keys=False))
+    os.replace(aside, path)
+    return path
+
+
+def _stage(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings over those of the file that they come ``from``."""
+    own = dict(settings)
+    source = own.pop(_FROM, None)
+    if source is None:
+        return own
+    merged = _merge({k: v for k, v in _read(Path(source)).items() if k not in ("checkpoint", "output")}, own)
+    if _EPOCHS in own and "loop" in merged:
+        merged["loop"] = {k: v for k, v in merged["loop"].items() if k != "steps"}
+    return merged
+
+
+def _merged_file(path: Path) -> dict[str, Any]:
+    """A file over its bases, with the files that stages come from named in full."""
+    own = _read(path)
+    bases = own.pop(_BASE, [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = _merge(merged, _merged_file(path.parent / base))
+    for part in [*(own.get("stages") or {}).values(), own.get("init")]:
+        if isinstance(part, dict) and _FROM in part:
+            part[_FROM] = str(path.parent / part[_FROM])
+    return _merge(merged, own)
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` upon ``under``, objects key by key; the order is that of their first appearance."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path} holds a {type(values).__name__}, expected settings by name")
+    return values
