@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def commands() -> dict[str, Command | Group]:
     """Every sub-command by name."""
     # They pull in JAX; they are imported when somebody calls, not when somebody imports this module.
-    from cocoa_jax.commands import adapter, conversion, data, profiling, reading, training
+    from cocoa_jax.commands import adapter, conversion, data, probing, profiling, reading, training
 
     return {
         "demo": training.DEMO,
@@ -28,6 +28,7 @@ def commands() -> dict[str, Command | Group]:
         "evaluate": reading.EVALUATE,
         "embed": reading.EMBED,
         "report": reading.REPORT,
+        "probe": probing.PROBE,
         "adapter": adapter.GROUP,
         "convert": conversion.GROUP,
         "data": data.GROUP,

@@ -56,6 +56,8 @@ def draw_hidden(stage: Path, pictures: Sequence[Picture], seed: int) -> list[Rec
         for i, example in examples.items()
     }
     hide_units(batch, examples, rows, units, size)
+    if trained["warmup"].get("noise") == "shared":
+        batch["unit_seed"][:] = seed
     shown, drawn = _run(stage, backbone.config, settings, batch)
     filled = np.where(np.repeat(batch["hidden_unit"], size, axis=1)[..., None], drawn, shown)
     made = []

@@ -36,6 +36,17 @@ class Attention(nnx.Module):
         seen = attend(q, k, v, spans, scale=H**-0.5, implementation=self.implementation)
         return self.o_proj(seen.reshape(B, T, -1))
 
+    def weights(self, x: Float[Array, "B T D"], rotation: Rotation, spans: Spans) -> Float[Array, "B N T T"]:
+        """How much each query takes of each key, float32; dense, for looking at. Zeros where a query sees nothing."""
+        B, T, _ = x.shape
+        H = self.head_width
+        q = rotation.apply(self.q_proj(x).reshape(B, T, -1, H))
+        k = rotation.apply(self.k_proj(x).reshape(B, T, -1, H))
+        k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+        scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
+        seen = spans.as_mask(T)[:, None]
+        return jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), 0.0)
+
 
 class DecoderLayer(nnx.Module):
     """Attention and a gated MLP, each behind an RMS norm and added to the residual."""

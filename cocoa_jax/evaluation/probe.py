@@ -1,0 +1,150 @@
+"""Does the bridge token hold the content? What can be rebuilt from it, what attention it gets, how embeddings lie."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.config import EvaluateConfig, to_dict
+from cocoa_jax.data.masking import Purpose, example_rng
+from cocoa_jax.data.pairs import picture_source
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.prompts import instruct, plain
+from cocoa_jax.data.sources import Content, Record, load_pictures
+from cocoa_jax.embedder import Embedder, default_settings
+from cocoa_jax.evaluation.geometry import alignment, effective_rank, uniformity
+from cocoa_jax.evaluation.probe_plot import draw_probe
+from cocoa_jax.evaluation.rebuilding import Rebuilt, partners, rebuild
+from cocoa_jax.evaluation.statistics import interval, resampled
+
+RESULTS, PLOT = "probe.json", "probe.svg"
+
+
+def probe(
+    checkpoints: Sequence[str | Path],
+    output: str | Path,
+    split: str = "test_unseen",
+    examples: int = 256,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Probes models on the embedded pictures, all in the same way, and writes ``probe.json`` and ``probe.svg``.
+
+    Args:
+        checkpoints: the stages of a run in order, and the folder that it began with; pixels, rows and visibility are
+            those of the last.
+        split: of the embedded pictures.
+        examples: how many pictures, taken evenly.
+
+    Raises:
+        ValueError: fewer than two examples, or a folder that holds no model.
+    """
+    if examples < 2:
+        raise ValueError(f"examples is {examples}: what is compared with others needs two at least")
+    settings = default_settings(checkpoints[-1])
+    pictures = load_pictures(split)
+    kept = [
+        (2 * i + 1) * len(pictures) // (2 * min(examples, len(pictures))) for i in range(min(examples, len(pictures)))
+    ]
+    shown = [pictures[i] for i in kept]
+    source = picture_source("bridge", shown)
+    records = [source.record(i, example_rng(seed, 0, i, Purpose.RECORD)) for i in range(len(shown))]
+    sides = [Content(instruct("picture"), (p.image,)) for p in shown], [Content(plain(p.caption)) for p in shown]
+    found = {
+        name: {**_rebuilding(folder, settings, records, seed), "embeddings": _geometry(folder, settings, sides)}
+        for name, folder in _named(checkpoints).items()
+    }
+    results = {
+        "stages": found,
+        "config": {"split": split, "examples": len(shown), "seed": seed, **to_dict(settings)},
+    }
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"{RESULTS}.partial"
+    aside.write_text(json.dumps(results, indent=1))
+    os.replace(aside, folder / RESULTS)
+    draw_probe(results, folder / PLOT)
+    return results
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The figures as a table of text, one line a checkpoint."""
+    heads = "bits through the bridge", "accuracy", "shuffled", "rank", "uniformity"
+    head = f"{'checkpoint':20} {heads[0]:>32} {heads[1]:>9} {heads[2]:>9} {heads[3]:>7} {heads[4]:>10}"
+    lines = [head]
+    for name, found in results["stages"].items():
+        low, high = found["bits_of_an_example_interval"]
+        lines.append(
+            f"{name:20} {found['bits_of_an_example']:15.2f} [{low:6.2f}, {high:6.2f}] {100 * found['accuracy']:8.1f}% "
+            f"{100 * found['shuffled_accuracy']:8.1f}% {found['embeddings']['effective_rank']:7.1f} "
+            f"{found['embeddings']['uniformity']:10.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _named(checkpoints: Sequence[str | Path]) -> dict[str, Path]:
+    paths = [Path(folder) for folder in checkpoints]
+    return {path.name if [p.name for p in paths].count(path.name) == 1 else str(path): path for path in paths}
+
+
+def _rebuilding(folder: Path, settings: EvaluateConfig, records: Sequence[Record], seed: int) -> dict[str, Any]:
+    backbone = open_backbone(folder)
+    processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
+    params = backbone.load()
+    own, other = (
+        rebuild(records, others, processor, params, settings.rows, settings.visibility, settings.compute)
+        for others in (range(len(records)), partners(records, seed))
+    )
+    return compared(own, other, len(records))
+
+
+def compared(own: Rebuilt, other: Rebuilt, examples: int) -> dict[str, Any]:
+    """What the true bridge tells beyond that of another example; bits are log2 of how much likelier the words get.
+
+    The bridge of another example misleads, which one of no example would not: the bits are no less than those of a
+    comparison with what is known beforehand.
+    """
+    gain = _per_example(other, examples) - _per_example(own, examples)
+    low, high = interval(resampled(gain))
+    return {
+        "accuracy": float(own.right.mean()),
+        "shuffled_accuracy": float(other.right.mean()),
+        "first_accuracy": float(own.right[own.first].mean()),
+        "shuffled_first_accuracy": float(other.right[other.first].mean()),
+        "bits_of_a_token": float(own.bits.mean()),
+        "shuffled_bits_of_a_token": float(other.bits.mean()),
+        "bits_of_an_example": float(gain.mean()),
+        "bits_of_an_example_interval": [low, high],
+        "tokens": len(own.bits),
+        "attention": {
+            "words_to_bridge": own.mass[:, 2, 1].tolist(),
+            "words_to_words": own.mass[:, 2, 2].tolist(),
+            "bridge_to_block_a": own.mass[:, 1, 0].tolist(),
+            "bridge_to_bridge": own.mass[:, 1, 1].tolist(),
+            "block_a_to_bridge": own.mass[:, 0, 1].tolist(),
+        },
+    }
+
+
+def _per_example(rebuilt: Rebuilt, examples: int) -> np.ndarray:
+    return np.bincount(rebuilt.example, weights=rebuilt.bits, minlength=examples)
+
+
+def _geometry(
+    folder: Path, settings: EvaluateConfig, sides: tuple[Sequence[Content], Sequence[Content]]
+) -> dict[str, float]:
+    embedder = Embedder(folder, settings)
+    pictures, words = (embedder.embed_contents(side) for side in sides)
+    both = np.concatenate([pictures, words])
+    return {
+        "effective_rank": effective_rank(both),
+        "pictures_effective_rank": effective_rank(pictures),
+        "words_effective_rank": effective_rank(words),
+        "uniformity": uniformity(both),
+        "alignment": alignment(pictures, words),
+    }

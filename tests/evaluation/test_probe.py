@@ -1,0 +1,145 @@
+"""The probe: nothing but the bridge tells B about A, attention sums to one, geometry by hand, the command."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cocoa_jax import cli
+from cocoa_jax.attention import spans
+from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.data.masking import Purpose, example_rng
+from cocoa_jax.data.pairs import picture_source
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.sources import Content, Record, load_pictures
+from cocoa_jax.embedder import default_settings
+from cocoa_jax.evaluation.geometry import alignment, effective_rank, uniformity
+from cocoa_jax.evaluation.probe import compared
+from cocoa_jax.evaluation.rebuilding import Rebuilt, partners, rebuild
+from cocoa_jax.models.qwen2_vl import bind, graph_of
+
+
+@pytest.fixture(scope="module")
+def parts(trained):
+    """Processor, weights and settings of the tiny model, and twelve records to rebuild."""
+    backbone, settings = open_backbone(trained), default_settings(trained)
+    processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
+    source = picture_source("bridge", load_pictures("test_unseen")[::60][:12])
+    records = [source.record(i, example_rng(0, 0, i, Purpose.RECORD)) for i in range(12)]
+    return processor, backbone.load(), settings, records
+
+
+def run(parts, records, others) -> Rebuilt:
+    processor, params, settings, _ = parts
+    return rebuild(records, others, processor, params, settings.rows, settings.visibility, settings.compute)
+
+
+def test_every_word_is_hidden_and_counted_once(parts):
+    processor, _, _, records = parts
+    found = run(parts, records, range(12))
+    counts = np.bincount(found.example, minlength=12)
+    assert counts.tolist() == [min(16, processor.count(record.target.text)) for record in records]
+    assert found.first.sum() == 12 and np.isfinite(found.bits).all()
+    # A model that was never trained knows nothing: log2 of the vocabulary, give or take a bit of its random head.
+    assert found.bits.mean() == pytest.approx(np.log2(384), abs=1.5)
+
+
+def test_words_are_no_input_and_the_bridge_is(parts):
+    """Other true words of the same length leave all predictions as they are; another block A moves them."""
+    records = parts[3]
+    own = run(parts, records, range(12))
+    moved = run(parts, records, partners(records, 0))
+    assert np.abs(own.bits - moved.bits).max() > 1e-4
+    twice = [dataclasses.replace(records[0], id=f"{i}") for i in range(3)]
+    same = run(parts, twice, [0, 1, 2])
+    np.testing.assert_allclose(same.bits.reshape(3, -1)[1:], same.bits.reshape(3, -1)[:2], atol=1e-4)  # float32 sums
+
+
+def test_attention_is_shared_out_and_words_see_no_block_a(parts):
+    mass = run(parts, parts[3], range(12)).mass
+    assert mass.shape == (2, 3, 3)
+    np.testing.assert_allclose(mass.sum(axis=-1), 1, atol=1e-5)  # of weights that sum to one in float32
+    assert (mass[:, 2, 0] == 0).all() and (mass[:, 0, 2] == 0).all()  # truncated at the bridge
+    assert (mass[:, 2, 1] > 0.01).all() and (mass[:, 1] > 0.01).all()
+
+
+def test_weights_are_those_that_attention_uses(trained):
+    """Weights times values through the output map are what the layer itself gives."""
+    backbone = open_backbone(trained)
+    graph, _ = graph_of(backbone.config)
+    text = bind(graph, backbone.load()).text
+    layer_graph, params = nnx.split(text.layers)
+    attention = nnx.merge(layer_graph, jax.tree.map(lambda leaf: leaf[1], params)).attention
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 7, 32)), jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(7)[None, :, None], (2, 7, 3))
+    seen = jax.tree.map(lambda part: jnp.asarray(np.stack([part, part])), spans.causal(spans.segments([4, 2], 7)))
+    rotation = text.rotation(positions)
+    weights = attention.weights(x, rotation, seen)
+    values = attention.v_proj(x).reshape(2, 7, -1, attention.head_width)
+    values = jnp.repeat(values, weights.shape[1] // values.shape[2], axis=2)
+    want = attention.o_proj(jnp.einsum("BNTS,BSNH->BTNH", weights, values).reshape(2, 7, -1))
+    np.testing.assert_allclose(attention(x, rotation, seen), want, atol=1e-5)  # float32
+    sums = np.asarray(weights.sum(axis=-1))
+    np.testing.assert_allclose(sums[..., :6], 1, atol=1e-6)
+    assert (sums[..., 6] == 0).all()  # padding
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=30), st.integers(0, 5))
+def test_partners_show_something_else_and_each_is_taken_once(keys, seed):
+    records = [Record(f"{i}", "d", Content("q"), Content("t"), f"{key}") for i, key in enumerate(keys)]
+    if 2 * max(keys.count(key) for key in keys) > len(keys):
+        with pytest.raises(ValueError, match="show the same"):
+            partners(records, seed)
+        return
+    found = partners(records, seed)
+    assert sorted(found) == list(range(len(keys)))
+    assert all(keys[i] != keys[j] for i, j in enumerate(found))
+
+
+def test_bits_by_hand():
+    own = Rebuilt(np.array([0, 0, 1]), np.array([1, 0, 1], bool), np.array([1.0, 2, 3]), np.array([1, 0, 0], bool),
+                  np.full((2, 3, 3), 1 / 3))  # fmt: skip
+    other = dataclasses.replace(own, bits=np.array([2.0, 4, 4]), right=np.zeros(3, bool))
+    found = compared(own, other, 2)
+    assert found["bits_of_an_example"] == pytest.approx((3 + 1) / 2)
+    assert (found["accuracy"], found["shuffled_accuracy"]) == (pytest.approx(1 / 3), 0)
+    assert (found["first_accuracy"], found["tokens"]) == (0.5, 3)
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_effective_rank_of_what_is_known():
+    assert effective_rank(np.ones((9, 5))) == pytest.approx(1, abs=1e-6)
+    assert effective_rank(np.eye(6)) == pytest.approx(6, abs=1e-9)
+    assert effective_rank(np.diag([3.0, 1])) == pytest.approx(np.exp(-0.75 * np.log(0.75) - 0.25 * np.log(0.25)))
+
+
+def test_uniformity_against_a_loop():
+    rows = unit(np.random.default_rng(0).standard_normal((600, 7)))
+    near = [np.exp(-2 * np.square(rows - row).sum(axis=1)) for row in rows]
+    expected = np.log((np.sum(near) - 600) / (600 * 599))
+    assert uniformity(rows) == pytest.approx(expected, abs=1e-9)
+    assert uniformity(np.tile(rows[:1], (5, 1))) == pytest.approx(0, abs=1e-9)
+    assert alignment(rows[:2], rows[:2]) == 0 and alignment(rows[:1], -rows[:1]) == pytest.approx(4)
+
+
+def test_the_command_writes_figures_and_a_plot(backbone, trained, tmp_path, capsys):
+    arguments = ["--output", str(tmp_path / "probe"), "--examples", "10"]
+    cli.main(["probe", "--checkpoints", f"{backbone},{trained}", *arguments])
+    said = capsys.readouterr().out
+    assert "backbone" in said and "3-contrastive" in said
+    found = json.loads((tmp_path / "probe" / "probe.json").read_text())
+    one, two = found["stages"].values()
+    assert one == two  # the same weights
+    assert found["config"]["examples"] == 10 and len(one["attention"]["words_to_bridge"]) == 2
+    assert 1 <= one["embeddings"]["effective_rank"] <= 20
+    assert (tmp_path / "probe" / "probe.svg").read_text().count("<svg") == 1
