@@ -19,7 +19,8 @@ from cocoa_jax.data.pipeline import BatchConfig, Stage, VisibilityConfig
 from cocoa_jax.data.processor import ProcessorConfig
 from cocoa_jax.models.lora import LoraConfig
 from cocoa_jax.models.qwen2_vl import Compute
-from cocoa_jax.objectives.contrastive import ContrastiveConfig, Pooling
+from cocoa_jax.objectives.contrastive import ContrastiveConfig, Pooling, tokens_of
+from cocoa_jax.objectives.similarity import Tokens
 from cocoa_jax.objectives.warmup import WarmupConfig
 
 Config = TypeVar("Config")
@@ -145,7 +146,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """How a trained model is read: the same pixels, prompts and pooling as in training, and rows of its own."""
+    """How a trained model is read: the same pixels, prompts and pooling as in training, and rows of its own.
+
+    ``width`` cuts embeddings to so many numbers a token; null takes them whole.
+    """
 
     processor: ProcessorConfig
     rows: RowsConfig
@@ -153,6 +157,18 @@ class EvaluateConfig:
     compute: Compute = Compute()  # noqa: RUF009
     mesh: MeshConfig = MeshConfig()
     pooling: Pooling = "bridge"
+    tokens: Tokens = "concatenated"
+    width: int | None = None
+
+    @property
+    def kept_tokens(self) -> int:
+        """How many tokens stand side by side in an embedding."""
+        return tokens_of(self.pooling, self.tokens, len(self.processor.bridge_tokens))
+
+    @property
+    def compared_apart(self) -> int:
+        """How many tokens of an embedding are compared one by one rather than as one row."""
+        return self.kept_tokens if self.tokens == "max_sim" else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +182,9 @@ def evaluate_config_of(trained: Mapping[str, Any]) -> EvaluateConfig:
     """How a stage that was trained with these settings (``to_dict``) is to be read: the same pixels and visibility."""
     data = trained["data"]
     fields = {"processor": data["processor"], "rows": data["rows"], "visibility": data["visibility"]}
-    # Stages that were trained before there was a choice pooled at the bridge.
-    pooling = trained["contrastive"].get("pooling", "bridge")
-    return parse(EvaluateConfig, {**fields, "compute": trained["compute"], "pooling": pooling})
+    # Stages that were trained before there was a choice have none of these.
+    chosen = {name: trained["contrastive"][name] for name in ("pooling", "tokens") if name in trained["contrastive"]}
+    return parse(EvaluateConfig, {**fields, "compute": trained["compute"], **chosen})
 
 
 def parse(kind: type[Config], values: Mapping[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import PIL.Image
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from cocoa_jax.checkpoints.backbone import open_backbone
@@ -23,8 +23,9 @@ from cocoa_jax.data.pipeline import embedding_rows
 from cocoa_jax.data.pixels import ImageError, decode, open_image
 from cocoa_jax.data.processor import Processor, ProcessorConfig
 from cocoa_jax.data.sources import Content, Image
-from cocoa_jax.models.qwen2_vl import bind, graph_of
+from cocoa_jax.models.qwen2_vl import Params, bind, graph_of
 from cocoa_jax.objectives.contrastive import embed_examples
+from cocoa_jax.objectives.similarity import truncated
 from cocoa_jax.training.mesh import batch_shards, make_mesh, replicated
 from cocoa_jax.training.place import place
 from cocoa_jax.training.sharding import param_shardings
@@ -53,10 +54,14 @@ class Embedder:
         shardings = param_shardings({"backbone": shapes}, self._mesh)["backbone"]
         wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
         self._params = jax.tree.map(jax.device_put, backbone.load(wanted), shardings)
-        self._embed: Callable[..., Any] = jax.jit(
-            lambda params, batch: embed_examples(bind(graph, params), batch, settings.pooling),
-            out_shardings=replicated(self._mesh),
-        )
+        kept, width = settings.kept_tokens, settings.width
+
+        def embed(params: Params, batch: Mapping[str, Array]) -> Array:
+            rows = embed_examples(bind(graph, params), batch, settings.pooling, settings.tokens)
+            return rows if width is None else truncated(rows, width, kept)
+
+        self.width = kept * (backbone.config.text.width if width is None else width)
+        self._embed: Callable[..., Any] = jax.jit(embed, out_shardings=replicated(self._mesh))
 
     @classmethod
     def load(cls, folder: str | Path, settings: EvaluateConfig | None = None) -> Embedder:
@@ -87,9 +92,7 @@ class Embedder:
         Args:
             tick: told how many more are done, for a bar of one's own.
         """
-        parts = len(self._processor.bridge_ids) if self.settings.pooling == "bridge" else 1
-        width = self._processor.config.text.width * parts
-        out = np.zeros((len(contents), width), np.float32)
+        out = np.zeros((len(contents), self.width), np.float32)
         processes = jax.process_index(), jax.process_count()
         rows = embedding_rows(contents, self._processor, self._rows, self.settings.visibility, *processes)
         with tqdm(total=len(contents), desc="embed", unit="item", disable=not progress, leave=False) as bar:

@@ -153,3 +153,30 @@ def test_a_bad_line_is_named_and_nothing_is_written(trained, tmp_path, line, mes
     with pytest.raises(ItemError, match=message) as caught:
         embed_file(trained, tmp_path / "items.jsonl", tmp_path / "out.npz")
     assert "\n" not in str(caught.value) and not (tmp_path / "out.npz").exists()
+
+
+def test_a_shorter_width_is_the_beginning_of_the_embedding(trained, embedder, items):
+    import dataclasses
+
+    short = Embedder(trained, dataclasses.replace(default_settings(trained), width=8)).embed(items[:3])
+    whole = embedder.embed(items[:3])[:, :8]
+    np.testing.assert_allclose(short, whole / np.linalg.norm(whole, axis=1, keepdims=True), atol=TOLERANCE)
+
+
+def test_processes_that_share_the_rows_make_the_batches_of_one(trained):
+    from cocoa_jax.checkpoints.backbone import open_backbone
+    from cocoa_jax.data.pipeline import embedding_rows
+    from cocoa_jax.data.processor import Processor
+    from cocoa_jax.data.sources import Content
+
+    backbone, settings = open_backbone(trained), default_settings(trained)
+    processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
+    contents = [Content(f"word {i} " * (i % 5 + 1)) for i in range(40)]
+    make = [contents, processor, settings.rows, settings.visibility]
+    whole, left, right = (list(embedding_rows(*make, *process)) for process in ((0, 1), (0, 2), (1, 2)))
+    assert len(whole) == len(left) == len(right) > 1
+    for (batch, held), (first, held_first), (second, held_second) in zip(whole, left, right, strict=True):
+        np.testing.assert_array_equal(held, held_first)
+        np.testing.assert_array_equal(held, held_second)
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, np.concatenate([first[name], second[name]]), err_msg=name)

@@ -12,7 +12,6 @@ from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.data.sources import SPLITS, Content, Picture, load_pictures
 from cocoa_jax.evaluation.drawings import draw_hidden
-from cocoa_jax.evaluation.embeddings import Embeddings
 from cocoa_jax.evaluation.projection import project_2d
 from cocoa_jax.evaluation.report import write_report
 from cocoa_jax.evaluation.report_data import Curve, GalleryRow, Hit, MapPoint, Reconstruction, ReportData, read_curve
@@ -80,21 +79,19 @@ def collect_gallery(evaluation: Evaluation) -> tuple[GalleryRow, ...]:
     """
     names = _captions()
     tasks = sorted(evaluation.tasks, key=lambda task: task.split != _SPLIT)
-    return tuple(
-        _gallery_row(tasks[n % len(tasks)], evaluation.embeddings[tasks[n % len(tasks)].name], _spread(n), names)
-        for n in range(_ROWS)
-    )
+    return tuple(_gallery_row(tasks[n % len(tasks)], evaluation, _spread(n), names) for n in range(_ROWS))
 
 
 def _spread(n: int) -> float:
     return ((n + 1) * _GOLDEN) % 1
 
 
-def _gallery_row(task: Task, embeddings: Embeddings, fraction: float, names: Mapping[str, str]) -> GalleryRow:
-    queries, candidates = embeddings
+def _gallery_row(task: Task, evaluation: Evaluation, fraction: float, names: Mapping[str, str]) -> GalleryRow:
+    queries, candidates = evaluation.embeddings[task.name]
     index = int(fraction * len(task.queries))
     query, right = task.queries[index], task.relevant[index]
-    order, cosines = (found[0] for found in nearest(queries[index : index + 1], candidates, len(candidates)))
+    ranked = nearest(queries[index : index + 1], candidates, len(candidates), evaluation.tokens)
+    order, cosines = (found[0] for found in ranked)
     place = next(place for place, candidate in enumerate(order, start=1) if candidate in right)
     hits = tuple(
         Hit(_label(task.candidates[i], names), _picture(task.candidates[i]), float(cosine), int(i) in right)

@@ -27,11 +27,15 @@ RESULTS, EMBEDDINGS = "results.json", "embeddings.npz"
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The tasks, what the trained model made of them, and the results as they were written."""
+    """The tasks, what the trained model made of them, and the results as they were written.
+
+    ``tokens`` of an embedding are compared apart, see `scorer.similarities`.
+    """
 
     tasks: tuple[Task, ...]
     embeddings: Mapping[str, Embeddings]
     results: dict[str, Any]
+    tokens: int = 1
 
 
 def evaluate(
@@ -73,17 +77,18 @@ def evaluate(
         trained = embed_tasks(Embedder(checkpoint, settings), tasks)
         save_embeddings(output / EMBEDDINGS, trained, config)
     elif (done := _read(output / RESULTS, config)) is not None:
-        return Evaluation(tasks, trained, done)
+        return Evaluation(tasks, trained, done, settings.compared_apart)
     first = trained if origin == Path(checkpoint) else embed_tasks(Embedder(origin, settings), tasks)
-    scores = {task.name: score(*trained[task.name], task.relevant) for task in tasks}
-    before = {task.name: score(*first[task.name], task.relevant) for task in tasks}
+    tokens = settings.compared_apart
+    scores = {task.name: score(*trained[task.name], task.relevant, tokens) for task in tasks}
+    before = {task.name: score(*first[task.name], task.relevant, tokens) for task in tasks}
     results = {
         "tasks": {task.name: _line(task, scores[task.name], before[task.name]) for task in tasks},
         "seconds": round(time.perf_counter() - began, 1),
         "config": config,
     }
     _write(output / RESULTS, results)
-    return Evaluation(tasks, trained, results)
+    return Evaluation(tasks, trained, results, tokens)
 
 
 def embed_tasks(embedder: Embedder, tasks: Iterable[Task]) -> dict[str, Embeddings]:

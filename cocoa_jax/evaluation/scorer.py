@@ -58,11 +58,13 @@ def rank(
     candidates: Float[np.ndarray, "C D"],
     relevant: Sequence[AbstractSet[int]],
     lists: Sequence[Int[np.ndarray, " n"]] | None = None,
+    tokens: int = 1,
 ) -> Ranks:
     """Compares the right candidates of every query with its wrong ones, by cosine.
 
     Candidates must be distinct contents; `relevant[q]` holds the indices of those right for query q, at least one;
-    `lists[q]` names those that are compared at all (one named twice counts once), None all. Memory: CHUNK cosines.
+    `lists[q]` names those that are compared at all (one named twice counts once), None all. `tokens`: see
+    `similarities`. Memory: CHUNK cosines.
 
     Raises:
         EmbeddingError: rows that are not finite or not of unit length, or widths that differ.
@@ -73,7 +75,7 @@ def rank(
     _check_indices(total, count, relevant, lists)
     above, level = np.zeros(total, np.int64), np.zeros(total, np.int64)
     best, rival = np.zeros(total), np.zeros(total)
-    for start, cosines in _chunks(queries, candidates):
+    for start, cosines in _chunks(queries, candidates, tokens):
         right, wrong = np.zeros(cosines.shape, bool), np.full(cosines.shape, lists is None)
         for row in range(len(cosines)):
             if lists is not None:
@@ -90,10 +92,13 @@ def rank(
 
 
 def score(
-    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"], relevant: Sequence[AbstractSet[int]]
+    queries: Float[np.ndarray, "Q D"],
+    candidates: Float[np.ndarray, "C D"],
+    relevant: Sequence[AbstractSet[int]],
+    tokens: int = 1,
 ) -> Score:
     """Ranks all candidates for every query; see `rank`."""
-    ranks = rank(queries, candidates, relevant)
+    ranks = rank(queries, candidates, relevant, tokens=tokens)
     total, count = len(queries), len(candidates)
     first, tied = int((ranks.level == 0).sum()), int(ranks.tied.sum())
     return Score(
@@ -108,7 +113,7 @@ def score(
 
 
 def nearest(
-    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"], k: int
+    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"], k: int, tokens: int = 1
 ) -> tuple[Int[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
     """The k nearest candidates of every query and their cosines, nearest first; ties by the lower index.
 
@@ -121,7 +126,7 @@ def nearest(
         raise ValueError(f"k is {k}, there are {len(candidates)} candidates: choose k from 1 to that")
     indices = np.empty((len(queries), k), np.int64)
     cosines = np.empty((len(queries), k), np.float64)
-    for start, block in _chunks(queries, candidates):
+    for start, block in _chunks(queries, candidates, tokens):
         order = np.argsort(-block, axis=1, kind="stable")[:, :k]
         indices[start : start + len(block)] = order
         cosines[start : start + len(block)] = np.take_along_axis(block, order, axis=1)
@@ -173,8 +178,27 @@ def _checked(
 
 
 def _chunks(
-    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"]
+    queries: Float[np.ndarray, "Q D"], candidates: Float[np.ndarray, "C D"], tokens: int
 ) -> Iterator[tuple[int, Float[np.ndarray, "q C"]]]:
     rows = max(1, CHUNK // len(candidates))
     for start in range(0, len(queries), rows):
-        yield start, queries[start : start + rows] @ candidates.T
+        yield start, similarities(queries[start : start + rows], candidates, tokens)
+
+
+def similarities(
+    queries: Float[np.ndarray, "q D"], candidates: Float[np.ndarray, "C D"], tokens: int
+) -> Float[np.ndarray, "q C"]:
+    """Cosines of rows of unit length; of several tokens, the mean over the query's of the nearest of the candidate's.
+
+    Memory: three times what it returns, whatever the number of tokens.
+    """
+    if tokens == 1:
+        return queries @ candidates.T
+    asked, shown = (np.split(rows, tokens, axis=1) for rows in (queries, candidates))
+    total = np.zeros((len(queries), len(candidates)))
+    for one in asked:
+        best = one @ shown[0].T
+        for other in shown[1:]:
+            np.maximum(best, one @ other.T, out=best)
+        total += best
+    return total

@@ -14,7 +14,7 @@ from cocoa_jax.data.sources import Content
 from cocoa_jax.evaluation.distinct import Distinct
 from cocoa_jax.evaluation.markup import encode_webp
 from cocoa_jax.evaluation.report_data import GalleryRow, Hit
-from cocoa_jax.evaluation.scorer import Ranks
+from cocoa_jax.evaluation.scorer import Ranks, similarities
 
 EACH = 3  # of right and of wrong retrievals
 _NEAREST = 5
@@ -22,11 +22,12 @@ _SIDE = 144  # pixels of a small picture
 _LONGEST = 240  # characters of a shown text
 
 
-def collect(found: Distinct, rows: Float[np.ndarray, "n W"], ranks: Ranks) -> list[dict[str, Any]]:
+def collect(found: Distinct, rows: Float[np.ndarray, "n W"], ranks: Ranks, tokens: int = 1) -> list[dict[str, Any]]:
     """``EACH`` right and as many wrong retrievals as plain values, spread evenly over the queries of their kind.
 
     Args:
         rows: the embedding of every distinct content.
+        tokens: as they were compared.
     """
     right = ranks.level == 0
     picked = [
@@ -34,7 +35,7 @@ def collect(found: Distinct, rows: Float[np.ndarray, "n W"], ranks: Ranks) -> li
         for places in (np.flatnonzero(right), np.flatnonzero(~right))
         for i in range(min(EACH, len(places)))
     ]
-    return [_entry(found, rows, ranks, query) for query in picked]
+    return [_entry(found, rows, ranks, query, tokens) for query in picked]
 
 
 def shown(name: str, entries: Sequence[Mapping[str, Any]]) -> list[GalleryRow]:
@@ -51,11 +52,11 @@ def shown(name: str, entries: Sequence[Mapping[str, Any]]) -> list[GalleryRow]:
     ]
 
 
-def _entry(found: Distinct, rows: Float[np.ndarray, "n W"], ranks: Ranks, query: int) -> dict[str, Any]:
+def _entry(found: Distinct, rows: Float[np.ndarray, "n W"], ranks: Ranks, query: int, tokens: int) -> dict[str, Any]:
     listed = np.arange(len(found.candidates)) if found.lists is None else np.unique(found.lists[query])
     contents = found.candidates[listed]
     asked = found.queries[query]
-    cosines = rows[contents].astype(np.float64) @ rows[asked].astype(np.float64)
+    cosines = similarities(rows[asked][None].astype(np.float64), rows[contents].astype(np.float64), tokens)[0]
     right = np.isin(listed, list(found.right[query]))
     # Wrong before right among equals, as they are counted.
     order = np.lexsort((right, -np.round(cosines, 7)))

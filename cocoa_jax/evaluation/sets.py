@@ -122,7 +122,7 @@ def code_version() -> str:
 def _reading(checkpoint: str | Path, settings: EvaluateConfig) -> dict[str, Any]:
     """Whether pixels, text and visibility are those of training, and where not."""
     trained, own = to_dict(default_settings(checkpoint)), to_dict(settings)
-    parts = ("processor", "visibility", "pooling")
+    parts = ("processor", "visibility", "pooling", "tokens", "width")
     other = [line for part in parts for line in differences(own[part], trained[part], part)]
     return {"trained_here": open_backbone(checkpoint).trained, "read_otherwise": other}
 
@@ -142,7 +142,8 @@ def _score(
     bar.refresh()
     rows = _embed(one.name, found, missing, embedder, store, bar.update)
     candidates = rows[found.candidates]
-    ranks = rank(rows[found.queries], candidates, found.right, found.lists)
+    tokens = embedder.settings.compared_apart
+    ranks = rank(rows[found.queries], candidates, found.right, found.lists, tokens)
     most = [len(np.unique(listed)) for listed in found.lists or ()] or [len(found.candidates)]
     result = {
         "name": one.name,
@@ -155,7 +156,7 @@ def _score(
         "repeated_candidates": found.repeated,
         "repeated_right_candidates": found.repeated_right,
         "histograms": {"right": histogram(ranks.right), "wrong": histogram(ranks.wrong)},
-        "gallery": set_gallery.collect(found, rows, ranks),
+        "gallery": set_gallery.collect(found, rows, ranks, tokens),
         "contents": found.fingerprint,
         "code": code_version(),
         "seconds": round(time.perf_counter() - began, 1),

@@ -8,10 +8,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from cocoa_jax.models.inputs import Inputs
 from cocoa_jax.models.qwen2_vl import Qwen2VL
+from cocoa_jax.objectives.similarity import Tokens, max_similarity, normalised, truncated
 
 Pooling = Literal["bridge", "mean"]
 NEVER = -1e30  # a score that no softmax sees; finite, so that its gradient is zero and not NaN
@@ -19,20 +20,32 @@ NEVER = -1e30  # a score that no softmax sees; finite, so that its gradient is z
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveConfig:
-    """InfoNCE: ``temperature`` divides the cosines; ``symmetric`` adds the target -> query direction (ours).
+    """InfoNCE, and what an embedding is.
 
-    ``first_temperature`` (ours) is where a run begins; it falls to ``temperature`` geometrically. A model from
-    scratch needs it: while its embeddings say nothing, a small temperature rewards making them all alike.
-    ``pooling`` is what is embedded: the states of the ``bridge`` tokens, or the ``mean`` of an example's states (as in
-    MoCa's paper).
+    Args:
+        temperature: divides the cosines.
+        first_temperature: where a run begins (ours); it falls to ``temperature`` geometrically. A model from scratch
+            needs it: while its embeddings say nothing, a small temperature rewards making them all alike.
+        symmetric: adds the target -> query direction (ours).
+        pooling: what is embedded: the states of the ``bridge`` tokens, or the ``mean`` of an example's states (as in
+            MoCa's paper).
+        tokens: what becomes of several bridge tokens, see ``similarity.Tokens``.
+        widths: numbers a token of shorter embeddings, each with a loss of its own beside that of the whole (ours).
+        hardness: beta of weights exp(beta cosine) on negatives, of mean 1 for every query; 0 weighs all alike. Source:
+            arXiv 2010.04592.
     """
 
     temperature: float = 0.02
     first_temperature: float | None = None
     symmetric: bool = False
     pooling: Pooling = "bridge"
+    tokens: Tokens = "concatenated"
+    widths: tuple[int, ...] = ()
+    hardness: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.hardness < 0 or any(width < 1 for width in self.widths):
+            raise ValueError(f"contrastive: hardness {self.hardness} and widths {self.widths} start at 0 and 1")
         for name, value in (("temperature", self.temperature), ("first_temperature", self.first_temperature)):
             if value is not None and value <= 0:
                 raise ValueError(f"contrastive.{name} is {value}: it must be positive")
@@ -44,11 +57,14 @@ class ContrastiveConfig:
         return self.first_temperature ** (1 - progress) * self.temperature**progress
 
 
-def embed_examples(model: Qwen2VL, batch: Mapping[str, Array], pooling: Pooling = "bridge") -> Float[Array, "X W"]:
+def embed_examples(
+    model: Qwen2VL, batch: Mapping[str, Array], pooling: Pooling = "bridge", tokens: Tokens = "concatenated"
+) -> Float[Array, "X W"]:
     """Unit-length embeddings of the batch's examples in the batch's order, float32.
 
     The K bridge tokens of an example are normalised one by one and concatenated, so W = K D and the
-    cosine of two embeddings is the mean cosine of their tokens; K = 1 is the paper. With ``mean`` pooling W = D.
+    cosine of two embeddings is the mean cosine of their tokens; K = 1 is the paper. Of the mean, over all states or
+    over the tokens, W = D.
     """
     hidden = model(Inputs.from_batch(batch)).astype(jnp.float32)
     B, E, K = batch["pool"].shape
@@ -60,6 +76,8 @@ def embed_examples(model: Qwen2VL, batch: Mapping[str, Array], pooling: Pooling 
     # An unused slot reads some state or other and is never taken; the guard keeps a zero state finite.
     squares = jnp.sum(jnp.square(pooled), axis=-1, keepdims=True)
     unit = pooled * jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) / K**0.5
+    if tokens == "mean":
+        unit = normalised(jnp.sum(unit.reshape(B * E, K, -1), axis=1))
     return jnp.take(unit.reshape(B * E, -1), batch["example"], axis=0)
 
 
@@ -86,9 +104,23 @@ def contrastive_loss(
     Source: CoCoA, arXiv 2603.01471, stage 3.
     """
     N = batch["target_key"].shape[0]
-    embeddings = embed_examples(model, batch, config.pooling)
-    more = batch.get("image_key"), batch.get("negative_key")
-    return info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config, progress, *more)
+    embeddings = embed_examples(model, batch, config.pooling, config.tokens)
+    kept = tokens_of(config.pooling, config.tokens, batch["pool"].shape[2])
+    more = progress, batch.get("image_key"), batch.get("negative_key"), kept
+    loss, metrics = info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config, *more)
+    if not config.widths:
+        return loss, metrics
+    losses = {}
+    for width in config.widths:
+        short = truncated(embeddings, width, kept)
+        losses[f"contrastive_{width}"] = info_nce(short[:N], short[N:], batch["target_key"], config, *more)[0]
+    mean = (loss + sum(losses.values())) / (1 + len(losses))
+    return mean, {**metrics, **losses}
+
+
+def tokens_of(pooling: Pooling, tokens: Tokens, bridge_tokens: int) -> int:
+    """How many tokens stand side by side in an embedding."""
+    return 1 if pooling == "mean" or tokens == "mean" else bridge_tokens
 
 
 def info_nce(
@@ -99,6 +131,7 @@ def info_nce(
     progress: Float[Array, ""] | float = 1.0,
     image_key: Int[Array, " N"] | None = None,
     negative_key: Int[Array, " R"] | None = None,
+    tokens: int = 1,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean of -log softmax of each query's own target among all targets and hard negatives.
 
@@ -109,9 +142,11 @@ def info_nce(
         progress: the share of the run that is done, which sets the temperature.
         image_key: nor are the targets of two queries of equal key from 0, which show the same pictures.
         negative_key: a hard negative of equal key to a target is no negative of its query; R = S - N.
+        tokens: how many stand side by side in a row, for ``max_sim``.
     """
     N, S = queries.shape[0], targets.shape[0]
-    cosines = queries @ targets.T
+    apart = config.tokens == "max_sim" and tokens > 1
+    cosines = max_similarity(queries, targets, tokens) if apart else queries @ targets.T
     same = target_key[:, None] == target_key[None, :]
     if image_key is not None:
         same |= (image_key[:, None] == image_key[None, :]) & (image_key[:, None] >= 0)
@@ -122,9 +157,11 @@ def info_nce(
         excluded = jnp.concatenate([same, target_key[:, None] == negative_key[None, :]], axis=1)
     scores = jnp.where(excluded, NEVER, cosines / config.at(progress))
     own = jnp.diagonal(scores)
-    loss = jnp.mean(jax.nn.logsumexp(scores, axis=1) - own)
+    negative = ~(excluded | jnp.eye(N, S, dtype=bool))
+    loss = jnp.mean(jax.nn.logsumexp(_weighted(scores, cosines, negative, config.hardness, 1), axis=1) - own)
     if config.symmetric:
-        loss = (loss + jnp.mean(jax.nn.logsumexp(scores[:, :N], axis=0) - own)) / 2
+        back = _weighted(scores[:, :N], cosines[:, :N], negative[:, :N], config.hardness, 0)
+        loss = (loss + jnp.mean(jax.nn.logsumexp(back, axis=0) - own)) / 2
     others = jnp.where(excluded | jnp.eye(N, S, dtype=bool), -1.0, cosines)
     hardest = jnp.max(others, axis=1)
     positive = jnp.diagonal(cosines)
@@ -134,3 +171,15 @@ def info_nce(
         "positive_cosine": jnp.mean(positive),
         "hardest_cosine": jnp.mean(hardest),
     }
+
+
+def _weighted(
+    scores: Float[Array, "N S"], cosines: Float[Array, "N S"], negative: Bool[Array, "N S"], hardness: float, axis: int
+) -> Float[Array, "N S"]:
+    """Scores with the log of each negative's weight added; weights have the mean 1 along the axis and no gradient."""
+    if not hardness:
+        return scores
+    steep = hardness * jax.lax.stop_gradient(cosines)
+    count = jnp.maximum(jnp.sum(negative, axis=axis, keepdims=True), 1)
+    mean = jax.nn.logsumexp(jnp.where(negative, steep, NEVER), axis=axis, keepdims=True) - jnp.log(count)
+    return jnp.where(negative, scores + steep - mean, scores)

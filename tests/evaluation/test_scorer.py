@@ -196,3 +196,20 @@ def test_a_thousand_queries_need_little_memory() -> None:
     tracemalloc.stop()
     # The whole matrix alone is 40 MB in float64, with what is compared 160; a chunk is 16 MiB and its four parts.
     assert peak < 100e6, peak
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+def test_several_tokens_are_compared_with_the_nearest(seed: int, tokens: int) -> None:
+    rng = np.random.default_rng(seed)
+    queries, candidates = (
+        np.concatenate([unit(rng.standard_normal((n, 5))) for _ in range(tokens)], axis=1) / tokens**0.5 for n in (4, 9)
+    )
+    relevant = [{int(rng.integers(9))} for _ in range(4)]
+    ranks = rank(queries, candidates, relevant, tokens=tokens)
+    for q, right in enumerate(relevant):
+        asked = np.split(queries[q], tokens)
+        near = [np.mean([max(a @ b for b in np.split(c, tokens)) for a in asked]) * tokens for c in candidates]
+        (own,) = right
+        assert ranks.right[q] == pytest.approx(near[own], abs=1e-6)  # rows are float32 of unit length
+        assert ranks.above[q] == sum(value > near[own] + 1e-6 for c, value in enumerate(near) if c != own)

@@ -204,3 +204,95 @@ def test_mean_pooling_is_the_mean_over_the_example_whatever_shares_its_row(causa
         got = embed_examples(stub, batch, "mean")
         np.testing.assert_allclose(got, unit(words), atol=1e-6)  # float32
         assert np.abs(got - embed_examples(stub, batch)).max() > 0.1
+
+
+# ------------------------------------------------------------------------------------------------- beyond the paper
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1), hardness=st.floats(0.1, 20), symmetric=st.booleans())
+def test_hard_negatives_weigh_more_and_their_weights_have_the_mean_1(seed, hardness, symmetric):
+    queries, targets, key = case(seed, extra=3)
+    plain_config = ContrastiveConfig(0.1, symmetric=symmetric)
+    config = dataclasses.replace(plain_config, hardness=hardness)
+    loss, _ = info_nce(queries, targets, key, config)
+    bare, _ = info_nce(queries, targets, key, plain_config)
+    # Weight and score rise together, so their mean product is at least the product of their means (Chebyshev).
+    assert float(loss) >= float(bare) - 1e-5
+    cosines = np.float64(queries) @ np.float64(targets).T
+    losses = []
+    for q in range(6):
+        others = [t for t in range(9) if t != q and (t >= 6 or key[t] != key[q])]
+        weights = np.exp(hardness * cosines[q, others])
+        weights /= weights.mean()
+        total = np.exp(cosines[q, q] / 0.1) + (weights * np.exp(cosines[q, others] / 0.1)).sum()
+        losses.append(np.log(total) - cosines[q, q] / 0.1)
+    if not symmetric:
+        np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-4, atol=1e-5)  # float32 scores of up to 30
+
+
+def test_weights_of_negatives_pass_no_gradient_and_nothing_is_nan_without_negatives():
+    queries, targets, _ = case(7, N=4)
+    config = ContrastiveConfig(0.1, hardness=5.0, symmetric=True)
+    alone, gradient = jax.value_and_grad(lambda q: info_nce(q, targets, np.zeros(4), config)[0])(queries)
+    assert abs(alone) < 1e-6 and np.isfinite(gradient).all()
+    # With a fixed weight w on the one negative of each query, the gradient is that of softmax over (s, s' + log w).
+    two, key = queries[:2], np.arange(2)
+
+    def loss(q, config):
+        return info_nce(q, targets[:2], key, config)[0]
+
+    one_sided = ContrastiveConfig(0.1, hardness=5.0)
+    same = jax.grad(loss)(two, one_sided)  # one negative each: its weight is its own mean, 1
+    np.testing.assert_allclose(same, jax.grad(loss)(two, ContrastiveConfig(0.1)), atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("tokens", ["concatenated", "mean", "max_sim"])
+def test_scores_of_several_bridge_tokens(tokens):
+    """Against loops over tokens, from states to the loss."""
+    rng = np.random.default_rng(0)
+    table, K = rng.standard_normal((40, 5)).astype(np.float32), 3
+    bridges = rng.permutation(np.arange(1, 40))[: 8 * K].reshape(8, K)
+    batch = rows_of(bridges, [[3, 0, 7], [5, 6], [1, 4, 2]], 3) | {"target_key": np.arange(4)}
+    config = ContrastiveConfig(0.1, tokens=tokens)
+    loss, metrics = contrastive_loss(Stub(table), batch, config)
+    states = np.stack([unit(table[bridges[:, k]]) for k in range(K)], axis=1).astype(np.float64)
+
+    def near(a, b):
+        if tokens == "max_sim":
+            return np.mean([max(x @ y for y in b) for x in a])
+        if tokens == "mean":
+            a, b = (x.mean(axis=0) / np.linalg.norm(x.mean(axis=0)) for x in (a, b))
+            return a @ b
+        return np.mean([x @ y for x, y in zip(a, b, strict=True)])
+
+    cosines = np.array([[near(states[q], states[4 + t]) for t in range(4)] for q in range(4)])
+    want = np.mean([np.log(np.exp(cosines[q] / 0.1).sum()) - cosines[q, q] / 0.1 for q in range(4)])
+    np.testing.assert_allclose(loss, want, rtol=1e-4)  # float32 scores of up to 10
+    np.testing.assert_allclose(metrics["positive_cosine"], np.diagonal(cosines).mean(), atol=1e-5)
+
+
+def test_one_bridge_token_scores_alike_in_every_way():
+    rng = np.random.default_rng(1)
+    stub, bridges = Stub(rng.standard_normal((40, 5)).astype(np.float32)), np.arange(1, 9)[:, None]
+    batch = rows_of(bridges, [[*range(8)]], 8) | {"target_key": np.arange(4)}
+    losses = [
+        contrastive_loss(stub, batch, ContrastiveConfig(0.1, tokens=tokens))[0]
+        for tokens in ("concatenated", "mean", "max_sim")
+    ]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_shorter_widths_have_the_loss_of_embeddings_that_are_that_short(K):
+    rng = np.random.default_rng(2)
+    table = rng.standard_normal((40, 6)).astype(np.float32)
+    bridges = np.arange(1, 8 * K + 1).reshape(8, K)
+    batch = rows_of(bridges, [[*range(8)]], 8) | {"target_key": np.arange(4)}
+    whole, _ = contrastive_loss(Stub(table), batch, ContrastiveConfig(0.1))
+    loss, metrics = contrastive_loss(Stub(table), batch, ContrastiveConfig(0.1, widths=(2, 4)))
+    short = [contrastive_loss(Stub(table[:, :width]), batch, ContrastiveConfig(0.1))[0] for width in (2, 4)]
+    np.testing.assert_allclose([metrics["contrastive_2"], metrics["contrastive_4"]], short, rtol=1e-5)  # float32
+    np.testing.assert_allclose(loss, (whole + sum(short)) / 3, rtol=1e-5)
+    with pytest.raises(ValueError, match="width is 7: an embedding has 6 numbers"):
+        contrastive_loss(Stub(table), batch, ContrastiveConfig(0.1, widths=(7,)))
