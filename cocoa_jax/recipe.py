@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -128,7 +129,7 @@ def is_done(config: TrainConfig) -> bool:
     """Whether the stage's folder holds its last step, made with these very settings."""
     folder = Path(config.output)
     try:
-        same = yaml.safe_load((folder / "config.json").read_text()) == to_dict(config)
+        same = json.loads((folder / "config.json").read_text()) == to_dict(config)
     except OSError:
         return False
     return same and next(newest_first(steps_folder(folder), missing_ok=True), 0) >= config.loop.steps

@@ -36,6 +36,8 @@ def _evaluate_options(parser: ArgumentParser) -> None:
 def _evaluate(given: Namespace) -> None:
     settings = load_config(EvaluateConfig, given.settings) if given.settings else None
     if given.tasks == PICTURES:
+        if given.sets or given.data:
+            raise SettingsError("--sets and --data are not for the embedded pictures: name other tasks by --tasks")
         done = evaluate(given.checkpoint, given.output, given.splits.split(","), given.untrained, settings)
         sys.stdout.write(summary(done.results) + "\n")
         return

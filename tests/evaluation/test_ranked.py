@@ -49,6 +49,12 @@ def test_a_folder_of_classes_names_them(own_sets):
     assert {query.text for query in things.queries} == {"Name it."} and things.split == "IND"
 
 
+def test_another_instruction_is_another_set(own_sets):
+    one, other = (RankedConfig("beir", "fruit", instruction=text) for text in ("Find:", "Seek:"))
+    sources = [open_ranked("fruit", config, own_sets.parent).source for config in (one, other, one)]
+    assert sources[0] == sources[2] != sources[1]
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -83,7 +83,7 @@ class RankedSet:
     Args:
         lists: of each query, the places of its candidates; None: all of them.
         right: of each query, the places of those that are right.
-        source: a hash of what it was read from; cheap, and so without pictures that lie in folders.
+        source: a hash of its settings and of what it was read from; cheap, and so without pictures that lie in folders.
     """
 
     name: str
@@ -106,7 +106,8 @@ def open_ranked(name: str, config: RankedConfig, root: Path) -> RankedSet:
     opened = openers[config.format](name, config, root / config.path)
     if not len(opened.queries) or not len(opened.candidates):
         raise SourceError(f"{name}: {len(opened.queries)} queries, {len(opened.candidates)} candidates: both need one")
-    return opened
+    seen = "\n".join((repr(config), opened.source))
+    return replace(opened, source=hashlib.blake2b(seen.encode(), digest_size=16).hexdigest())
 
 
 @dataclass
