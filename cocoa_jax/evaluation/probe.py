@@ -20,7 +20,7 @@ from cocoa_jax.data.sources import Content, Record, load_pictures
 from cocoa_jax.embedder import Embedder, default_settings
 from cocoa_jax.evaluation.geometry import alignment, effective_rank, uniformity
 from cocoa_jax.evaluation.probe_plot import draw_probe
-from cocoa_jax.evaluation.rebuilding import Rebuilt, partners, rebuild
+from cocoa_jax.evaluation.rebuilding import Rebuilt, looker, partners, rebuild
 from cocoa_jax.evaluation.statistics import interval, resampled
 
 RESULTS, PLOT = "probe.json", "probe.svg"
@@ -95,9 +95,9 @@ def _named(checkpoints: Sequence[str | Path]) -> dict[str, Path]:
 def _rebuilding(folder: Path, settings: EvaluateConfig, records: Sequence[Record], seed: int) -> dict[str, Any]:
     backbone = open_backbone(folder)
     processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
-    params = backbone.load()
+    params, look = backbone.load(), looker(backbone.config, settings.compute)
     own, other = (
-        rebuild(records, others, processor, params, settings.rows, settings.visibility, settings.compute)
+        rebuild(records, others, processor, params, settings.rows, settings.visibility, look)
         for others in (range(len(records)), partners(records, seed))
     )
     return compared(own, other, len(records))

@@ -7,7 +7,7 @@ its words has come through the bridge. The control has the block A, and so the b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,8 @@ from cocoa_jax.models.qwen2_vl import Compute, Params, Qwen2VL, bind, graph_of
 from cocoa_jax.models.text import TextModel
 
 KINDS = (BLOCK_A, BRIDGE, BLOCK_B)
+Look = Callable[[Params, Mapping[str, Any]], tuple[Array, Array, Array]]
+_ROUND = 16  # hidden tokens of a row come in multiples of this
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +76,7 @@ def rebuild(
     params: Params,
     rows: RowsConfig,
     visibility: VisibilityConfig,
-    compute: Compute,
+    look: Look,
     shift: bool = True,
 ) -> Rebuilt:
     """Hides all of each record's words and predicts them.
@@ -82,9 +84,9 @@ def rebuild(
     Args:
         others: the record whose block A each one gets; itself for the true bridge.
         rows: gives the shape; rows hold as many hidden tokens as fit.
+        look: of `looker`.
         shift: whether a token is predicted from the state before it.
     """
-    look = _looker(processor.config, compute)
     room = rows.widest.tokens
     examples = {i: processor.bridge(records[others[i]].query, records[i].target, room) for i in range(len(records))}
     found: list[tuple[np.ndarray, ...]] = []
@@ -112,7 +114,8 @@ def _batches(
     hidden = {i: np.flatnonzero(example.block == BLOCK_B).astype(np.int32) for i, example in examples.items()}
     lengths = np.array([(len(e.tokens), e.patches, len(hidden[i])) for i, e in examples.items()], np.int64)
     plan = plan_rows(lengths, (shape.tokens, shape.patches, shape.tokens), slots)
-    budget = max(int(lengths[row, 2].sum()) for row in plan)  # of one shape, and no more scores than needed
+    most = max(int(lengths[row, 2].sum()) for row in plan)
+    budget = -(-most // _ROUND) * _ROUND  # no more scores than needed, and few shapes
     for start in range(0, len(plan), shape.rows):
         part = plan[start : start + shape.rows]
         part += [[] for _ in range(shape.rows - len(part))]
@@ -132,7 +135,8 @@ def _batches(
         yield batch, owner, first
 
 
-def _looker(config: Qwen2VLConfig, compute: Compute) -> Any:
+def looker(config: Qwen2VLConfig, compute: Compute) -> Look:
+    """(weights, batch) -> bits and hits of every hidden token, [B, M] each, and `attention_mass`; compiled once."""
     graph, _ = graph_of(config, compute)
 
     def look(params: Params, batch: Mapping[str, Array]) -> tuple[Array, Array, Array]:
@@ -147,7 +151,8 @@ def _looker(config: Qwen2VLConfig, compute: Compute) -> Any:
         right = jnp.argmax(scores, -1) == true
         return surprise / jnp.log(2.0), right, attention_mass(model.text, entered, inputs, batch["kind"])
 
-    return jax.jit(look)
+    compiled: Look = jax.jit(look)
+    return compiled
 
 
 def attention_mass(

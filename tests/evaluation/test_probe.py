@@ -22,7 +22,7 @@ from cocoa_jax.embedder import default_settings
 from cocoa_jax.evaluation import rebuilding
 from cocoa_jax.evaluation.geometry import alignment, effective_rank, uniformity
 from cocoa_jax.evaluation.probe import compared
-from cocoa_jax.evaluation.rebuilding import Rebuilt, partners, rebuild
+from cocoa_jax.evaluation.rebuilding import Rebuilt, looker, partners, rebuild
 from cocoa_jax.models.qwen2_vl import bind, graph_of
 
 
@@ -33,16 +33,16 @@ def parts(trained):
     processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
     source = picture_source("bridge", load_pictures("test_unseen")[::60][:12])
     records = [source.record(i, example_rng(0, 0, i, Purpose.RECORD)) for i in range(12)]
-    return processor, backbone.load(), settings, records
+    return processor, backbone.load(), settings, records, looker(backbone.config, settings.compute)
 
 
 def run(parts, records, others) -> Rebuilt:
-    processor, params, settings, _ = parts
-    return rebuild(records, others, processor, params, settings.rows, settings.visibility, settings.compute)
+    processor, params, settings, _, look = parts
+    return rebuild(records, others, processor, params, settings.rows, settings.visibility, look)
 
 
 def test_every_word_is_hidden_and_counted_once(parts):
-    processor, _, _, records = parts
+    processor, _, _, records, _ = parts
     found = run(parts, records, range(12))
     counts = np.bincount(found.example, minlength=12)
     assert counts.tolist() == [min(16, processor.count(record.target.text)) for record in records]
@@ -52,7 +52,7 @@ def test_every_word_is_hidden_and_counted_once(parts):
 
 
 def test_true_words_are_no_input_of_the_model(parts):
-    processor, _, settings, records = parts
+    processor, _, settings, records, _ = parts
     batches = []
     for words in ("zx", "qj"):
         example = processor.bridge(records[0].query, Content(words))
