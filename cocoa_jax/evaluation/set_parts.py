@@ -77,13 +77,15 @@ def score_table(runs: Runs) -> Element:
     for meta_task in dict.fromkeys(_any(found)["meta_task"] for _, found in rows):
         members = [row for row in rows if _any(row[1])["meta_task"] == meta_task]
         title = TITLES.get(meta_task, meta_task)
-        values = [mean_text(results["means"].get(meta_task)) for results in runs.values()]
+        means = [results["means"].get(meta_task) for results in runs.values()]
+        values = [percent(mean[0] if mean else None) for mean in means]
+        there = next((f"mean of {mean[1]} of {mean[2]} sets" for mean in means if mean), "")
         head = element(
             "tr",
             {"class": "group"},
             element("th", {"scope": "rowgroup", "colspan": "3"}, title),
             _lines(values, "P@1", "n"),
-            element("td", {"colspan": "6"}, "mean"),
+            element("td", {"colspan": "6"}, there),
         )
         bodies.append(element("tbody", {}, head, *(_score_row(name, found) for name, found in members)))
     caption = element("caption", {"class": "sr"}, "Precision@1 by set and run")
