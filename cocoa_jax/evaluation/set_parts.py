@@ -80,14 +80,14 @@ def score_table(runs: Runs) -> Element:
         means = [results["means"].get(meta_task) for results in runs.values()]
         values = [percent(mean[0] if mean else None) for mean in means]
         there = next((f"mean of {mean[1]} of {mean[2]} sets" for mean in means if mean), "")
-        head = element(
+        group = element(
             "tr",
             {"class": "group"},
             element("th", {"scope": "rowgroup", "colspan": "3"}, title),
             _lines(values, "P@1", "n"),
             element("td", {"colspan": "6"}, there),
         )
-        bodies.append(element("tbody", {}, head, *(_score_row(name, found) for name, found in members)))
+        bodies.append(element("tbody", {}, group, *(_score_row(name, found) for name, found in members)))
     caption = element("caption", {"class": "sr"}, "Precision@1 by set and run")
     return element("table", {"class": "scores"}, caption, element("thead", {}, element("tr", {}, *cells)), *bodies)
 
