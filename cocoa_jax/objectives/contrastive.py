@@ -176,4 +176,4 @@ def info_nce(
 
 def _diagonal(scores: Float[Array, "N S"]) -> Float[Array, " N"]:
     """By comparison of indices, which devices with a share of the rows can do alone."""
-    return jnp.sum(jnp.where(jnp.eye(*scores.shape, dtype=bool), scores, 0.0), axis=1)
+    return jnp.sum(jnp.where(jnp.eye(scores.shape[0], scores.shape[1], dtype=bool), scores, 0.0), axis=1)

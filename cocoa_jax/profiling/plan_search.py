@@ -48,7 +48,7 @@ def _replaced(config: Any, path: Sequence[str], value: Any) -> Any:
 
 def remedies(config: TrainConfig, devices: int) -> list[Settings]:
     """Single knobs that need less memory, what costs least first."""
-    compute, mesh, found = config.compute, config.mesh, list[dict[str, Any]]()
+    compute, mesh, found = config.compute, config.mesh, list[Settings]()
     if compute.remat != "full":
         found.append({"compute.remat": "full"})
     if config.stage == "contrastive":
