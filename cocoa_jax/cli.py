@@ -83,9 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", module="jax")
-    # Threads that save log what goes wrong, at length; the main one then raises it.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     from cocoa_jax.training.loop import STOPPED, Stopped
+
+    # Threads that save log what goes wrong, at length; the main one then raises it. absl sets its level anew by itself.
+    logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.CRITICAL)
 
     verbs = commands()
     parser = build_parser(verbs, "CoCoA multimodal embedding models in JAX.")

@@ -45,7 +45,7 @@ def main(folder: str) -> None:
     done = []
     hosts.first_alone("folder", lambda: done.append(os.mkdir(folder)))
     one_after_another = make_mesh(MeshConfig(fsdp=2))
-    pairs = np.array(jax.devices()).reshape(2, 2, 2).transpose(1, 0, 2).reshape(4, 2, 1)
+    pairs = np.array(jax.devices()).reshape(2, 2, 2).transpose(1, 0, 2).reshape(1, 4, 2, 1)
     mixed = jax.sharding.Mesh(pairs, AXES)
     tree = {"kernel": jax.device_put(np.arange(64, dtype=np.float32).reshape(8, 8), rows_sharding(one_after_another))}
     wanted = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)}
