@@ -24,7 +24,7 @@ from cocoa_jax.models.lora import (
     join,
     merge,
 )
-from cocoa_jax.models.low_rank import LowRank, TrainedRows, column_norm, dropped
+from cocoa_jax.models.low_rank import LowRank, TrainedRows, column_norm, dropped, hashed
 from cocoa_jax.models.qwen2_vl import Compute, abstract_params
 
 init_adapter = jax.jit(lora.init_adapter, static_argnums=(1, 2, 3))
@@ -230,6 +230,24 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     share = (got == 0).mean()
     # 100 thousand draws: a deviation of 0.001.
     assert abs(share - 0.1) < 0.004 and set(np.unique(got)) == {np.float32(0), np.float32(2 / 0.9)}
+
+
+def test_random_bits_of_dropout_are_even_and_differ_by_words_and_place():
+    words = np.array([[5, 0x1234ABCD], [5 + 1536, 0x9E3779B9], [5 + 9, 0x6A09E667], [2**31, 0xBB67AE85]], np.uint32)
+    tables = np.stack([np.asarray(hashed(jnp.asarray(pair), 256, 1536)) for pair in words])
+    drawn = (tables < 0.1 * 2**32) - 0.1
+    # Deviations of a mean over n draws of a share of 0.1 are 0.3 / sqrt(n); 5.5 of them among some thousand means.
+    assert np.abs(drawn.mean((1, 2))).max() < 5.5 * 0.3 / np.sqrt(drawn[0].size)
+    assert np.abs(drawn.mean(1)).max() < 5.5 * 0.3 / np.sqrt(256)
+    assert np.abs(drawn.mean(2)).max() < 5.5 * 0.3 / np.sqrt(1536)
+    # Tables of two pairs of words, moved on by any number of places, and a table and itself, are as independent as true
+    # draws: products deviate by 0.09 / sqrt(n).
+    spectra = np.fft.rfft(drawn.reshape(4, -1))
+    for i, j in [(0, 0), (0, 1), (1, 2), (2, 3)]:
+        moved = np.fft.irfft(spectra[i] * spectra[j].conj())[i == j :] / drawn[0].size
+        assert np.abs(moved).max() < 6.5 * 0.09 / np.sqrt(drawn[0].size), (i, j)
+    bits = np.unpackbits(tables[0].view(np.uint8)).mean()
+    assert abs(bits - 0.5) < 5 * 0.5 / np.sqrt(tables[0].size * 32)
 
 
 @pytest.mark.parametrize("weight_too", [True, False])
