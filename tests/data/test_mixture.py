@@ -14,7 +14,8 @@ from cocoa_jax.data.masking import Purpose, example_rng
 from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
 from cocoa_jax.data.pipeline import STATS, BatchConfig, RowsConfig, stage_dataset
 from cocoa_jax.data.readers.records import Columns
-from cocoa_jax.data.sources import RecordError, SourceError
+from cocoa_jax.data.readers.stages import for_stage
+from cocoa_jax.data.sources import Content, Record, RecordError, SourceError
 
 RNG = np.random.default_rng(0)
 
@@ -64,6 +65,8 @@ def test_what_stages_make_of_a_pair(written, picture):
     warm, bridge = (open_mixture(mixture(written), stage).sources for stage in ("warmup", "bridge"))
     assert warm["captions"].record(2, RNG).query.text == "caption 2"
     assert warm["pairs"].record(2, RNG).query.text == "what 2? that 0", "no instruction is rebuilt"
+    pair = Record("0", "same", Content("a kiwi"), Content("a kiwi"), "")
+    assert for_stage(pair, "warmup").query.text == "a kiwi", "equal words stand there once"
     turned = bridge["inside"].record(0, RNG)  # text to image: the words belong to the picture
     assert turned.query.images and turned.target.text.startswith("picture ") and not turned.target.images
     both = DatasetConfig(
@@ -173,6 +176,9 @@ def test_weights_for_some_data_sets_alone_are_refused(written):
     some = dataclasses.replace(mixture(written).datasets["pairs"], weight=2.0)
     with pytest.raises(ValueError, match=r"\['pairs'\] have a weight"):
         open_mixture(mixture(written, pairs=some), "contrastive")
+    shares = {"captions": 1.0, "pairs": 2.5, "inside": 0.0, "emoji": 4.0}
+    whole = {name: dataclasses.replace(d, weight=shares[name]) for name, d in mixture(written).datasets.items()}
+    assert open_mixture(mixture(written, **whole), "contrastive").weights == shares
     with pytest.raises(ValueError, match="belong to format 'table'"):
         DatasetConfig("table", "x.parquet")
     with pytest.raises(ValueError, match="cap is 0"):

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from cocoa_jax.data.bad import BAD
+from cocoa_jax.data.batches import lengths_of
 from cocoa_jax.data.intake import examples_of
+from cocoa_jax.data.packing import plan_batch
 from cocoa_jax.data.pipeline import BatchConfig, MaskingConfig, RowsConfig
 from cocoa_jax.data.pixels import ImageError, decode, open_image
 from cocoa_jax.data.readers import stores, tables
@@ -26,6 +28,7 @@ from cocoa_jax.data.readers.records import Columns, TableSource
 from cocoa_jax.data.readers.stages import StagedSource
 from cocoa_jax.data.readers.stores import FolderStore, ZipStore, inside, open_store
 from cocoa_jax.data.readers.tables import JsonTable, ParquetTable, open_table
+from cocoa_jax.data.rows import write_rows
 from cocoa_jax.data.sources import RecordError, SourceError
 
 PAIRS = Columns(query_image="image", target_text="caption")
@@ -56,11 +59,14 @@ def source(folder: Path, rows: list, columns: Columns = PAIRS) -> TableSource:
 
 GREY = PIL.Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
 RED = PIL.Image.new("RGB", (20, 10), (200, 30, 30))
+PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n(x) run showpage\n%%EOF\n"
 REFUSED = {
     "zero bytes": (b"", "zero bytes"),
     "HTML": (b"<html><body>404</body></html>", "are no picture"),
+    "a program that draws": (PROGRAM, "are no picture"),
     "40 gigapixels": (lying_png(200_000, 200_000), "40000000000 pixels"),
     "16 bits of grey": (encoded(GREY, "PNG"), "would turn white"),
+    "grey in fractions": (encoded(PIL.Image.new("F", (8, 8), 0.5), "TIFF"), "would turn white"),
     "only a header": (encoded(RED, "JPEG")[:20], "cannot be decoded"),
 }
 
@@ -175,6 +181,22 @@ def test_damage_inside_a_zip_is_named(tmp_path, picture):
     (tmp_path / "no.zip").write_bytes(b"PK nonsense")
     with pytest.raises(SourceError, match="no readable zip"):
         ZipStore(tmp_path / "no.zip")
+
+
+def test_an_encrypted_member_of_a_zip_is_named(tmp_path, picture):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("a.jpg", picture(1))
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+    with pytest.raises(RecordError, match=r"path 'a\.jpg' is encrypted or packed by method 0"):
+        ZipStore(path).read("a.jpg")
+
+
+def test_an_array_behind_a_byte_order_mark_is_an_array(tmp_path):
+    (tmp_path / "rows.json").write_bytes(b'\xef\xbb\xbf [{"caption": "caf\xc3\xa9"}]')
+    assert JsonTable([tmp_path / "rows.json"]).row(0) == {"caption": "café"}
 
 
 ROWS = {
@@ -292,7 +314,8 @@ CELLS = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from(["a.jpg", "../a.jpg"]),
+    | st.sampled_from(["a.jpg", "../a.jpg"])
+    | st.tuples(st.sampled_from(BASES), st.integers(1, 1000)).map(lambda cut: cut[0][: cut[1]]),
     lambda part: (
         st.lists(part, max_size=3) | st.dictionaries(st.sampled_from(["bytes", "path", "x"]), part, max_size=2)
     ),
@@ -333,20 +356,27 @@ class OneRow:
 @settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from("abcdefg"), CELLS), st.booleans(), st.sampled_from(sorted(FUZZED)))
 def test_no_row_crashes_the_builder(tmp_path_factory, processors, row, lists, stage):
-    """A row of anything becomes the examples of a stage, or is refused as a bad record is."""
+    """A row of anything becomes rows of a stage, or is refused as a bad record is."""
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     if not folder.is_dir():
         folder.mkdir()
         (folder / "a.jpg").write_bytes(BASES[0])
     made = StagedSource(TableSource("fuzz", OneRow(row), COLUMNS, FolderStore(folder), list_targets=lists), stage)
+    config, processor = FUZZED[stage], processors["2"]
     try:
-        examples = examples_of(made.record(0, np.random.default_rng(0)), FUZZED[stage], processors["2"])
+        found = examples_of(made.record(0, np.random.default_rng(0)), config, processor)
+        examples = dict(enumerate(found))
+        shape, rows = plan_batch(lengths_of(examples, {}), config.rows)
+        batch = write_rows(examples, rows, processor, shape, 2, config.visibility, truncated=stage == "bridge")
     except BAD as error:
         assert str(error).startswith("fuzz 0: ")
     else:
-        for example in examples:
+        for example in found:
             assert len(example.tokens) <= 64 and example.patches <= 64
             assert (example.block == 2).sum() == (stage != "warmup")
+        assert (batch["token_end"] > 0).sum() == sum(len(example.tokens) for example in found)
+        assert (batch["patch_end"] > 0).sum() == sum(example.patches for example in found)
+        assert np.isfinite(batch["patches"]).all()
 
 
 @settings(max_examples=100)
