@@ -80,9 +80,9 @@ def _token_parts(documents: Sequence[Document]) -> list[tuple[int, str]]:
     if not _has_blocks(documents):
         return [(document.tokens, "ab"[place % 2]) for place, document in enumerate(documents)]
     parts = []
-    for document in documents:
-        bridge, b = (sum(piece.kind == kind for piece in document.pieces) for kind in ("eos", "b"))
-        parts += [(document.tokens - bridge - b, "a new"), (bridge, "eos"), (b, "b")]
+    for shown in documents:
+        bridge, b = (sum(piece.kind == kind for piece in shown.pieces) for kind in ("eos", "b"))
+        parts += [(shown.tokens - bridge - b, "a new"), (bridge, "eos"), (b, "b")]
     return parts
 
 

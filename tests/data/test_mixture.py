@@ -142,6 +142,16 @@ def test_equal_pictures_and_targets_have_equal_keys(written, processors):
     assert sorted(np.bincount(batch["image_key"])) == [2, 2, 2, 2] and (np.bincount(batch["target_key"]) == 4).all()
 
 
+def test_queries_without_pictures_show_no_common_picture(written, processors):
+    """Else all of their targets would be no negatives of each other, and nothing would be learned."""
+    opened = open_mixture(MixtureConfig({"i": mixture(written).datasets["inside"]}, str(written)), "contrastive")
+    rows = RowsConfig(batch_size=3, shapes=((6, 48, 64),), examples_per_row=2, masked_per_row=2)
+    batch = stage_dataset(
+        BatchConfig("contrastive", rows), opened.sources, opened.weights, processors["2"], seed=0, steps=1
+    )[0]
+    assert batch["image_key"].tolist() == [-1, -1, -1] and len(set(batch["target_key"].tolist())) == 3
+
+
 def test_a_mixture_is_a_file(written, tmp_path):
     values = {"datasets": {"captions": {"format": "cocoa-captions", "path": "captions.jsonl", "stages": ["warmup"]}}}
     (written / "mixture.yaml").write_text(yaml.safe_dump(values))

@@ -33,7 +33,8 @@ def prepared(noise, mixed_pairs, processors, tmp_path_factory):
             record = super().record(index, rng)
             query = dataclasses.replace(record.query, text="Find it: " + "a kiwi " * (index % 4))
             target = dataclasses.replace(record.target, text="two small boats " * (1 + index % 3), images=())
-            return dataclasses.replace(record, query=query, target=target)
+            key = record.image_key if index % 4 else ""
+            return dataclasses.replace(record, query=query, target=target, image_key=key)
 
     sizes = [(28 * (1 + i % 4), 28 * (1 + i // 4 % 3)) for i in range(11)]
     source = Long(tuple(noise(w, h, i) for i, (w, h) in enumerate(sizes)), name="long")
@@ -67,7 +68,7 @@ def test_it_is_what_reading_all_records_makes(prepared, processors, stage, negat
     with monkeypatch.context() as patch:
         patch.setattr("cocoa_jax.data.pipeline.stored_lengths", lambda *_: None)
         plain = dataset(prepared, processors, stage, config)
-    replaced = 0
+    replaced = no_picture = 0
     for step in range(8):
         left, right = planned[step], plain[step]
         replaced += int(left["stats"][STATS.index("bad_records")])
@@ -78,8 +79,9 @@ def test_it_is_what_reading_all_records_makes(prepared, processors, stage, negat
             for mine, other in pairs:
                 np.testing.assert_array_equal(mine[:, None] == mine, other[:, None] == other)
                 np.testing.assert_array_equal(mine == -1, other == -1)
+            no_picture += int((pairs[0][0] == -1).sum())
         assert_same(left, right)
-    assert (replaced > 0) == (negatives > 0)
+    assert (replaced > 0) == (negatives > 0) and (no_picture > 0) == (stage == "contrastive")
 
 
 def test_an_example_that_is_not_as_long_as_stored_ends_the_run(prepared, processors, monkeypatch):
@@ -87,7 +89,7 @@ def test_an_example_that_is_not_as_long_as_stored_ends_the_run(prepared, process
 
     def longer(self, draws, window):
         chosen, table, replaced = plain(self, draws, window)
-        return chosen, table + [1, 0, 0, 0], replaced
+        return chosen, table + np.array([1, 0, 0, 0]), replaced
 
     monkeypatch.setattr(PlannedBuilder, "_useful", longer)
     with pytest.raises(PackingError, match=r"example \d+ has \d+ tokens .* stored are .*: build the data again"):
