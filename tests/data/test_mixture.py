@@ -12,10 +12,10 @@ import yaml
 from cocoa_jax.config import SettingsError, load_mixture
 from cocoa_jax.data.masking import Purpose, example_rng
 from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
-from cocoa_jax.data.pipeline import STATS, BatchConfig, RowsConfig, stage_dataset
+from cocoa_jax.data.pipeline import STATS, BatchConfig, RowsConfig, stage_dataset, step_records
 from cocoa_jax.data.readers.records import Columns
 from cocoa_jax.data.readers.stages import for_stage
-from cocoa_jax.data.sources import Content, Record, RecordError, SourceError
+from cocoa_jax.data.sources import Content, Image, Record, RecordError, SourceError, content_key, image_key
 
 RNG = np.random.default_rng(0)
 
@@ -140,6 +140,29 @@ def test_equal_pictures_and_targets_have_equal_keys(written, processors):
     )[0]
     # Eight draws of four records: every picture twice, two answers.
     assert sorted(np.bincount(batch["image_key"])) == [2, 2, 2, 2] and (np.bincount(batch["target_key"]) == 4).all()
+
+
+def test_a_hard_negative_that_is_somebody_s_target_has_its_key(mmeb, processors):
+    """In the list each record's wrong picture is the right one of the next."""
+    dataset = DatasetConfig("mmeb-train", subset="MSCOCO_t2i")
+    opened = open_mixture(MixtureConfig({"t2i": dataset}, str(mmeb)), "contrastive")
+    rows = RowsConfig(batch_size=4, shapes=((12, 96, 64),), examples_per_row=2, masked_per_row=2)
+    config = BatchConfig("contrastive", rows, negatives=1)
+    batch = stage_dataset(config, opened.sources, opened.weights, processors["2"], seed=0, steps=1)[0]
+    named = step_records(config, opened.sources, opened.weights, processors["2"], seed=0, step=0)
+    place = {int(name.rsplit(" ", 1)[1]): i for i, name in enumerate(named)}
+    assert len(set(batch["target_key"].tolist())) == 4
+    for number, i in place.items():
+        assert batch["negative_key"][i] == batch["target_key"][place[(number + 1) % 4]]
+
+
+def test_contents_that_show_the_same_have_one_key():
+    image = Image(b"bytes", 2, 2, "a")
+    assert content_key(Content("Say: a kiwi", instruction="Say:")) == content_key(Content("a kiwi"))
+    assert content_key(Content("a kiwi")) != content_key(Content("a boat"))
+    named = Content("a kiwi", (dataclasses.replace(image, name="b"),))
+    assert content_key(named) == content_key(Content("", (image,))) != content_key(Content("a kiwi"))
+    assert image_key([image]) != image_key([dataclasses.replace(image, mirrored=True)]) and image_key([]) == ""
 
 
 def test_queries_without_pictures_show_no_common_picture(written, processors):

@@ -124,6 +124,9 @@ def test_links_out_of_the_folder_pipes_and_huge_files_are_refused(tmp_path, monk
     folder.mkdir()
     (tmp_path / "secret.jpg").write_bytes(picture(0))
     (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (tmp_path / "images2").mkdir()
+    (tmp_path / "images2" / "a.jpg").write_bytes(picture(0))
+    (folder / "beside").symlink_to("../images2")
     (folder / "inner.jpg").symlink_to("real.jpg")
     (folder / "real.jpg").write_bytes(picture(1))
     os.mkfifo(folder / "pipe.jpg")
@@ -131,6 +134,7 @@ def test_links_out_of_the_folder_pipes_and_huge_files_are_refused(tmp_path, monk
     assert store.read("inner.jpg") == picture(1)
     for path, words in {
         "link.jpg": "a link out",
+        "beside/a.jpg": "a link out",
         "pipe.jpg": "no file",
         "gone.jpg": "not in",
         "real.jpg/x": "not in",
