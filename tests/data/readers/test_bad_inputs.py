@@ -275,6 +275,25 @@ def test_the_second_of_two_equal_ids_is_bad(tmp_path):
         rows.record(2)
 
 
+def test_ids_of_a_parquet_are_compared_without_reading_its_pictures(tmp_path, to_parquet, picture, monkeypatch):
+    keys = ["a", "b", "c", "d", "e", "a"]
+    path = to_parquet(tmp_path / "a.parquet", [{"key": key, "q": {"bytes": picture(0)}, "t": "y"} for key in keys])
+    read = []
+    plain = ParquetTable._read
+    monkeypatch.setattr(
+        ParquetTable, "_read", lambda self, n, names: read.append(tuple(names)) or plain(self, n, names)
+    )
+    columns = Columns(id="key", query_image="q", target_text="t")
+    rows = TableSource("mine", open_table([path], columns.names), columns)
+    assert rows.repeated == {5} and set(read) == {("key",)}
+    data = bytearray(path.read_bytes())
+    group = parquet.read_metadata(path).row_group(1).column(0)
+    start = group.dictionary_page_offset or group.data_page_offset
+    data[start : start + 20] = b"\xff" * 20
+    path.write_bytes(data)
+    assert TableSource("mine", open_table([path], columns.names), columns).repeated == {5}
+
+
 @pytest.mark.parametrize("typed", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|mask|>", "<tool_call>"])
 def test_special_tokens_typed_in_a_caption_are_plain_text(tmp_path, processors, picture, typed):
     (tmp_path / "a.jpg").write_bytes(picture(0))
