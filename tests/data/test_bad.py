@@ -108,6 +108,7 @@ def test_a_ledger_repeats_nothing_that_its_file_has(tmp_path):
     with path.open("a") as file:
         file.write('{"source": "s", "index": 4, "rea')
     first.note(8, [Bad("s", 4, "four")])
+    assert json.loads(path.read_text().splitlines()[-1])["reason"] == "four"
     Ledger(SKIP, path).note(8, [Bad("s", 4, "four"), Bad("s", 5, "five")])
     last = [json.loads(line) for line in path.read_text().splitlines()[-2:]]
     assert [bad["index"] for bad in last] == [4, 5], "a line that was cut short swallows none"

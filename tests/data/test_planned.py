@@ -34,7 +34,8 @@ def prepared(noise, mixed_pairs, processors, tmp_path_factory):
             query = dataclasses.replace(record.query, text="Find it: " + "a kiwi " * (index % 4))
             target = dataclasses.replace(record.target, text="two small boats " * (1 + index % 3), images=())
             key = record.image_key if index % 4 else ""
-            return dataclasses.replace(record, query=query, target=target, image_key=key)
+            wrong = tuple(dataclasses.replace(c, text=f"{c.text} {index % 5}") for c in record.negatives)
+            return dataclasses.replace(record, query=query, target=target, image_key=key, negatives=wrong)
 
     sizes = [(28 * (1 + i % 4), 28 * (1 + i // 4 % 3)) for i in range(11)]
     source = Long(tuple(noise(w, h, i) for i, (w, h) in enumerate(sizes)), name="long")
