@@ -103,7 +103,8 @@ class Ledger:
             fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed: one process at a time looks and writes
             self._note_others(file)
             if (bad.source, bad.index) not in self._named:
-                os.write(file, line.encode())
+                torn = os.fstat(file).st_size > self._read  # a line that a kill cut short must not swallow this one
+                os.write(file, ("\n" * torn + line).encode())
         finally:
             os.close(file)
 

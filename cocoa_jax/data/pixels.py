@@ -18,6 +18,8 @@ from cocoa_jax.data.vision_plan import Grid
 
 _MOST_PIXELS = 178_956_970  # Pillow's own line between a large picture and a decompression bomb
 _MOST_ELONGATED = 200
+# Named, because Pillow asks every plugin otherwise, whatever a file is called: PostScript runs in an interpreter.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
 
 
 class ImageError(ValueError):
@@ -148,7 +150,7 @@ def decode(image: Image) -> PIL.Image.Image:
         ImageError: unreadable bytes, or a size other than ``image.width`` x ``image.height``.
     """
     try:
-        with PIL.Image.open(io.BytesIO(image.data)) as opened:
+        with PIL.Image.open(io.BytesIO(image.data), formats=_FORMATS) as opened:
             if opened.width * opened.height > _MOST_PIXELS:
                 raise ImageError(f"{image.name}: {opened.width}x{opened.height} pixels: leave it out")
             turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
@@ -190,10 +192,10 @@ def open_image(data: bytes, name: str) -> Image:
     """An image from encoded bytes, measured upright; nothing is decoded yet.
 
     Raises:
-        ImageError: bytes that no decoder of Pillow knows, or samples of more than 8 bits in grey.
+        ImageError: bytes of no format that is read (``_FORMATS``), or samples of more than 8 bits in grey.
     """
     try:
-        with PIL.Image.open(io.BytesIO(data)) as opened:
+        with PIL.Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
             (width, height), mode = opened.size, opened.mode
             # For its orientation Pillow decodes a whole PNG, so only one that can have any is asked.
             told = opened.format != "PNG" or any(mark in data for mark in (b"eXIf", b"exif", b"adobe.xmp"))

@@ -56,8 +56,8 @@ def _table(datasets: Sequence[Mapping[str, str]]) -> Element:
 
 def _row(row: DrawnRow) -> list[Element]:
     strips = [
-        element("div", {"class": "strips"}, _strip("tokens", [d.tokens for d in row.documents], row.tokens)),
-        element("div", {"class": "strips"}, _strip("patches", [d.patches for d in row.documents], row.patches)),
+        element("div", {"class": "strips"}, _strip("tokens", _token_parts(row.documents), row.tokens)),
+        element("div", {"class": "strips"}, _strip("patches", _patch_parts(row.documents), row.patches)),
     ]
     documents = [_document(document, place) for place, document in enumerate(row.documents)]
     chart = matrix_chart(row.mask, row.kinds, "who sees whom in this row")
@@ -70,26 +70,47 @@ def _row(row: DrawnRow) -> list[Element]:
     return [*strips, _legend(row.documents), element("div", {"class": "documents"}, *documents), figure]
 
 
-def _strip(name: str, parts: Sequence[int], total: int) -> Element:
+def _has_blocks(documents: Sequence[Document]) -> bool:
+    """Whether colours tell blocks apart, as in stage 2, or else neighbouring documents."""
+    return any({piece.kind for piece in document.pieces} >= {"a", "b"} for document in documents)
+
+
+def _token_parts(documents: Sequence[Document]) -> list[tuple[int, str]]:
+    """Size and class of each part of a strip of tokens, in the colours of the legend."""
+    if not _has_blocks(documents):
+        return [(document.tokens, "ab"[place % 2]) for place, document in enumerate(documents)]
+    parts = []
+    for shown in documents:
+        bridge, b = (sum(piece.kind == kind for piece in shown.pieces) for kind in ("eos", "b"))
+        parts += [(shown.tokens - bridge - b, "a new"), (bridge, "eos"), (b, "b")]
+    return parts
+
+
+def _patch_parts(documents: Sequence[Document]) -> list[tuple[int, str]]:
+    if _has_blocks(documents):
+        return [(document.patches, "a new") for document in documents]
+    return [(document.patches, "ab"[place % 2]) for place, document in enumerate(documents)]
+
+
+def _strip(name: str, parts: Sequence[tuple[int, str]], total: int) -> Element:
     pieces: list[Child] = [
-        element("i", {"class": f"part {'ab'[place % 2]}", "style": f"flex-grow:{size}", "title": f"{size} {name}"})
-        for place, size in enumerate(parts)
+        element("i", {"class": f"part {kind}", "style": f"flex-grow:{size}", "title": f"{size} {name}"})
+        for size, kind in parts
         if size
     ]
-    rest = total - sum(parts)
-    if rest:
+    filled = sum(size for size, _ in parts)
+    if rest := total - filled:
         pieces.append(element("i", {"class": "part rest", "style": f"flex-grow:{rest}", "title": f"{rest} unused"}))
-    used = 100 * sum(parts) / total if total else 0
+    used = 100 * filled / total if total else 0
     label = element("span", {"class": "label"}, f"{name} {used:.0f} %")
     return element("div", {"class": "strip"}, label, element("div", {"class": "bar parts"}, *pieces))
 
 
 def _legend(documents: Sequence[Document]) -> Element:
     """What of the colours these documents show."""
-    kinds = [{piece.kind for piece in document.pieces} for document in documents]
-    blocks = any(seen >= {"a", "b"} for seen in kinds)
+    blocks = _has_blocks(documents)
     keys = [("a", "block A" if blocks else "a document")]
-    if any("eos" in seen for seen in kinds):
+    if any(piece.kind == "eos" for document in documents for piece in document.pieces):
         keys.append(("eos", "bridge" if blocks else "where it is embedded"))
     if blocks or len(documents) > 1:
         keys.append(("b", "block B" if blocks else "the next document"))

@@ -105,6 +105,13 @@ def test_a_ledger_repeats_nothing_that_its_file_has(tmp_path):
     Ledger(SKIP, path).note(8, [Bad("t", 2, "another source"), Bad("s", 3, "three")])
     named = [json.loads(line) for line in path.read_text().splitlines() if '"reason"' in line]
     assert [(bad["source"], bad["index"]) for bad in named] == [("s", 1), ("s", 2), ("t", 2), ("s", 3)]
+    with path.open("a") as file:
+        file.write('{"source": "s", "index": 4, "rea')
+    first.note(8, [Bad("s", 4, "four")])
+    assert json.loads(path.read_text().splitlines()[-1])["reason"] == "four"
+    Ledger(SKIP, path).note(8, [Bad("s", 4, "four"), Bad("s", 5, "five")])
+    last = [json.loads(line) for line in path.read_text().splitlines()[-2:]]
+    assert [bad["index"] for bad in last] == [4, 5], "a line that was cut short swallows none"
 
 
 def test_hosts_agree_on_a_picture_that_one_of_them_alone_decodes(spoilt, processors):

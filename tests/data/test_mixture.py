@@ -12,9 +12,10 @@ import yaml
 from cocoa_jax.config import SettingsError, load_mixture
 from cocoa_jax.data.masking import Purpose, example_rng
 from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
-from cocoa_jax.data.pipeline import STATS, BatchConfig, RowsConfig, stage_dataset
+from cocoa_jax.data.pipeline import STATS, BatchConfig, RowsConfig, stage_dataset, step_records
 from cocoa_jax.data.readers.records import Columns
-from cocoa_jax.data.sources import RecordError, SourceError
+from cocoa_jax.data.readers.stages import for_stage
+from cocoa_jax.data.sources import Content, Image, Record, RecordError, SourceError, content_key, image_key
 
 RNG = np.random.default_rng(0)
 
@@ -64,6 +65,8 @@ def test_what_stages_make_of_a_pair(written, picture):
     warm, bridge = (open_mixture(mixture(written), stage).sources for stage in ("warmup", "bridge"))
     assert warm["captions"].record(2, RNG).query.text == "caption 2"
     assert warm["pairs"].record(2, RNG).query.text == "what 2? that 0", "no instruction is rebuilt"
+    pair = Record("0", "same", Content("a kiwi"), Content("a kiwi"), "")
+    assert for_stage(pair, "warmup").query.text == "a kiwi", "equal words stand there once"
     turned = bridge["inside"].record(0, RNG)  # text to image: the words belong to the picture
     assert turned.query.images and turned.target.text.startswith("picture ") and not turned.target.images
     both = DatasetConfig(
@@ -139,6 +142,39 @@ def test_equal_pictures_and_targets_have_equal_keys(written, processors):
     assert sorted(np.bincount(batch["image_key"])) == [2, 2, 2, 2] and (np.bincount(batch["target_key"]) == 4).all()
 
 
+def test_a_hard_negative_that_is_somebody_s_target_has_its_key(mmeb, processors):
+    """In the list each record's wrong picture is the right one of the next."""
+    dataset = DatasetConfig("mmeb-train", subset="MSCOCO_t2i")
+    opened = open_mixture(MixtureConfig({"t2i": dataset}, str(mmeb)), "contrastive")
+    rows = RowsConfig(batch_size=4, shapes=((12, 96, 64),), examples_per_row=2, masked_per_row=2)
+    config = BatchConfig("contrastive", rows, negatives=1)
+    batch = stage_dataset(config, opened.sources, opened.weights, processors["2"], seed=0, steps=1)[0]
+    named = step_records(config, opened.sources, opened.weights, processors["2"], seed=0, step=0)
+    place = {int(name.rsplit(" ", 1)[1]): i for i, name in enumerate(named)}
+    assert len(set(batch["target_key"].tolist())) == 4
+    for number, i in place.items():
+        assert batch["negative_key"][i] == batch["target_key"][place[(number + 1) % 4]]
+
+
+def test_contents_that_show_the_same_have_one_key():
+    image = Image(b"bytes", 2, 2, "a")
+    assert content_key(Content("Say: a kiwi", instruction="Say:")) == content_key(Content("a kiwi"))
+    assert content_key(Content("a kiwi")) != content_key(Content("a boat"))
+    named = Content("a kiwi", (dataclasses.replace(image, name="b"),))
+    assert content_key(named) == content_key(Content("", (image,))) != content_key(Content("a kiwi"))
+    assert image_key([image]) != image_key([dataclasses.replace(image, mirrored=True)]) and image_key([]) == ""
+
+
+def test_queries_without_pictures_show_no_common_picture(written, processors):
+    """Else all of their targets would be no negatives of each other, and nothing would be learned."""
+    opened = open_mixture(MixtureConfig({"i": mixture(written).datasets["inside"]}, str(written)), "contrastive")
+    rows = RowsConfig(batch_size=3, shapes=((6, 48, 64),), examples_per_row=2, masked_per_row=2)
+    batch = stage_dataset(
+        BatchConfig("contrastive", rows), opened.sources, opened.weights, processors["2"], seed=0, steps=1
+    )[0]
+    assert batch["image_key"].tolist() == [-1, -1, -1] and len(set(batch["target_key"].tolist())) == 3
+
+
 def test_a_mixture_is_a_file(written, tmp_path):
     values = {"datasets": {"captions": {"format": "cocoa-captions", "path": "captions.jsonl", "stages": ["warmup"]}}}
     (written / "mixture.yaml").write_text(yaml.safe_dump(values))
@@ -173,6 +209,9 @@ def test_weights_for_some_data_sets_alone_are_refused(written):
     some = dataclasses.replace(mixture(written).datasets["pairs"], weight=2.0)
     with pytest.raises(ValueError, match=r"\['pairs'\] have a weight"):
         open_mixture(mixture(written, pairs=some), "contrastive")
+    shares = {"captions": 1.0, "pairs": 2.5, "inside": 0.0, "emoji": 4.0}
+    whole = {name: dataclasses.replace(d, weight=shares[name]) for name, d in mixture(written).datasets.items()}
+    assert open_mixture(mixture(written, **whole), "contrastive").weights == shares
     with pytest.raises(ValueError, match="belong to format 'table'"):
         DatasetConfig("table", "x.parquet")
     with pytest.raises(ValueError, match="cap is 0"):

@@ -205,6 +205,7 @@ def test_hidden_tokens_are_replaced_and_asked_for(sources, processors, stage, sh
     batch, plain = batches[masking], batches[nothing]
     truth = plain["tokens"].copy()  # stage 2 hides at least one token a document even at ratio 0
     rows, slots = np.nonzero(plain["predict_at"] >= 0)
+    assert len(rows) == (len(list(documents(plain))) if stage == "bridge" else 0)
     truth[rows, plain["predict_at"][rows, slots] + shift] = plain["predict_id"][rows, slots]
     rows, slots = np.nonzero(batch["predict_at"] >= 0)
     columns = batch["predict_at"][rows, slots] + shift
@@ -235,6 +236,18 @@ class Digits(Pairs):
         text = "".join(rng.choice(list("0123456"), 12))
         text = text.translate(str.maketrans("0123456", "6543210")) if self.turn else text
         return Record(f"{index}", self.name, Content(text, (self.pictures[index],)), Content(text), "")
+
+
+@pytest.mark.parametrize("stage", ["warmup", "bridge"])
+def test_every_example_hides_places_of_its_own(sources, processors, stage):
+    """Texts of equal length, half of whose twelve tokens are hidden: two alike are a chance of one in thousands."""
+    rows = dataclasses.replace(ROWS, masked_per_row=64)
+    config = BatchConfig(stage, rows, masking=MaskingConfig(0.5, 0.5))
+    source = {"d": Digits("d", sources["plain"].pictures)}
+    batch = stage_dataset(config, source, {"d": 1.0}, processors["2"], seed=0, steps=1)[0]
+    hidden = batch["tokens"] == processors["2"].mask_id
+    patterns = [hidden[row, end - 12 : end].tobytes() for row, _, end in documents(batch)]
+    assert len(patterns) == len(set(patterns)) == 6
 
 
 @pytest.mark.parametrize("stage", ["warmup", "bridge"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cocoa_jax.data.bad import BadConfig
 from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
 from cocoa_jax.data.packing import PackingError, RowsConfig
 from cocoa_jax.data.pipeline import STATS, BatchConfig, MaskingConfig, stage_batches, stage_dataset
@@ -32,7 +33,9 @@ def prepared(noise, mixed_pairs, processors, tmp_path_factory):
             record = super().record(index, rng)
             query = dataclasses.replace(record.query, text="Find it: " + "a kiwi " * (index % 4))
             target = dataclasses.replace(record.target, text="two small boats " * (1 + index % 3), images=())
-            return dataclasses.replace(record, query=query, target=target)
+            key = record.image_key if index % 4 else ""
+            wrong = tuple(dataclasses.replace(c, text=f"{c.text} {index % 5}") for c in record.negatives)
+            return dataclasses.replace(record, query=query, target=target, image_key=key, negatives=wrong)
 
     sizes = [(28 * (1 + i % 4), 28 * (1 + i // 4 % 3)) for i in range(11)]
     source = Long(tuple(noise(w, h, i) for i, (w, h) in enumerate(sizes)), name="long")
@@ -58,20 +61,40 @@ def assert_same(left, right):
         np.testing.assert_array_equal(left[key], right[key], err_msg=key)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_it_is_what_reading_all_records_makes(prepared, processors, stage, monkeypatch):
-    planned = dataset(prepared, processors, stage)
+@pytest.mark.parametrize(("stage", "negatives"), [*((stage, 0) for stage in STAGES), ("contrastive", 1)])
+def test_it_is_what_reading_all_records_makes(prepared, processors, stage, negatives, monkeypatch):
+    """With hard negatives, which every third record lacks, others stand in for those."""
+    config = dataclasses.replace(STAGES[stage], negatives=negatives, bad=BadConfig("skip", 1.0))
+    planned = dataset(prepared, processors, stage, config)
     with monkeypatch.context() as patch:
         patch.setattr("cocoa_jax.data.pipeline.stored_lengths", lambda *_: None)
-        plain = dataset(prepared, processors, stage)
+        plain = dataset(prepared, processors, stage, config)
+    replaced = no_picture = 0
     for step in range(8):
         left, right = planned[step], plain[step]
-        for key in ("target_key", "image_key"):  # hashes are numbered in another order than the keys themselves
-            if key in left:
-                mine, other = left.pop(key), right.pop(key)
+        replaced += int(left["stats"][STATS.index("bad_records")])
+        if stage == "contrastive":  # hashes are numbered in another order than the keys themselves
+            pairs = [[part.pop("image_key") for part in (left, right)]]
+            targets = ("target_key", "negative_key") if negatives else ("target_key",)
+            pairs.append([np.concatenate([part.pop(key) for key in targets]) for part in (left, right)])
+            for mine, other in pairs:
                 np.testing.assert_array_equal(mine[:, None] == mine, other[:, None] == other)
                 np.testing.assert_array_equal(mine == -1, other == -1)
+            no_picture += int((pairs[0][0] == -1).sum())
         assert_same(left, right)
+    assert (replaced > 0) == (negatives > 0) and (no_picture > 0) == (stage == "contrastive")
+
+
+def test_an_example_that_is_not_as_long_as_stored_ends_the_run(prepared, processors, monkeypatch):
+    plain = PlannedBuilder._useful
+
+    def longer(self, draws, window):
+        chosen, table, replaced = plain(self, draws, window)
+        return chosen, table + np.array([1, 0, 0, 0]), replaced
+
+    monkeypatch.setattr(PlannedBuilder, "_useful", longer)
+    with pytest.raises(PackingError, match=r"example \d+ has \d+ tokens .* stored are .*: build the data again"):
+        dataset(prepared, processors, "bridge")[0]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -29,7 +29,8 @@ from cocoa_jax.data.prepare import BuildConfig, PrepareError, build, summary
 from cocoa_jax.data.prepare_shard import working_picture
 from cocoa_jax.data.prepared import LENGTHS, STATISTICS, open_prepared
 from cocoa_jax.data.processor import BLOCK_B, ExampleError, Processor, ProcessorConfig, ProcessorError
-from cocoa_jax.data.sources import Content, Image, SourceError
+from cocoa_jax.data.readers.tfds import open_tfds
+from cocoa_jax.data.sources import Content, Image, RecordError, SourceError
 
 WORDS = st.text("abc kiwi", max_size=40)
 
@@ -292,6 +293,20 @@ def test_a_classification_set_of_tensorflow_datasets(processors, noise, tmp_path
     assert source.record(2, np.random.default_rng(0)).query.text == "Name the flower:"
     mixture = {"flowers": DatasetConfig("prepared", path="out/flowers/1.0.0", cap=3)}
     assert len(open_mixture(MixtureConfig(mixture, str(tmp_path)), "bridge").sources["flowers"]) == 3
+
+
+def test_what_has_no_class_or_is_no_picture_is_bad(noise, tmp_path):
+    """Test splits are published with -1 for a class, which must not be the last one."""
+    columns = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["rose", "sun_flower"])}
+    rows = [{"image": io.BytesIO(noise(30, 40, i).data), "label": i - 1} for i in range(2)]
+    source = open_tfds(str(write_tfds(tmp_path / "flowers", tfds.features.FeaturesDict(columns), rows)), "flowers")
+    assert source.record(1, np.random.default_rng(0)).target.text == "rose"
+    with pytest.raises(RecordError, match="flowers train/0: 1 pictures and 0 texts"):
+        source.record(0, np.random.default_rng(0))
+    rows = [{"image": io.BytesIO(b"<html>"), "label": 0}]
+    folder = write_tfds(tmp_path / "pages", tfds.features.FeaturesDict(columns), rows)
+    with pytest.raises(RecordError, match=r"pages train/0: .* are no picture"):
+        open_tfds(str(folder), "pages").record(0, np.random.default_rng(0))
 
 
 def test_an_image_caption_set_of_tensorflow_datasets(noise, tmp_path):

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cocoa_jax.data.pixels import ImageError, decode
-from cocoa_jax.data.processor import ExampleError, Processor, ProcessorConfig, ProcessorError
+from cocoa_jax.data.processor import ExampleError, Processor, ProcessorConfig, ProcessorError, _without_added_tokens
 from cocoa_jax.data.sources import Content, Image
 from cocoa_jax.data.vision_plan import plan_image
 
@@ -154,6 +155,15 @@ _tokenizers: dict = {}
 
 def tokenizer_of(folder):
     return _tokenizers.setdefault(folder, AutoTokenizer.from_pretrained(folder))
+
+
+def test_a_tokenizer_whose_plain_words_hold_a_special_token_is_refused():
+    words = {"<|mask|>": 0, "a": 1, "?": 2}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<|mask|>"])
+    with pytest.raises(ProcessorError, match=r"typing '<\|mask\|>' gives token 0 even as plain text"):
+        _without_added_tokens(tokenizer)
 
 
 def test_a_caption_with_special_tokens_decodes_to_itself(folder, processors):

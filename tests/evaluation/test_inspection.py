@@ -48,6 +48,11 @@ def test_pieces_are_the_tokens_of_the_rows(backbone, stage_settings, tmp_path, s
     page = (tmp_path / "page.html").read_text()
     assert ("hidden part of a picture" in page) == (stage == "warmup")
     assert ("block B" in page) == (stage == "bridge") and ("where it is embedded" in page) == (stage == "contrastive")
+    parts = re.findall(r'class="part (a|a new|b|eos)" style="flex-grow:(\d+)" title="\d+ tokens"', page)
+    drawn = [document for row in read_rows(batch, processor, 3, bridge=stage == "bridge") for document in row.documents]
+    assert sum(int(size) for _, size in parts) == sum(document.tokens for document in drawn)
+    bridges = sum(int(size) for kind, size in parts if kind == "eos")
+    assert bridges == (len(drawn) if stage == "bridge" else 0), "strips have the colours of the legend"
     assert page.count("<section") == 4 and page.count('class="matrix"') == 3
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page), "it loads nothing"
 

@@ -104,15 +104,12 @@ class TableSource:
 
     @cached_property
     def repeated(self) -> frozenset[int]:
-        """Rows whose id an earlier row has; reads the column of ids once."""
+        """Rows whose id an earlier row has; reads the column of ids once and no other, which may hold pictures."""
         if not self.columns.id:
             return frozenset()
         keys = np.zeros(len(self.table), np.uint64)
-        for index in range(len(keys)):
-            try:
-                value = self.identity(self.table.row(index), index)
-            except RecordError:
-                value = f"unreadable row {index}"
+        for index, found in enumerate(self.table.column(self.columns.id)):
+            value = f"unreadable row {index}" if isinstance(found, RecordError) else str(found)
             digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest()
             keys[index] = int.from_bytes(digest, "little")
         first = np.unique(keys, return_index=True)[1]

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +36,10 @@ class Table(Protocol):
         Raises:
             RecordError: this row cannot be read; others may be.
         """
+        ...
+
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of one column in order, and nothing else of the rows; a RecordError for one that is unreadable."""
         ...
 
     def fingerprint(self) -> str:
@@ -111,6 +115,13 @@ class JsonTable:
         if not isinstance(value, dict):
             raise RecordError(f"{where}: a {type(value).__name__}, expected an object of columns")
         return value
+
+    def column(self, name: str) -> Iterator[Any]:
+        for index in range(len(self)):
+            try:
+                yield self.row(index).get(name)
+            except RecordError as error:
+                yield error
 
     def fingerprint(self) -> str:
         return self._digest
@@ -206,21 +217,38 @@ class ParquetTable:
                 ) from error
         return row
 
+    def column(self, name: str) -> Iterator[Any]:
+        for number in range(len(self._groups)):
+            try:
+                with self._lock:
+                    values = self._read(number, [name]).column(name)
+            except RecordError as error:
+                yield from [error] * int(self._ends[number] - (self._ends[number - 1] if number else 0))
+                continue
+            for value in values:
+                try:
+                    yield value.as_py()
+                except UnicodeDecodeError as error:
+                    yield RecordError(f"{name} is no UTF-8 ({error.reason})")
+
     def fingerprint(self) -> str:
         return hashlib.blake2b("".join(map(hash_file, self._paths)).encode(), digest_size=16).hexdigest()
 
-    def _group(self, number: int) -> Any:
+    def _read(self, number: int, columns: Sequence[str]) -> Any:
         import pyarrow
 
+        file, group = self._groups[number]
+        try:
+            return self._files[file].read_row_group(group, columns=list(columns), use_threads=False)
+        except (pyarrow.ArrowException, OSError) as error:
+            where = f"{self._paths[file].name} row group {group}"
+            raise RecordError(f"{where}: damaged ({error}): fetch the file again") from error
+
+    def _group(self, number: int) -> Any:
         with self._lock:  # a file's reader is not made for several threads
             table = self._kept.pop(number, None)
             if table is None:
-                file, group = self._groups[number]
-                try:
-                    table = self._files[file].read_row_group(group, columns=list(self._columns), use_threads=False)
-                except (pyarrow.ArrowException, OSError) as error:
-                    where = f"{self._paths[file].name} row group {group}"
-                    raise RecordError(f"{where}: damaged ({error}): fetch the file again") from error
+                table = self._read(number, self._columns)
             self._kept[number] = table
             size = sum(kept.nbytes for kept in self._kept.values())
             while size > _CACHED and len(self._kept) > 1:

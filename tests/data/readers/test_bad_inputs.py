@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from cocoa_jax.data.bad import BAD
+from cocoa_jax.data.batches import lengths_of
 from cocoa_jax.data.intake import examples_of
+from cocoa_jax.data.packing import plan_batch
 from cocoa_jax.data.pipeline import BatchConfig, MaskingConfig, RowsConfig
 from cocoa_jax.data.pixels import ImageError, decode, open_image
 from cocoa_jax.data.readers import stores, tables
@@ -26,6 +28,7 @@ from cocoa_jax.data.readers.records import Columns, TableSource
 from cocoa_jax.data.readers.stages import StagedSource
 from cocoa_jax.data.readers.stores import FolderStore, ZipStore, inside, open_store
 from cocoa_jax.data.readers.tables import JsonTable, ParquetTable, open_table
+from cocoa_jax.data.rows import write_rows
 from cocoa_jax.data.sources import RecordError, SourceError
 
 PAIRS = Columns(query_image="image", target_text="caption")
@@ -56,11 +59,14 @@ def source(folder: Path, rows: list, columns: Columns = PAIRS) -> TableSource:
 
 GREY = PIL.Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
 RED = PIL.Image.new("RGB", (20, 10), (200, 30, 30))
+PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n(x) run showpage\n%%EOF\n"
 REFUSED = {
     "zero bytes": (b"", "zero bytes"),
     "HTML": (b"<html><body>404</body></html>", "are no picture"),
+    "a program that draws": (PROGRAM, "are no picture"),
     "40 gigapixels": (lying_png(200_000, 200_000), "40000000000 pixels"),
     "16 bits of grey": (encoded(GREY, "PNG"), "would turn white"),
+    "grey in fractions": (encoded(PIL.Image.new("F", (8, 8), 0.5), "TIFF"), "would turn white"),
     "only a header": (encoded(RED, "JPEG")[:20], "cannot be decoded"),
 }
 
@@ -118,6 +124,9 @@ def test_links_out_of_the_folder_pipes_and_huge_files_are_refused(tmp_path, monk
     folder.mkdir()
     (tmp_path / "secret.jpg").write_bytes(picture(0))
     (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (tmp_path / "images2").mkdir()
+    (tmp_path / "images2" / "a.jpg").write_bytes(picture(0))
+    (folder / "beside").symlink_to("../images2")
     (folder / "inner.jpg").symlink_to("real.jpg")
     (folder / "real.jpg").write_bytes(picture(1))
     os.mkfifo(folder / "pipe.jpg")
@@ -125,6 +134,7 @@ def test_links_out_of_the_folder_pipes_and_huge_files_are_refused(tmp_path, monk
     assert store.read("inner.jpg") == picture(1)
     for path, words in {
         "link.jpg": "a link out",
+        "beside/a.jpg": "a link out",
         "pipe.jpg": "no file",
         "gone.jpg": "not in",
         "real.jpg/x": "not in",
@@ -175,6 +185,22 @@ def test_damage_inside_a_zip_is_named(tmp_path, picture):
     (tmp_path / "no.zip").write_bytes(b"PK nonsense")
     with pytest.raises(SourceError, match="no readable zip"):
         ZipStore(tmp_path / "no.zip")
+
+
+def test_an_encrypted_member_of_a_zip_is_named(tmp_path, picture):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("a.jpg", picture(1))
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+    with pytest.raises(RecordError, match=r"path 'a\.jpg' is encrypted or packed by method 0"):
+        ZipStore(path).read("a.jpg")
+
+
+def test_an_array_behind_a_byte_order_mark_is_an_array(tmp_path):
+    (tmp_path / "rows.json").write_bytes(b'\xef\xbb\xbf [{"caption": "caf\xc3\xa9"}]')
+    assert JsonTable([tmp_path / "rows.json"]).row(0) == {"caption": "café"}
 
 
 ROWS = {
@@ -249,6 +275,25 @@ def test_the_second_of_two_equal_ids_is_bad(tmp_path):
         rows.record(2)
 
 
+def test_ids_of_a_parquet_are_compared_without_reading_its_pictures(tmp_path, to_parquet, picture, monkeypatch):
+    keys = ["a", "b", "c", "d", "e", "a"]
+    path = to_parquet(tmp_path / "a.parquet", [{"key": key, "q": {"bytes": picture(0)}, "t": "y"} for key in keys])
+    read = []
+    plain = ParquetTable._read
+    monkeypatch.setattr(
+        ParquetTable, "_read", lambda self, n, names: read.append(tuple(names)) or plain(self, n, names)
+    )
+    columns = Columns(id="key", query_image="q", target_text="t")
+    rows = TableSource("mine", open_table([path], columns.names), columns)
+    assert rows.repeated == {5} and set(read) == {("key",)}
+    data = bytearray(path.read_bytes())
+    group = parquet.read_metadata(path).row_group(1).column(0)
+    start = group.dictionary_page_offset or group.data_page_offset
+    data[start : start + 20] = b"\xff" * 20
+    path.write_bytes(data)
+    assert TableSource("mine", open_table([path], columns.names), columns).repeated == {5}
+
+
 @pytest.mark.parametrize("typed", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|mask|>", "<tool_call>"])
 def test_special_tokens_typed_in_a_caption_are_plain_text(tmp_path, processors, picture, typed):
     (tmp_path / "a.jpg").write_bytes(picture(0))
@@ -292,7 +337,8 @@ CELLS = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from(["a.jpg", "../a.jpg"]),
+    | st.sampled_from(["a.jpg", "../a.jpg"])
+    | st.tuples(st.sampled_from(BASES), st.integers(1, 1000)).map(lambda cut: cut[0][: cut[1]]),
     lambda part: (
         st.lists(part, max_size=3) | st.dictionaries(st.sampled_from(["bytes", "path", "x"]), part, max_size=2)
     ),
@@ -333,20 +379,27 @@ class OneRow:
 @settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from("abcdefg"), CELLS), st.booleans(), st.sampled_from(sorted(FUZZED)))
 def test_no_row_crashes_the_builder(tmp_path_factory, processors, row, lists, stage):
-    """A row of anything becomes the examples of a stage, or is refused as a bad record is."""
+    """A row of anything becomes rows of a stage, or is refused as a bad record is."""
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     if not folder.is_dir():
         folder.mkdir()
         (folder / "a.jpg").write_bytes(BASES[0])
     made = StagedSource(TableSource("fuzz", OneRow(row), COLUMNS, FolderStore(folder), list_targets=lists), stage)
+    config, processor = FUZZED[stage], processors["2"]
     try:
-        examples = examples_of(made.record(0, np.random.default_rng(0)), FUZZED[stage], processors["2"])
+        found = examples_of(made.record(0, np.random.default_rng(0)), config, processor)
+        examples = dict(enumerate(found))
+        shape, rows = plan_batch(lengths_of(examples, {}), config.rows)
+        batch = write_rows(examples, rows, processor, shape, 2, config.visibility, truncated=stage == "bridge")
     except BAD as error:
         assert str(error).startswith("fuzz 0: ")
     else:
-        for example in examples:
+        for example in found:
             assert len(example.tokens) <= 64 and example.patches <= 64
             assert (example.block == 2).sum() == (stage != "warmup")
+        assert (batch["token_end"] > 0).sum() == sum(len(example.tokens) for example in found)
+        assert (batch["patch_end"] > 0).sum() == sum(example.patches for example in found)
+        assert np.isfinite(batch["patches"]).all()
 
 
 @settings(max_examples=100)

@@ -128,6 +128,12 @@ def test_a_question_is_checked_for_its_language_and_not_for_our_words_before_it(
     assert reason_against(text, query, asked, prompt, "en", "stop", FilterConfig()).startswith("language: German")
 
 
+def test_a_refusal_in_the_question_is_one():
+    prompt = PROMPTS["question"]
+    query, text = prompt.stored("Question: I'm sorry, what do you mean by that?\nAnswer: a red dog", "en", "")
+    assert reason_against(text, query, "", prompt, "en", "stop", FilterConfig()).startswith("refusal: ")
+
+
 def test_prompts_are_data_with_a_hash_and_may_be_ones_own():
     own = Prompt("Name the {language} colour of: {words}", "Which colour?", picture=False)
     assert own.asked("de", "a {language} kiwi") == "Name the German colour of: a {language} kiwi"
