@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -12,8 +13,8 @@ from cocoa_jax.checkpoints import peft
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from cocoa_jax.models.config import parse_config
-from cocoa_jax.models.lora import TARGETS, AdapterRecord, LoraConfig, adapted_graph
-from cocoa_jax.models.qwen2_vl import Compute
+from cocoa_jax.models.lora import TARGETS, AdapterRecord, LoraConfig, adapted_graph, adapted_maps
+from cocoa_jax.models.qwen2_vl import Compute, abstract_params
 
 PREFIX = "base_model.model.model."
 Q0 = f"{PREFIX}language_model.layers.0.self_attn.q_proj"
@@ -81,6 +82,23 @@ def test_one_tensor_per_layer_under_the_names_of_transformers_5(folder, made, si
     np.testing.assert_array_equal(rows, adapter["text"]["embed"]["rows"])
     assert f"{PREFIX}visual.blocks.0.mlp.fc1.lora_A.weight" in tensors
     assert len(tensors) == 3 * (7 * text.layers + 3 * sizes_of("qwen2").vision.layers) + 1
+
+
+@pytest.mark.parametrize(
+    "targets", [TARGETS, (r"text\.layers\.mlp\.down_proj",), (r"vision\.layers\.mlp\.up_proj", r"vision\.merger\.fc2")]
+)
+def test_peft_is_told_to_adapt_these_maps_and_no_others(made, sizes_of, tmp_path, targets):
+    """Both towers of 2.5 have maps of one name, of which an adapter may have those of one tower alone."""
+    sizes = sizes_of("qwen2_5")
+    record, adapter = made("qwen2_5", targets=targets)
+    save_adapter(tmp_path / "a", adapter, record, sizes)
+    pattern = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())["target_modules"]
+    adapted, fitting = adapted_maps(abstract_params(sizes), record.config), 0
+    for name, module in peft._modules(sizes).items():
+        for spelled in (name, peft._newer(name)):
+            assert bool(re.fullmatch(pattern, spelled)) == (module.path in adapted), spelled
+            fitting += module.path in adapted
+    assert fitting >= 2
 
 
 def test_names_of_the_older_layout_and_of_a_named_adapter_are_read_too(folder, made, sizes_of):
