@@ -276,6 +276,7 @@ def _not_computed(config: Qwen2VLConfig, text: _Fields, rope: _Fields, vision: _
 def _slides(text: _Fields, layers: int) -> bool:
     """Whether any layer of the text has a sliding window; source: Qwen2VLTextConfig of transformers 5.23."""
     if "layer_types" in text:
-        return bool(text["layer_types"] != ["full_attention"] * layers)
+        kinds = text["layer_types"]
+        return not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
     first = text.whole("max_window_layers", 0) if "max_window_layers" in text else 80
     return text.flag("use_sliding_window") and "sliding_window" in text and first < layers

@@ -313,6 +313,18 @@ def test_a_host_reads_its_part_of_every_tensor_and_nothing_else(source, tmp_path
     assert sum(end - start for start, end in read) == expected.nbytes // 8
 
 
+def test_layers_are_cut_too(source):
+    abstract = abstract_params(read_config(source))
+    expected = dict(read_leaves(source, abstract))["text.layers.mlp.up_proj.kernel"]
+    with safetensors.safe_open(source / SINGLE_FILE, framework="np") as file:
+        slots = plan(abstract, (3, 2, 4, 4)).items()
+        of_layers = {
+            slot.layer: (file, key, slot) for key, slot in slots if slot.path.endswith("text.layers.mlp.up_proj.kernel")
+        }
+        index = (slice(1, 3), slice(0, 64), slice(5, 9))
+        np.testing.assert_array_equal(sharded.read_part(of_layers, index, np.float32), expected[index])
+
+
 def test_patches_are_cut_along_both_axes(source):
     abstract = abstract_params(read_config(source))
     expected = dict(read_leaves(source, abstract))["vision.patch_embed.kernel"]
