@@ -122,11 +122,13 @@ def open_tensors(folder: Path, slots: Mapping[str, Slot], stack: ExitStack) -> d
     problems: list[str] = []
     found: dict[str, tuple[Any, str]] = {}
     heads: list[tuple[Any, str]] = []
+    readable = True
     for shard, listed in _shards(folder, problems).items():
         try:
             file = stack.enter_context(safe_open(folder / shard, framework="np"))
         except (SafetensorError, OSError) as error:
             problems.append(f"{shard}: cannot be read ({error}): copy the file again")
+            readable = False
             continue
         names = set(file.keys())
         if listed is not None:
@@ -143,7 +145,8 @@ def open_tensors(folder: Path, slots: Mapping[str, Slot], stack: ExitStack) -> d
                 heads.append((file, name))
             elif not IGNORED.fullmatch(key):
                 problems.append(f"{name}: unexpected, the config has no place for it")
-    problems += [f"{key}: missing, wanted {list(slot.shape)}" for key, slot in slots.items() if key not in found]
+    if readable:  # else nobody knows what the damaged file held, and the list would bury its name
+        problems += [f"{key}: missing, wanted {list(slot.shape)}" for key, slot in slots.items() if key not in found]
     problems += [problem for head in heads if TIED_TO in found for problem in _untied(head, found[TIED_TO])]
     raise_problems(f"{folder} does not hold the weights that its config.json describes", problems)
     return found
