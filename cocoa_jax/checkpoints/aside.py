@@ -33,16 +33,22 @@ def written_aside(folder: Path, size: int) -> Iterator[Path]:
         CheckpointError: the destination is taken, or the disk is too small.
     """
     require_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(folder.parent, size)
-    partial = folder.parent / f".{folder.name}.partial"
+    place = folder.resolve()  # a link stays what it is, and "." gets a name
+    if place == Path.cwd():
+        raise CheckpointError(f"{folder} is the folder you are in, which is to be replaced: give it from outside")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made ({error.strerror}): give another destination") from error
+    _check_space(place.parent, size)
+    partial = place.parent / f".{place.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         yield partial
         for path in (*partial.rglob("*"), partial):
             _flush(path)
-        partial.replace(folder)
+        partial.replace(place)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _NO_ROOM:

@@ -39,6 +39,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _ROWS = 4096  # rows of two tables that are compared at once
+_LARGEST_HALF = float(np.finfo(np.float16).max)
 
 # Whatever a backbone's folder holds beside its weights: config, tokenizer, preprocessor, chat template, licence.
 _SIDE_FILES = ("*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
@@ -121,11 +122,13 @@ def open_tensors(folder: Path, slots: Mapping[str, Slot], stack: ExitStack) -> d
     problems: list[str] = []
     found: dict[str, tuple[Any, str]] = {}
     heads: list[tuple[Any, str]] = []
+    readable = True
     for shard, listed in _shards(folder, problems).items():
         try:
             file = stack.enter_context(safe_open(folder / shard, framework="np"))
         except (SafetensorError, OSError) as error:
             problems.append(f"{shard}: cannot be read ({error}): copy the file again")
+            readable = False
             continue
         names = set(file.keys())
         if listed is not None:
@@ -142,7 +145,8 @@ def open_tensors(folder: Path, slots: Mapping[str, Slot], stack: ExitStack) -> d
                 heads.append((file, name))
             elif not IGNORED.fullmatch(key):
                 problems.append(f"{name}: unexpected, the config has no place for it")
-    problems += [f"{key}: missing, wanted {list(slot.shape)}" for key, slot in slots.items() if key not in found]
+    if readable:  # else nobody knows what the damaged file held, and the list would bury its name
+        problems += [f"{key}: missing, wanted {list(slot.shape)}" for key, slot in slots.items() if key not in found]
     problems += [problem for head in heads if TIED_TO in found for problem in _untied(head, found[TIED_TO])]
     raise_problems(f"{folder} does not hold the weights that its config.json describes", problems)
     return found
@@ -228,7 +232,8 @@ def write_folder(
         done: hears of the bytes of every tensor that is written.
 
     Raises:
-        CheckpointError: the destination is taken, the disk is too small, or the parameters do not fit the config.
+        CheckpointError: the destination is taken, the disk is too small, the parameters do not fit the config, or a
+            number does not fit the dtype.
     """
     folder, source = Path(folder), Path(config_source_folder)
     require_free(folder)
@@ -267,7 +272,17 @@ class _Entry:
         return int(np.prod(self.slot.shape)) * self.dtype.itemsize
 
     def tensor(self, load: _LastLeaf) -> Tensor:
-        return Tensor(self.key, self.slot.shape, self.dtype, lambda: self.slot.take(load(self.slot.path), self.dtype))
+        return Tensor(self.key, self.slot.shape, self.dtype, lambda: self._data(load(self.slot.path)))
+
+    def _data(self, leaf: np.ndarray) -> np.ndarray:
+        if self.dtype == np.float16 and leaf.dtype != np.float16:
+            value = leaf if self.slot.layer is None else leaf[self.slot.layer]
+            largest = max(float(value.max()), -float(value.min()))
+            if largest > _LARGEST_HALF:
+                raise CheckpointError(
+                    f"{self.key}: {largest:g} does not fit float16, which ends at {_LARGEST_HALF:g}: write bfloat16"
+                )
+        return self.slot.take(leaf, self.dtype)
 
 
 def _entries(slots: Mapping[str, Slot], leaves: Mapping[str, Leaf], dtype: np.dtype | None) -> list[_Entry]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ _NAME = re.compile(
 _OFF: tuple[Any, ...] = (None, False, {}, [])
 _ONLY_OFF = (
     "rank_pattern alpha_pattern modules_to_save layer_replication target_parameters megatron_config arrow_config "
-    "layers_to_transform alora_invocation_tokens use_qalora use_bdlora kasa_config"
+    "layers_to_transform alora_invocation_tokens use_qalora use_bdlora kasa_config monteclora_config velora_config"
 )
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -50,6 +50,24 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False,),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others change the base too
     **dict.fromkeys(_ONLY_OFF.split(), _OFF),
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+_MOST_RANK = 2**16  # wider than any map
+_FLAG = ("true or false", lambda value: isinstance(value, bool))
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": (
+        f"a whole number from 1 to {_MOST_RANK}",
+        lambda value: isinstance(value, int) and _is_number(value) and 0 < value <= _MOST_RANK,
+    ),
+    "lora_alpha": ("a number above 0", lambda value: _is_number(value) and 0 < value < float("inf")),
+    "lora_dropout": ("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "use_dora": _FLAG,
+    "use_rslora": _FLAG,
 }
 
 
@@ -153,7 +171,7 @@ def load_adapter(folder: str | Path, sizes: Qwen2VLConfig) -> tuple[AdapterRecor
         if name in values and values[name] not in allowed
     ]
     rows = _rows_of(values.get("trainable_token_indices"), sizes.text.vocab_size, problems)
-    rank, dora = values["r"], bool(values.get("use_dora", False))
+    rank, dora = values["r"], values.get("use_dora", False)
     alpha = values["lora_alpha"] * (rank**0.5 if values.get("use_rslora") else 1)  # rsLoRA divides by the root of r
     tensors = _read_tensors(folder / WEIGHTS_FILE, problems)
     leaves = _stacked(tensors, sizes, rank, dora, rows, problems)
@@ -164,7 +182,7 @@ def load_adapter(folder: str | Path, sizes: Qwen2VLConfig) -> tuple[AdapterRecor
             targets=tuple(re.escape(path) for path in paths),
             rank=rank,
             alpha=float(alpha),
-            dropout=float(values.get("lora_dropout", 0.0)),
+            dropout=float(values.get("lora_dropout", 0)),
             dora=dora,
             tokens=bool(rows),
         )
@@ -180,8 +198,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         missing = sorted({"peft_type", "r", "lora_alpha"} - values.keys())
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): give the folder of a PEFT adapter") from None
-    if missing or not isinstance(values["r"], int) or values["r"] < 1:
-        what = f"lacks {missing}" if missing else f"has r = {values['r']!r}"
+    wrong = [
+        f"has {name} = {values[name]!r}, expected {wanted}"
+        for name, (wanted, fits) in _FORMS.items()
+        if name in values and not fits(values[name])
+    ]
+    if missing or wrong:
+        what = f"lacks {missing}" if missing else " and ".join(wrong)
         raise CheckpointError(f"{path} {what}: give the folder of a LoRA or DoRA adapter")
     return values
 
@@ -192,6 +215,9 @@ def _rows_of(indices: Any, vocabulary: int, problems: list[str]) -> tuple[int, .
         others = [name for name in indices if name.rsplit(".", 1)[-1] != "embed_tokens"]
         problems += [f"{CONFIG_FILE}: trainable_token_indices of {name}, only of embed_tokens" for name in others]
         indices = next((part for name, part in indices.items() if name not in others), None)
+    if indices is not None and not isinstance(indices, list):
+        problems.append(f"{CONFIG_FILE}: trainable_token_indices is {indices!r}, expected a list of ids")
+        return ()
     rows = tuple(indices or ())
     if any(not isinstance(row, int) or not 0 <= row < vocabulary for row in rows) or len(set(rows)) < len(rows):
         problems.append(f"{CONFIG_FILE}: trainable_token_indices {list(rows)} are not different ids below {vocabulary}")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-VISION_THETA = 10000.0  # fixed in both families' towers; no published config.json carries it
+from cocoa_jax.models.config import VISION_THETA
 
 
 @jax.tree_util.register_dataclass

@@ -10,6 +10,7 @@ from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.convert import hf_to_orbax, orbax_to_hf
 from cocoa_jax.checkpoints.huggingface import read_folder
 from cocoa_jax.config import MeshConfig
+from cocoa_jax.models.lora import LoraConfig, merge_leaf
 from cocoa_jax.training.mesh import make_mesh
 from cocoa_jax.training.sharding import param_shardings
 
@@ -28,6 +29,18 @@ def on_mesh(folder: str) -> None:
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, placed, shardings))
     kernel = placed["text"]["layers"]["mlp"]["gate_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+    # A leaf that is merged stays where it lies, and is what it would be on one device.
+    rng, rank = np.random.default_rng(0), 2
+    layers, inputs, outputs = kernel.shape
+    part = {
+        "a": rng.standard_normal((layers, inputs, rank), np.float32),
+        "b": np.ones((layers, rank, outputs), np.float32),
+    }
+    part["magnitude"] = np.abs(rng.standard_normal((layers, outputs), np.float32)) + 1
+    merged = merge_leaf(kernel, part, LoraConfig(rank=rank), ())
+    assert merged.sharding == kernel.sharding
+    alone = merge_leaf(np.asarray(kernel), part, LoraConfig(rank=rank), ())
+    np.testing.assert_allclose(merged, alone, rtol=1e-5, atol=1e-5)  # norms are summed over the devices
     if not backbone.trained:
         jax.tree.map(np.testing.assert_array_equal, read_folder(folder, wanted), expected)
 

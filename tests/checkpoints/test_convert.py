@@ -313,6 +313,18 @@ def test_a_host_reads_its_part_of_every_tensor_and_nothing_else(source, tmp_path
     assert sum(end - start for start, end in read) == expected.nbytes // 8
 
 
+def test_layers_are_cut_too(source):
+    abstract = abstract_params(read_config(source))
+    expected = dict(read_leaves(source, abstract))["text.layers.mlp.up_proj.kernel"]
+    with safetensors.safe_open(source / SINGLE_FILE, framework="np") as file:
+        slots = plan(abstract, (3, 2, 4, 4)).items()
+        of_layers = {
+            slot.layer: (file, key, slot) for key, slot in slots if slot.path.endswith("text.layers.mlp.up_proj.kernel")
+        }
+        index = (slice(1, 3), slice(0, 64), slice(5, 9))
+        np.testing.assert_array_equal(sharded.read_part(of_layers, index, np.float32), expected[index])
+
+
 def test_patches_are_cut_along_both_axes(source):
     abstract = abstract_params(read_config(source))
     expected = dict(read_leaves(source, abstract))["vision.patch_embed.kernel"]
@@ -396,6 +408,66 @@ def test_the_wrong_way_is_refused(source, stage, tmp_path):
     assert "is a stage already" in refused(stage, tmp_path / "out")
     assert "is a Hugging Face folder already" in refused(source, tmp_path / "out", orbax_to_hf)
     assert "is not a folder" in refused(tmp_path / "nowhere", tmp_path / "out", orbax_to_hf)
+
+
+def test_the_folder_one_is_in_and_one_below_a_file_are_refused(source, tmp_path, monkeypatch):
+    """A folder that a shell stands in would be renamed over, and be gone for that shell."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match=r"is the folder you are in.*: give it from outside"):
+        hf_to_orbax(source, ".")
+    with pytest.raises(CheckpointError, match=r"file/x cannot be made \(.*\): give another destination"):
+        hf_to_orbax(source, tmp_path / "file" / "x")
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "file"} and not list(Path().iterdir())
+
+
+def test_a_destination_may_be_a_link(source, tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to("big")
+    hf_to_orbax(source, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and open_backbone(tmp_path / "big").trained
+    assert {path.name for path in tmp_path.iterdir()} == {"big", "link"}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_number_too_large_for_float16_is_named_and_nothing_written(source, tmp_path, dtype):
+    folder = Path(shutil.copytree(source, tmp_path / "large"))
+    key = "model.layers.1.mlp.up_proj.weight"
+
+    def enlarge(values):
+        values.update({name: value.astype(dtype) for name, value in values.items()})
+        values[key][3, 2] = -70_000
+
+    rewrite(folder, enlarge)
+    hf_to_orbax(folder, tmp_path / "stage")
+    told = refused(tmp_path / "stage", tmp_path / "out", lambda here, there: orbax_to_hf(here, there, "float16"))
+    assert told.startswith(f"{key}: ") and "does not fit float16, which ends at 65504: write bfloat16" in told
+
+
+@pytest.mark.parametrize("way", ["hf-to-orbax", "orbax-to-hf"])
+def test_too_small_a_disk_is_refused_before_anything_is_written(way, source, stage, tmp_path, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(Path, "replace", lambda *arguments: pytest.fail("too late"))
+    told = refused(source if way == "hf-to-orbax" else stage, tmp_path / "out", convert_worker.WAYS[way])
+    assert "1,000 bytes free" in told and "make room" in told
+
+
+@pytest.mark.parametrize("harm", ["length", "header", "offsets"])
+def test_a_corrupt_header_is_named(source, tmp_path, harm):
+    folder = Path(shutil.copytree(source, tmp_path / "bad"))
+    data = bytearray((source / SINGLE_FILE).read_bytes())
+    if harm == "length":
+        data[:8] = (2**40).to_bytes(8, "little")
+    elif harm == "header":
+        data[8:40] = b"X" * 32
+    else:
+        at = data.index(b'"data_offsets":[') + 16
+        data[at : at + 1] = b"9"
+    (folder / SINGLE_FILE).write_bytes(data)
+    told = refused(folder, tmp_path / "out")
+    assert f"{SINGLE_FILE}: cannot be read" in told and "missing" not in told and "(1 problems)" in told
 
 
 @pytest.mark.parametrize("way", ["hf-to-orbax", "orbax-to-hf"])

@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from cocoa_jax.checkpoints import peft
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from cocoa_jax.models.config import parse_config
-from cocoa_jax.models.lora import TARGETS, AdapterRecord, LoraConfig, adapted_graph
-from cocoa_jax.models.qwen2_vl import Compute
+from cocoa_jax.models.lora import TARGETS, AdapterRecord, LoraConfig, adapted_graph, adapted_maps
+from cocoa_jax.models.qwen2_vl import Compute, abstract_params
 
 PREFIX = "base_model.model.model."
 Q0 = f"{PREFIX}language_model.layers.0.self_attn.q_proj"
@@ -80,6 +82,23 @@ def test_one_tensor_per_layer_under_the_names_of_transformers_5(folder, made, si
     np.testing.assert_array_equal(rows, adapter["text"]["embed"]["rows"])
     assert f"{PREFIX}visual.blocks.0.mlp.fc1.lora_A.weight" in tensors
     assert len(tensors) == 3 * (7 * text.layers + 3 * sizes_of("qwen2").vision.layers) + 1
+
+
+@pytest.mark.parametrize(
+    "targets", [TARGETS, (r"text\.layers\.mlp\.down_proj",), (r"vision\.layers\.mlp\.up_proj", r"vision\.merger\.fc2")]
+)
+def test_peft_is_told_to_adapt_these_maps_and_no_others(made, sizes_of, tmp_path, targets):
+    """Both towers of 2.5 have maps of one name, of which an adapter may have those of one tower alone."""
+    sizes = sizes_of("qwen2_5")
+    record, adapter = made("qwen2_5", targets=targets)
+    save_adapter(tmp_path / "a", adapter, record, sizes)
+    pattern = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())["target_modules"]
+    adapted, fitting = adapted_maps(abstract_params(sizes), record.config), 0
+    for name, module in peft._modules(sizes).items():
+        for spelled in (name, peft._newer(name)):
+            assert bool(re.fullmatch(pattern, spelled)) == (module.path in adapted), spelled
+            fitting += module.path in adapted
+    assert fitting >= 2
 
 
 def test_names_of_the_older_layout_and_of_a_named_adapter_are_read_too(folder, made, sizes_of):
@@ -168,10 +187,74 @@ def test_a_damaged_folder_is_refused(folder, sizes_of, name, damage):
     refused(folder, sizes_of("qwen2"), name, "cannot be read")
 
 
-@pytest.mark.parametrize(("values", "words"), [({"r": 0}, "r = 0"), ({"peft_type": "IA3"}, "peft_type is 'IA3'")])
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"r": 0}, "r = 0"),
+        ({"r": True}, "r = True, expected a whole number from 1"),
+        ({"r": 10**12}, "r = 1000000000000, expected a whole number from 1"),
+        (
+            {"lora_alpha": None, "lora_dropout": "x"},
+            "lora_alpha = None, expected a number above 0 and has lora_dropout",
+        ),
+        ({"lora_alpha": [1]}, "lora_alpha = [1]"),
+        ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
+        ({"lora_dropout": 1.0}, "lora_dropout = 1.0, expected a number from 0 to below 1"),
+        ({"use_dora": 1}, "use_dora = 1, expected true or false"),
+        ({"use_rslora": "no"}, "use_rslora = 'no', expected true or false"),
+        ({"trainable_token_indices": 5}, "trainable_token_indices is 5, expected a list of ids"),
+        ({"trainable_token_indices": {"embed_tokens": 5}}, "trainable_token_indices is 5, expected a list of ids"),
+        ({"trainable_token_indices": [[1], 2]}, "[[1], 2] are not different ids"),
+        ({"trainable_token_indices": [155, 155]}, "[155, 155] are not different ids"),
+        ({"trainable_token_indices": {"lm_head": [1]}}, "trainable_token_indices of lm_head, only of embed_tokens"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+    ],
+    ids=str,
+)
 def test_what_is_no_lora_is_refused(folder, sizes_of, values, words):
     reconfigure(folder, **values)
     refused(folder, sizes_of("qwen2"), words)
+
+
+CHANGES_WHAT_IS_COMPUTED = {
+    "alpha_pattern": {"q_proj": 2},
+    "layer_replication": [[0, 1]],
+    "target_parameters": ["a"],
+    "megatron_config": {"a": 1},
+    "arrow_config": {"a": 1},
+    "layers_to_transform": [0],
+    "alora_invocation_tokens": [1],
+    "use_qalora": True,
+    "use_bdlora": {"a": 1},
+    "kasa_config": {"a": 1},
+    "monteclora_config": {"a": 1},
+    "velora_config": {"a": 1},
+    "fan_in_fan_out": True,
+    "lora_bias": True,
+    "init_lora_weights": "olora",
+}
+
+
+def test_no_setting_that_changes_what_is_computed_is_passed_over(folder, sizes_of):
+    reconfigure(folder, **CHANGES_WHAT_IS_COMPUTED)
+    told = refused(
+        folder, sizes_of("qwen2"), *(f"{name} is {value!r}" for name, value in CHANGES_WHAT_IS_COMPUTED.items())
+    )
+    assert f"({len(CHANGES_WHAT_IS_COMPUTED)} problems)" in told
+
+
+def test_every_setting_of_peft_is_known():
+    """A new release may bring a switch that changes what an adapter computes; it has to be looked at once."""
+    import peft as library
+
+    harmless = {"auto_mapping", "base_model_name_or_path", "inference_mode", "revision", "runtime_config", "task_type"}
+    harmless |= {"peft_version", "ensure_weight_tying"}
+    chooses_maps = {"target_modules", "exclude_modules", "layers_pattern"}  # the names of the tensors say which
+    read = {*peft._FORMS, "trainable_token_indices"}
+    of_beginnings = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}  # see init_lora_weights
+    of_others = {"megatron_core", "qalora_group_size"}  # of megatron_config and use_qalora, which are refused
+    known = {*peft._PLAIN, *harmless, *chooses_maps, *read, *of_beginnings, *of_others}
+    assert {field.name for field in dataclasses.fields(library.LoraConfig)} <= known
 
 
 def test_a_taken_destination_is_left_alone(folder, made, sizes_of):
@@ -183,8 +266,6 @@ def test_a_taken_destination_is_left_alone(folder, made, sizes_of):
 
 
 def test_an_interrupted_save_leaves_nothing(made, sizes_of, tmp_path, monkeypatch):
-    from cocoa_jax.checkpoints import peft
-
     def full(*arguments, **more):
         raise OSError("No space left on device")
 

@@ -59,6 +59,7 @@ def test_files_go_and_come(bucket):
     assert sorted(bucket) == ["/b/run/metrics.jsonl", "/b/run/tensorboard/events"]
     (local / "metrics.jsonl").write_text("other\n")
     assert (fetch("gs://b/run") / "metrics.jsonl").read_text() == "line\n"
+    assert [path.name for path in fetch("gs://b/run").iterdir()] == ["metrics.jsonl"]  # nothing of before stays
 
 
 def test_a_backbone_goes_with_its_stage_and_is_opened_there(bucket, backbone):

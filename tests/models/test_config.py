@@ -1,5 +1,6 @@
 """Sizes of a backbone from config.json: both forms, and one clear error for each thing that is wrong."""
 
+import contextlib
 import copy
 import json
 
@@ -54,24 +55,25 @@ NEWER = {
 }
 TEXT_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 TEXT_FIELDS += ("num_key_value_heads", "rms_norm_eps")
+TEXT_ONLY = ("hidden_act", "layer_types")  # where there are any
 
 
 def nested(flat: dict) -> dict:
     """The form that transformers 5 writes: a section of text fields, rope_theta inside rope_parameters."""
     values = copy.deepcopy(flat)
-    text = {name: values.pop(name) for name in TEXT_FIELDS}
+    text = {name: values.pop(name) for name in (*TEXT_FIELDS, *TEXT_ONLY) if name in values}
     text["rope_parameters"] = {**values.pop("rope_scaling"), "rope_theta": values.pop("rope_theta")}
     return {**values, "text_config": text}
 
 
-def changed(values: dict, path: str, value) -> dict:
-    """A copy with one field changed, or removed where the value is None."""
+def changed(values: dict, path: str, value, *, remove: bool = True) -> dict:
+    """A copy with one field changed, or (``remove``) removed where the value is None."""
     values = copy.deepcopy(values)
     *sections, name = path.split(".")
     place = values
     for section in sections:
         place = place[section]
-    if value is None:
+    if value is None and remove:
         del place[name]
     else:
         place[name] = value
@@ -110,6 +112,10 @@ def every_field(values: dict, prefix: str = "") -> list[str]:
     return paths
 
 
+def every_field_and_section(values: dict) -> list[str]:
+    return [*every_field(values), *(name for name, value in values.items() if isinstance(value, dict))]
+
+
 OPTIONAL = {"model_type", "tie_word_embeddings", "vision_config.in_chans", "rope_scaling.type"}
 
 
@@ -141,11 +147,75 @@ def test_another_architecture_is_refused(kind):
         ("vision_config.num_heads", 15, "vision width 1280 is no multiple of 15 heads"),
         ("vision_config.num_heads", 128, "vision head width 10 is no multiple of 4"),
         ("vision_config.hidden_size", 3584, "vision tower gives width 3584, the text model takes 1536"),
+        ("video_token_id", 151655, r"\(151655, 151655, 151652, 151653\) are not different ids below 151936"),
+        ("vocab_size", 151655, "are not different ids below 151655"),
     ],
 )
 def test_sizes_that_contradict_each_other_are_refused(path, value, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(changed(FLAT, path, value))
+
+
+IMPOSSIBLE = (None, "x", "12", -1, 0, 1.5, True, [], [1], {}, float("nan"), float("inf"))
+
+
+@pytest.mark.parametrize(
+    "values", [FLAT, NEWER, nested(FLAT), nested(NEWER)], ids=["2", "2.5", "nested 2", "nested 2.5"]
+)
+def test_a_field_with_anything_else_in_it_is_taken_or_named(values):
+    """Never another error than a ConfigError, and that of one line which names field, value and remedy."""
+    refused = 0
+    for path in every_field_and_section(values):
+        for wrong in IMPOSSIBLE:
+            with contextlib.suppress(ConfigError):
+                parse_config(changed(values, path, wrong, remove=False))
+                continue
+            with pytest.raises(ConfigError) as caught:
+                parse_config(changed(values, path, wrong, remove=False), "here")
+            told, refused = str(caught.value), refused + 1
+            assert told.startswith("here") and "\n" not in told and ": " in told.split(",")[-1], told
+            words = (path.split(".")[-1], repr(wrong), "no multiple", "width", "lacks the field")
+            assert any(word in told for word in words), (path, wrong, told)
+    assert refused > 200
+    for whole in (None, [], "x", 3):
+        with pytest.raises(ConfigError, match="expected named fields"):
+            parse_config(whole)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [lambda values: values, nested], ids=["flat", "nested"])
+@pytest.mark.parametrize(
+    ("base", "path", "value", "message"),
+    [
+        (FLAT, "hidden_act", "gelu", "text hidden_act is 'gelu', only 'silu'"),
+        (FLAT, "vision_config.hidden_act", "silu", "vision hidden_act is 'silu', only 'quick_gelu'"),
+        (NEWER, "vision_config.hidden_act", "quick_gelu", "vision hidden_act is 'quick_gelu', only 'silu'"),
+        (NEWER, "rope_scaling.type", "yarn", "type of the text's rope is 'yarn', only 'default' and 'mrope'"),
+        (NEWER, "rope_scaling.rope_type", "linear", "rope_type of the text's rope is 'linear'"),
+        (NEWER, "vision_config.rope_parameters", {"rope_theta": 5000.0}, "vision rope_theta is 5000.0, only 10000.0"),
+        (FLAT, "layer_types", ["full_attention"] * 27 + ["sliding_attention"], "attend by a sliding window"),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(shape, base, path, value, message):
+    """Read without a word, each of these would give other states than transformers."""
+    with pytest.raises(ConfigError, match=rf"{message}.*: give a checkpoint as it was published"):
+        parse_config(shape(changed(base, path, value)))
+
+
+@pytest.mark.parametrize(("first", "slides"), [(27, True), (28, False), (None, False)])
+def test_only_a_window_that_some_layer_has_is_refused(first, slides):
+    """Published files carry a window that is turned off; transformers 5.23 agrees on which layers have one."""
+    import transformers
+
+    window = {"use_sliding_window": True, "sliding_window": 4096}
+    window |= {} if first is None else {"max_window_layers": first}
+    theirs = transformers.Qwen2VLConfig(**{**copy.deepcopy(FLAT), **window}).text_config
+    assert ("sliding_attention" in theirs.layer_types) == slides
+    parse_config({**FLAT, **window, "use_sliding_window": False})
+    if slides:
+        with pytest.raises(ConfigError, match="sliding window"):
+            parse_config({**FLAT, **window})
+    else:
+        parse_config({**FLAT, **window})
 
 
 def test_all_contradictions_are_told_at_once():

@@ -121,6 +121,9 @@ def test_targets_that_fit_nothing_and_maps_that_cannot_be_adapted_are_named_toge
     told = str(caught.value)
     assert repr(targets[0]) in told and repr(targets[1]) in told and "vision.patch_embed cannot be adapted" in told
     assert repr(targets[3]) not in told and "text.layers.attention.q_proj" in told  # what there is to choose from
+    untied = dataclasses.replace(sizes_of("qwen2"), text=dataclasses.replace(sizes_of("qwen2").text, tied_head=False))
+    with pytest.raises(LoraError, match=r"text\.head cannot be adapted: leave it out"):
+        adapted_maps(abstract_params(untied), LoraConfig(targets=(r"text\.head",)))
     with pytest.raises(LoraError, match=r"row 160 is outside of the embedding of 160 rows"):
         adapted_graph(sizes_of("qwen2"), Compute(), LoraConfig(), (160,))
 
@@ -259,6 +262,20 @@ def test_what_dropout_touches(weight_too):
     update = 3.0 * kept @ part.a[...] @ part.b[...]
     seen = kept if weight_too else x
     close(linear(x), x @ kernel + (gain - 1) * (seen @ kernel) + gain * update + linear.bias[...])
+
+
+@pytest.mark.parametrize(("mode", "weight_too"), [("peft", True), ("update", False)])
+def test_the_settings_of_dropout_reach_every_map(base, sizes_of, mode, weight_too):
+    config = LoraConfig(dora_dropout=mode, dropout=0.3)
+    key = jax.random.key(0)
+    for training in (True, False):
+        graph, shapes = adapted_graph(sizes_of("qwen2"), Compute(), config, (), dropout=training)
+        adapter = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+        model = nnx.merge(graph, join(base, adapter, key if training else None))
+        parts = [part for _, part in nnx.iter_graph(model) if isinstance(part, LowRank)]
+        assert len(parts) == 10 and {part.rate for part in parts} == {0.3 if training else 0.0}
+        assert {part.weight_too for part in parts} == {weight_too}
+        assert {part.key is not None for part in parts} == {training}
 
 
 def test_every_map_and_layer_drops_for_itself(base):
