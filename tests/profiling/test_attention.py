@@ -13,6 +13,7 @@ from cocoa_jax.attention.spans import Spans
 from cocoa_jax.attention.tiles import Blocks
 from cocoa_jax.profiling import cells as cells_module
 from cocoa_jax.profiling.attention import ProfileError, Row, profile_attention
+from cocoa_jax.profiling.attention_model import ANY, cell_mask
 from cocoa_jax.profiling.cells import Cells, MeasurementError
 from cocoa_jax.profiling.chips import CHIPS
 from cocoa_jax.profiling.hlo import Module
@@ -232,3 +233,9 @@ def test_an_unknown_mask_is_refused():
     with pytest.raises(ProfileError, match="give positive numbers"):
         profile_attention(None, [0], ["full"], ["reference"], False)
     assert jnp.asarray(mask_spans("full", 8).end).tolist() == [[8] * 8]
+
+
+def test_which_masks_share_a_compilation():
+    cells = {mask: cell_mask("splash", mask) for mask in ("full", "causal", "bridge", "packed-bridge")}
+    assert cells == {"full": "full", "causal": "causal", "bridge": "full", "packed-bridge": "full"}
+    assert {cell_mask("flash_tpu", mask) for mask in cells} == {ANY}

@@ -16,8 +16,13 @@ TEMPORARY = 2**20  # bytes; a dense mask alone would take that much for one row,
 
 
 @pytest.fixture(scope="module")
-def row():
-    return profile_attention("v5e:1x1", [LENGTH], ["packed-bridge"], ["flash_tpu"], backward=True)[0]
+def rows():
+    return profile_attention("v5e:1x1", [LENGTH], ["full", "packed-bridge"], ["flash_tpu"], backward=True)
+
+
+@pytest.fixture(scope="module")
+def row(rows):
+    return rows[1]
 
 
 def test_bundles_per_tile(row):
@@ -39,3 +44,10 @@ def test_memory_and_tiles(row):
     assert row.temporary <= TEMPORARY
     assert row.visited == tiles.any((2, 3)).sum()
     assert row.masked == row.visited - tiles.all((2, 3)).sum()
+
+
+def test_one_program_is_costed_by_the_tiles_of_each_mask(rows):
+    full, packed = rows
+    # Both passes of a length below 2048 have tiles of one size.
+    assert packed.flops * full.visited == full.flops * packed.visited and packed.visited < full.visited
+    assert packed.seconds < full.seconds
