@@ -90,21 +90,28 @@ def stages_1_and_2(draws: MmebLengths, row: tuple[int, int], rng: np.random.Gene
 
     rows = 64
     mean = (records(4096).mean(axis=0) / row).max()
-    # As many records a batch as four trial windows hold without ever asking for the larger shape.
-    for load in np.arange(0.98, 0.7, -0.01):
-        config = RowsConfig(int(load * rows / mean), ((rows, *row), (rows + 8, *row)), 256, 1, window)
-        size = config.batch_size
-        if all(plan_batch(columns(records(size * window)), config)[0].rows == rows for _ in range(4)):
-            break
-    used, slots, extra, padded = np.zeros(2), np.zeros(2), 0, 0
-    for _ in range(max(2, 64 // window)):
-        lengths = records(size * window)
-        shape, plan = plan_batch(columns(lengths), config)
-        assert sorted(i for row in plan for i in row) == list(range(len(lengths)))
-        used += lengths.sum(axis=0)
-        slots += np.array(row) * shape.rows * window
-        extra += shape.rows > rows
-        padded += size * sum(lengths[b::window, 0].max() for b in range(window))
+
+    def fill(size: int, windows: int) -> tuple[np.ndarray, np.ndarray, int, float]:
+        """Slots used, slots there, windows in the larger shape and padded tokens, of batches of ``size`` records."""
+        config = RowsConfig(size, tuple((rows + more, *row) for more in (0, 8, 16)), 256, 1, window)
+        used, slots, larger, padded = np.zeros(2), np.zeros(2), 0, 0.0
+        for _ in range(windows):
+            lengths = records(size * window)
+            shape, plan = plan_batch(columns(lengths), config)
+            assert sorted(i for row in plan for i in row) == list(range(len(lengths)))
+            used += lengths.sum(axis=0)
+            slots += np.array(row) * shape.rows * window
+            larger += shape.rows > rows
+            padded += size * sum(lengths[b::window, 0].max() for b in range(window))
+        return used, slots, larger, padded
+
+    def tried(size: int) -> float:
+        used, slots, *_ = fill(size, max(4, 32 // window))
+        return float(used[0] / slots[0])
+
+    # As many records a batch as fill the rows best, larger shapes counted, in draws of their own.
+    size = max((int(load * rows / mean) for load in np.arange(0.88, 0.985, 0.01)), key=tried)
+    used, slots, extra, padded = fill(size, max(4, 64 // window))
     return {
         "tokens": used[0] / slots[0],
         "patches": used[1] / slots[1],

@@ -82,7 +82,7 @@ def write_shard(work: Work, shard: int, shards: int, progress: Callable[[int], o
     first = shard * work.shard_records
     indices = range(first, min(first + work.shard_records, len(work.source)))
     rows, rejected, sizes = [], [], []
-    digest, total = hashlib.blake2b(digest_size=16), 0
+    digest, total = hashlib.sha256(), 0
     count = functools.lru_cache(_TEXTS_KNOWN)(work.processor.count)
     local = not work.folder.startswith("gs://")
     with tempfile.TemporaryDirectory(dir=epath.Path(work.folder) / PARTS if local else None) as aside:
