@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from cocoa_jax.attention import spans
 from cocoa_jax.attention.spans import Spans
+from cocoa_jax.chips import Chip
 from cocoa_jax.config import TrainConfig, parse
 from cocoa_jax.models.config import Qwen2VLConfig
-from cocoa_jax.profiling.chips import Chip
 from cocoa_jax.profiling.collectives import by_axis, collectives
 from cocoa_jax.profiling.hlo import Module
 from cocoa_jax.profiling.kernels import mean_work, span_calls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,7 @@ from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.data.pipeline import STATS, stage_batches
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.training.divergence import Pending, check_finite
+from cocoa_jax.training.flops import StepFlops
 from cocoa_jax.training.hosts import ALONE, RowShare, first_alone, is_first, join, row_share, stop_agreed
 from cocoa_jax.training.inputs import known_bad, open_sources
 from cocoa_jax.training.mesh import batch_shards, make_mesh
@@ -38,6 +39,7 @@ from cocoa_jax.training.place import place
 from cocoa_jax.training.stages import Program, stage_program
 from cocoa_jax.training.state import TrainState, abstract_state, first_state, trained_part
 from cocoa_jax.training.step import make_step
+from cocoa_jax.training.throughput import Meter
 
 BAD_RECORDS = STATS.index("bad_records")
 _HOW = ("mesh", "distributed", "data.threads", "loop.checkpoint_every", "loop.keep")
@@ -67,7 +69,9 @@ def train(config: TrainConfig) -> Path:
     program = stage_program(config, backbone.config, (processor.mask_id, *processor.bridge_ids))
     wanted = abstract_state(program.shapes, optimizer, mesh)
     mixture = open_sources(config)
-    batches = iter(open_batches(config, processor, mixture, row_share(mesh)))
+    share = row_share(mesh)
+    batches = iter(open_batches(config, processor, mixture, share))
+    meter = Meter(StepFlops(config, backbone.config), share.count)
 
     # --------------------------------------------------------------------------------- the state: continued or new
     first_alone("folder", lambda: _prepare(config, mixture, backbone))
@@ -91,7 +95,7 @@ def train(config: TrainConfig) -> Path:
         pending: Pending | None = None
         logs: MetricsWriter | NoMetrics = NoMetrics()
         if is_first():
-            logs = MetricsWriter(output, config.stage, start, config.loop.steps)
+            logs = MetricsWriter(output, config.stage, start, config.loop.steps, meter)
         with logs as writer:
             for step in range(start, config.loop.steps):
                 batch = next(batches)
@@ -99,12 +103,12 @@ def train(config: TrainConfig) -> Path:
                 state, metrics = step_function(state, place(batch, mesh))
                 # Read one step late, so that the device never waits for the host.
                 if pending is not None:
-                    _record(writer, pending, config, processor)
+                    _record(writer, pending, config, processor, meter)
                 counts = {"rows": stats[1], "bad_records": stats[BAD_RECORDS], "dropped_masks": stats[-1]}
-                pending = Pending(step, metrics | counts, batch)
+                pending = Pending(step, metrics | counts, batch, stats)
                 last, stop = step + 1 == config.loop.steps, stopping(step)  # asked once: a stop is always saved first
                 if last or stop or (step + 1) % config.loop.checkpoint_every == 0:
-                    _record(writer, pending, config, processor)  # a state that diverged is never saved
+                    _record(writer, pending, config, processor, meter)  # a state that diverged is never saved
                     pending = None
                     checkpoints.save(
                         step + 1,
@@ -120,12 +124,6 @@ def train(config: TrainConfig) -> Path:
                     checkpoints.wait()  # who says that it saved must have
                     raise Stopped(f"stopped at step {step + 1} of {config.loop.steps}: the same command continues")
     return output
-
-
-def count_pictures(batch: Mapping[str, np.ndarray]) -> int:
-    """How many pictures the rows of a batch show: patches that are the first of their span."""
-    start, end = batch["patch_start"], batch["patch_end"]
-    return int(np.sum((end > start) & (start == np.arange(start.shape[1]))))
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
@@ -215,10 +213,13 @@ def _state(restored: Restored, wanted: TrainState, output: Path) -> TrainState:
     return TrainState(jax.device_put(np.int32(restored.step), wanted.step.sharding), params, restored.optimizer)
 
 
-def _record(writer: MetricsWriter | NoMetrics, pending: Pending, config: TrainConfig, processor: Processor) -> None:
+def _record(
+    writer: MetricsWriter | NoMetrics, pending: Pending, config: TrainConfig, processor: Processor, meter: Meter
+) -> None:
     values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
     check_finite(pending, values, config, processor)
-    writer.write(pending.step, values, count_pictures(pending.batch))
+    predicted = 0.0 if config.stage == "contrastive" else values["masked_tokens"]
+    writer.write(pending.step, values, meter.load(pending.batch, pending.stats, predicted))
 
 
 @contextmanager
