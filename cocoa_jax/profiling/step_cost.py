@@ -97,7 +97,7 @@ def row_kernels(config: TrainConfig, backbone: Qwen2VLConfig, mesh: Mesh, chip: 
     examples = rows.batch_size * (2 + config.data.negatives if config.stage == "contrastive" else 1)
     E = min(rows.examples_per_row, -(-examples // B))
     share, tensor = B // batch_shards(mesh), mesh.shape["tensor"]
-    if config.stage == "contrastive" and config.compute.chunk_rows:
+    if config.compute.chunk_rows:
         share = min(share, config.compute.chunk_rows)
     segments = spans.segments([T // E] * E, T)
     seen = segments
