@@ -28,6 +28,8 @@ from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.data.pipeline import STATS, stage_batches
 from cocoa_jax.data.processor import Processor
+from cocoa_jax.training.average import exchanged
+from cocoa_jax.training.compilation import kept_programs
 from cocoa_jax.training.divergence import Pending, check_finite
 from cocoa_jax.training.flops import StepFlops
 from cocoa_jax.training.hosts import ALONE, RowShare, first_alone, is_first, join, row_share, stop_agreed
@@ -40,9 +42,12 @@ from cocoa_jax.training.stages import Program, stage_program
 from cocoa_jax.training.state import TrainState, abstract_state, first_state, trained_part
 from cocoa_jax.training.step import make_step
 from cocoa_jax.training.throughput import Meter
+from cocoa_jax.training.trace import TraceWindow
+from cocoa_jax.training.weights_and_biases import WandbRun, check_installed
 
 BAD_RECORDS = STATS.index("bad_records")
 _HOW = ("mesh", "distributed", "data.threads", "loop.checkpoint_every", "loop.keep")
+_HOW += ("loop.profile", "loop.compilation_cache", "loop.wandb")
 STOPPED = 75  # the exit status of a run that was asked to stop and saved first: "try again" to launchers
 
 
@@ -59,7 +64,13 @@ def train(config: TrainConfig) -> Path:
         Stopped: SIGTERM arrived, in any process of the run.
     """
     join(config.distributed)
+    with kept_programs(config.loop.compilation_cache):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Path:
     # ------------------------------------------------------------------ what is asked for, checked before any work
+    check_installed(config.loop.wandb)
     output = folder_at(config.output)
     backbone = open_backbone(config.checkpoint)
     mesh = make_mesh(config.mesh)
@@ -81,7 +92,7 @@ def train(config: TrainConfig) -> Path:
             params = _first_backbone(backbone, program, wanted.params["backbone"], output)
             state = first_state(program.first_params(params), optimizer, wanted)
         else:
-            state = _state(restored, wanted, output)
+            state = exchanged(_state(restored, wanted, output))
             batches.set_state(restored.loop["batches"])
         start = int(state.step)
         if start >= config.loop.steps:
@@ -94,13 +105,18 @@ def train(config: TrainConfig) -> Path:
             metadata["adapter"] = program.adapter.to_json()
         pending: Pending | None = None
         logs: MetricsWriter | NoMetrics = NoMetrics()
+        window = None
         if is_first():
-            logs = MetricsWriter(output, config.stage, start, config.loop.steps, meter)
-        with logs as writer:
+            wandb = None if config.loop.wandb is None else WandbRun(config.loop.wandb, config)
+            logs = MetricsWriter(output, config.stage, start, config.loop.steps, meter, wandb)
+            window = config.loop.profile
+        with logs as writer, TraceWindow(window, twin(output) / "trace") as trace:
             for step in range(start, config.loop.steps):
                 batch = next(batches)
                 stats = batch.pop("stats")
-                state, metrics = step_function(state, place(batch, mesh))
+                with trace.step(step, state):
+                    state, metrics = step_function(state, place(batch, mesh))
+                trace.end(step, state)
                 # Read one step late, so that the device never waits for the host.
                 if pending is not None:
                     _record(writer, pending, config, processor, meter)
@@ -110,12 +126,13 @@ def train(config: TrainConfig) -> Path:
                 if last or stop or (step + 1) % config.loop.checkpoint_every == 0:
                     _record(writer, pending, config, processor, meter)  # a state that diverged is never saved
                     pending = None
+                    kept = exchanged(state)
                     checkpoints.save(
                         step + 1,
-                        params=None if program.adapter else state.params["backbone"],
-                        adapter=state.params["adapter"] if program.adapter else None,
-                        head=state.params["head"],
-                        optimizer=state.optimizer,
+                        params=None if program.adapter else kept.params["backbone"],
+                        adapter=kept.params["adapter"] if program.adapter else None,
+                        head=kept.params["head"],
+                        optimizer=kept.optimizer,
                         loop={"step": step + 1, "batches": batches.get_state()},
                         metadata=metadata,
                     )

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines, TensorBoard and a progress bar."""
+"""Where a run's numbers go: JSON lines, TensorBoard, a progress bar, and Weights & Biases if asked for."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from cocoa_jax.checkpoints.places import carry, folder_at, is_remote, twin
 from cocoa_jax.training.throughput import Load, Meter
+from cocoa_jax.training.weights_and_biases import WandbRun
 
 
 class MetricsWriter:
@@ -25,9 +26,13 @@ class MetricsWriter:
         first: the step that comes next; lines of later steps, written before a kill, are dropped.
         steps: length of the whole run.
         meter: turns loads and seconds into rates.
+        wandb: gets the same; closed with this.
     """
 
-    def __init__(self, output: str | Path, stage: str, first: int, steps: int, meter: Meter):
+    def __init__(
+        self, output: str | Path, stage: str, first: int, steps: int, meter: Meter, wandb: WandbRun | None = None
+    ):
+        self._wandb = wandb
         self._output, folder, self._meter = output, twin(output), meter
         self._path = folder / "metrics.jsonl"
         if is_remote(output):
@@ -50,6 +55,8 @@ class MetricsWriter:
         self._lines.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
         shown = f"loss {metrics['loss']:.3f}, {pace['examples_per_second']:.0f} examples/s"
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
@@ -68,6 +75,8 @@ class MetricsWriter:
     ) -> None:
         self._bar.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
         self._lines.close()
         carry(self._output)
 
