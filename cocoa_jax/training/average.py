@@ -14,9 +14,9 @@ from cocoa_jax.training.state import TrainState, trained_part
 
 
 class Average(NamedTuple):
-    """``count`` updates went into ``weights``, which are nested as what trains."""
+    """``updates`` went into ``weights``, which are nested as what trains."""
 
-    count: Int[Array, ""]
+    updates: Int[Array, ""]
     weights: Any
 
 
@@ -31,10 +31,10 @@ def averaged(decay: float) -> optax.GradientTransformation:
         return Average(jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params))
 
     def update(updates: Any, state: Average, params: Any = None) -> tuple[Any, Average]:
-        kept = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+        kept = jnp.minimum(decay, (1 + state.updates) / (10 + state.updates))
         moved = optax.apply_updates(params, updates)
         weights = jax.tree.map(lambda old, new: old + (1 - kept) * (new - old), state.weights, moved)
-        return updates, Average(state.count + 1, weights)
+        return updates, Average(state.updates + 1, weights)
 
     return optax.GradientTransformation(init, update)
 
@@ -49,5 +49,5 @@ def exchanged(state: TrainState) -> TrainState:
     if not isinstance(last, Average):
         return state
     params = {**state.params, **last.weights}
-    kept = Average(last.count, trained_part(state.params))
+    kept = Average(last.updates, trained_part(state.params))
     return dataclasses.replace(state, params=params, optimizer=(*parts, kept))

@@ -46,8 +46,16 @@ from cocoa_jax.training.trace import TraceWindow
 from cocoa_jax.training.weights_and_biases import WandbRun, check_installed
 
 BAD_RECORDS = STATS.index("bad_records")
-_HOW = ("mesh", "distributed", "data.threads", "loop.checkpoint_every", "loop.keep")
-_HOW += ("loop.profile", "loop.compilation_cache", "loop.wandb")
+_HOW = (
+    "mesh",
+    "distributed",
+    "data.threads",
+    "loop.checkpoint_every",
+    "loop.keep",
+    "loop.profile",
+    "loop.compilation_cache",
+    "loop.wandb",
+)
 STOPPED = 75  # the exit status of a run that was asked to stop and saved first: "try again" to launchers
 
 

@@ -99,6 +99,7 @@ def test_wandb_that_is_not_installed_is_said_before_any_work(settings, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # its client takes its time
 def test_wandb_gets_every_step_once_and_a_continued_run_is_the_same_run(settings, tmp_path, monkeypatch):
     """Offline: the client writes its own file; what it is told is looked at on the way."""
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -106,7 +106,7 @@ def test_the_average_follows_the_weights_and_changes_no_update():
     assert jax.tree.all(jax.tree.map(lambda a, b: a == b, params, other))
     # float32, eight roundings.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), kept[-1].weights, want)
-    assert kept[-1].count == 8 and not np.isclose(*(tree["head"]["map"]["kernel"] for tree in (want, params)))
+    assert kept[-1].updates == 8 and not np.isclose(*(tree["head"]["map"]["kernel"] for tree in (want, params)))
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
