@@ -56,6 +56,8 @@ setup(
         "gcs": ["gcsfs"],
         # The client of `cocoa data synthesize`.
         "synthesize": ["openai>=3.54"],
+        # The metrics of a run on Weights & Biases, see `loop.wandb`.
+        "wandb": ["wandb>=0.31"],
         "test": [
             "pytest>=9.2",
             "pytest-timeout>=2.4",
@@ -71,6 +73,7 @@ setup(
             # With them transformers serves a model, to whom the synthesis of data is tested.
             "fastapi>=0.165",
             "uvicorn>=0.54",
+            "wandb>=0.31",
             "ruff>=0.17",
             "mypy>=2.4",
             "types-PyYAML",

@@ -22,7 +22,7 @@ import numpy as np
 
 from cocoa_jax.attention.spans import Spans, segments
 from cocoa_jax.attention.tiles import Blocks, count_tiles, query_hulls
-from cocoa_jax.profiling.chips import CHIPS, Chip
+from cocoa_jax.chips import CHIPS, Chip
 from cocoa_jax.profiling.llo import FLAGS, Program, dumped
 from cocoa_jax.profiling.masks import mask_spans
 from cocoa_jax.profiling.topology import ENVIRONMENT, tpu_slice

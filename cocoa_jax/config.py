@@ -116,7 +116,10 @@ class DistributedConfig:
 class OptimizerConfig:
     """AdamW as in the paper: no decay, gradients clipped to a global norm.
 
-    ``schedule`` is what follows the linear warm-up: ``linear`` or ``cosine`` down to zero, or ``constant``.
+    ``schedule`` is what follows the linear warm-up: ``linear`` or ``cosine`` down to zero, ``constant``, or ``wsd``,
+    constant and then down to zero in a line over the last ``decay_steps`` (a tenth of the run where null).
+    ``ema`` is the decay of a moving average of what trains, null for none. Where there is one, it is what the stage
+    hands on (to the next stage, to embeddings, to exports); training itself goes on from the weights as they are.
     ``head_rate`` multiplies the rate of what trains beside the backbone: a head that starts from nothing may need
     more than a backbone that must not be shaken.
     """
@@ -130,15 +133,46 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     head_rate: float = 1.0
+    decay_steps: int | None = None
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise SettingsError(f"optimizer.ema is {self.ema}: give a decay between 0 and 1, such as 0.999, or null")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A window of a run: ``steps`` of them, the first being step ``first`` (from 0)."""
+
+    first: int
+    steps: int = 3
+
+    def __post_init__(self) -> None:
+        if self.first < 0 or self.steps < 1:
+            raise SettingsError(f"loop.profile is {self.steps} steps from {self.first}: at least 1 from 0 or later")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """Length of a run and what it leaves behind: a checkpoint every so many steps, of which ``keep`` are kept."""
+    """Length of a run and what it leaves behind.
+
+    Args:
+        steps: updates in all.
+        checkpoint_every: steps from one checkpoint to the next.
+        keep: how many of them are kept.
+        profile: steps to record for TensorBoard's profile plugin or xprof, in the folder ``trace`` of the stage.
+        compilation_cache: folder, also in a bucket, of compiled programs, for runs of the same settings to begin
+            faster; null compiles anew.
+        wandb: project of Weights & Biases that gets the metrics too; needs ``cocoa-jax[wandb]``.
+    """
 
     steps: int
     checkpoint_every: int = 100
     keep: int = 2
+    profile: ProfileConfig | None = None
+    compilation_cache: str | None = None
+    wandb: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,8 +109,8 @@ from cocoa_jax import recipe
 from cocoa_jax.training.metrics import MetricsWriter
 from cocoa_jax.training import loop
 write = MetricsWriter.write
-def write_or_die(self, step, metrics, pictures):
-    write(self, step, metrics, pictures)
+def write_or_die(self, step, metrics, load):
+    write(self, step, metrics, load)
     if "bridge" in str(self._path) and step == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 loop.MetricsWriter.write = write_or_die

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,7 +30,8 @@ _SEED = 0  # of what is hidden in the drawings
 _GOLDEN = (5**0.5 - 1) / 2
 _SPLIT = "test_unseen"  # what is shown first, and drawn
 _MAPPED = "caption-to-picture"  # the task whose candidates are the pictures themselves
-_NO_CURVE = ("pictures_per_second", "seconds", "rows", "dropped_masks", "masked_tokens")  # facts about batches
+# Facts about batches and machines, and parts of a norm that is shown.
+_NO_CURVE = re.compile(r".*_per_second|mfu|seconds|rows|dropped_masks|masked_tokens|padding_.*|gradient_norm_.*")
 _SEEN = {"validation": "Of validation.", "test_seen": "Seen thing, new drawing.", "test_unseen": "Never seen."}
 _TITLES = {"warmup": "Warm-up", "bridge": "Bridge", "contrastive": "Contrastive"}
 _DEEDS = {
@@ -138,7 +140,7 @@ def _shown(curve: Curve) -> Curve:
     values = {
         name: series
         for name, series in curve.values.items()
-        if name == "loss" or (name not in _NO_CURVE and not np.array_equal(series, loss, equal_nan=True))
+        if name == "loss" or (not _NO_CURVE.fullmatch(name) and not np.array_equal(series, loss, equal_nan=True))
     }
     return Curve(curve.stage, curve.steps, values)
 

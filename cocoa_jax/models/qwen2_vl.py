@@ -28,8 +28,9 @@ class Compute:
     Args:
         dtype: of activations, in both towers.
         remat: see ``layers.scan_layers``.
-        chunk_rows: stage 3, how many rows each device encodes at a time; null for all. Fewer need less memory, and are
-            computed twice; the batch, and so its negatives, stay whole.
+        chunk_rows: how many rows each device takes at a time; null for all. Fewer need less memory. The batch, its loss
+            and its gradients stay those of the whole: stages 1 and 2 add up gradients, stage 3, whose negatives are in
+            all chunks, encodes every row twice.
         chunk_tokens: stages 1 and 2, how many predicted tokens of each device meet the LM head at a time; null for all.
         attention: a name from ``attention.api.IMPLEMENTATIONS``; null takes what suits the platform and the shapes.
     """

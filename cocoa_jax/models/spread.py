@@ -52,5 +52,17 @@ def whole(x: Float[Array, ...]) -> Float[Array, ...]:
     return jax.lax.with_sharding_constraint(x, P()) if free_axes() else x
 
 
+def cut_rows(x: Float[Array, "B ..."], parts: int, rows: int) -> Float[Array, "c n ..."]:
+    """[B, ...] as [c, parts * rows, ...]: every chunk has as many rows of each of ``parts`` devices."""
+    chunks = x.shape[0] // parts // rows
+    return x.reshape(parts, chunks, rows, *x.shape[1:]).swapaxes(0, 1).reshape(chunks, parts * rows, *x.shape[1:])
+
+
+def joined_rows(x: Float[Array, "c n ..."], parts: int, rows: int) -> Float[Array, "B ..."]:
+    """The inverse of ``cut_rows``."""
+    chunks = x.shape[0]
+    return x.reshape(chunks, parts, rows, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
 def _left(rows: int) -> tuple[str, ...]:
     return tuple(name for name in row_axes(rows) if name not in VOCABULARY)

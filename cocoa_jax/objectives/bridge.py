@@ -18,11 +18,14 @@ def bridge_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Cross-entropy of the masked tokens of block B; the truncated attention is in the batch's spans.
 
+    A chunk of a batch has the ``masked_total`` of the whole, see ``masked_text_loss``.
+
     Args:
         chunk_tokens: see ``masked_text_loss``.
 
     Source: CoCoA, arXiv 2603.01471, stage 2.
     """
     hidden = model(Inputs.from_batch(batch))
-    loss, metrics = masked_text_loss(model, hidden, batch["predict_at"], batch["predict_id"], chunk_tokens)
+    chosen = batch["predict_at"], batch["predict_id"]
+    loss, metrics = masked_text_loss(model, hidden, *chosen, chunk_tokens, batch.get("masked_total"))
     return loss, {"bridge": loss, **metrics}

@@ -71,10 +71,11 @@ def contrastive_loss(
     Source: CoCoA, arXiv 2603.01471, stage 3.
     """
     N = batch["target_key"].shape[0]
-    embeddings = embed_in_chunks(model_of, batch, chunk_rows, config.pooling, config.tokens)
+    embeddings, lengths = embed_in_chunks(model_of, batch, chunk_rows, config.pooling, config.tokens)
     kept = tokens_of(config.pooling, config.tokens, batch["pool"].shape[2])
     more = progress, batch.get("image_key"), batch.get("negative_key"), kept
     loss, metrics = info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config, *more)
+    metrics["embedding_norm"] = jnp.mean(lengths)
     if not config.widths:
         return loss, metrics
     losses = {}
@@ -138,7 +139,19 @@ def info_nce(
         "batch_accuracy": jnp.mean(positive > hardest),
         "positive_cosine": jnp.mean(positive),
         "hardest_cosine": jnp.mean(hardest),
+        "uniformity": uniformity(jax.lax.stop_gradient(cosines), negative),
     }
+
+
+def uniformity(cosines: Float[Array, "N S"], pairs: Bool[Array, "N S"]) -> Float[Array, ""]:
+    """Log of the mean of exp(-2 d^2) over pairs of rows of unit length, whose squared distance is 2 - 2 cosine.
+
+    From 0, all alike, down to -4 for rows at right angles on the mean, and to -8. The pairs are those that the loss has
+    the scores of, a query and the target of another; one that shows the same thing is none.
+    Source: Wang and Isola, arXiv 2005.10242, equation 2.
+    """
+    exponents = jnp.where(pairs, 4 * cosines - 4, NEVER)
+    return jax.nn.logsumexp(exponents) - jnp.log(jnp.maximum(jnp.sum(pairs), 1))
 
 
 def _diagonal(scores: Float[Array, "N S"]) -> Float[Array, " N"]:

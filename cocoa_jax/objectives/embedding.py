@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.models.inputs import Inputs
 from cocoa_jax.models.qwen2_vl import Qwen2VL
-from cocoa_jax.models.spread import over_rows, row_parts, whole
+from cocoa_jax.models.spread import cut_rows, joined_rows, over_rows, row_parts, whole
 from cocoa_jax.objectives.similarity import Tokens, normalised
 
 Pooling = Literal["bridge", "mean"]
@@ -29,7 +29,8 @@ def embed_examples(
     cosine of two embeddings is the mean cosine of their tokens; K = 1 is the paper. Of the mean, over all states or
     over the tokens, W = D.
     """
-    return _in_order(_embed_slots(model, Inputs.from_batch(batch), batch["pool"], pooling, tokens), batch["example"])
+    slots, _ = _embed_slots(model, Inputs.from_batch(batch), batch["pool"], pooling, tokens)
+    return _in_order(slots, batch["example"])
 
 
 def embed_in_chunks(
@@ -38,13 +39,16 @@ def embed_in_chunks(
     rows: int | None,
     pooling: Pooling = "bridge",
     tokens: Tokens = "concatenated",
-) -> Float[Array, "X W"]:
+) -> tuple[Float[Array, "X W"], Float[Array, " X"]]:
     """As ``embed_examples``, ``rows`` rows of each device at a time; their activations are not kept but made again.
 
     Of a chunk only its embeddings are kept, so that memory hardly grows with the batch, and a loss over all of them
     has the gradients of the whole batch.
     Source: gradient caching, arXiv 2101.06983.
 
+    Returns:
+        The embeddings, and how long each was before it was made one of unit length (of several tokens their mean); the
+        lengths pass no gradient.
     Raises:
         ValueError: the chunks do not divide the rows of a device.
     """
@@ -52,19 +56,21 @@ def embed_in_chunks(
     parts = row_parts(B)
     own = B // parts
     if rows is None or rows >= own:
-        return embed_examples(model_of(jnp.int32(0)), batch, pooling, tokens)
+        found = _embed_slots(model_of(jnp.int32(0)), Inputs.from_batch(batch), pool, pooling, tokens)
+        return _both_in_order(found, batch["example"])
     if own % rows:
         raise ValueError(f"compute.chunk_rows is {rows}, a device has {own} rows: choose a divisor of them")
 
     @jax.checkpoint
-    def embed(number: Array, inputs: Inputs, pool: Array) -> Array:
+    def embed(number: Array, inputs: Inputs, pool: Array) -> tuple[Array, Array]:
         inputs, pool = jax.tree.map(over_rows, (inputs, pool))
-        return over_rows(_embed_slots(model_of(number), inputs, pool, pooling, tokens))
+        return jax.tree.map(over_rows, _embed_slots(model_of(number), inputs, pool, pooling, tokens))
 
-    chunks = jax.tree.map(lambda x: _cut(x, parts, rows), (Inputs.from_batch(batch), pool))
+    chunks = jax.tree.map(lambda x: cut_rows(x, parts, rows), (Inputs.from_batch(batch), pool))
     numbers = jnp.arange(own // rows)
-    _, slots = jax.lax.scan(lambda carry, chunk: (carry, embed(*chunk)), None, (numbers, *chunks))
-    return _in_order(_joined(slots, parts, rows), batch["example"])
+    _, found = jax.lax.scan(lambda carry, chunk: (carry, embed(*chunk)), None, (numbers, *chunks))
+    slots, lengths = (joined_rows(x, parts, rows) for x in found)
+    return _both_in_order((slots, lengths), batch["example"])
 
 
 def mean_states(hidden: Float[Array, "B T D"], pool: Int[Array, "B E K"], spans: Spans) -> Float[Array, "B E D"]:
@@ -83,8 +89,8 @@ def mean_states(hidden: Float[Array, "B T D"], pool: Int[Array, "B E K"], spans:
 
 def _embed_slots(
     model: Qwen2VL, inputs: Inputs, pool: Int[Array, "B E K"], pooling: Pooling, tokens: Tokens
-) -> Float[Array, "B E W"]:
-    """The embedding of every slot for an example; one that is not used holds something that nobody takes."""
+) -> tuple[Float[Array, "B E W"], Float[Array, "B E"]]:
+    """The embedding of every slot for an example and its length before; an unused one holds what nobody takes."""
     hidden, (B, E, K) = model(inputs), pool.shape
     precision = jnp.promote_types(hidden.dtype, jnp.float32)
     if pooling == "mean":
@@ -97,21 +103,15 @@ def _embed_slots(
     unit = pooled * jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) / K**0.5
     if tokens == "mean":
         unit = normalised(jnp.sum(unit.reshape(B, E, K, -1), axis=2))
-    return unit.reshape(B, E, -1)
+    lengths = jax.lax.stop_gradient(jnp.mean(jnp.sqrt(squares).reshape(B, E, K), axis=-1))
+    return unit.reshape(B, E, -1), lengths
+
+
+def _both_in_order(found: tuple[Array, Array], example: Int[Array, " X"]) -> tuple[Array, Array]:
+    slots, lengths = found
+    return _in_order(slots, example), _in_order(lengths[..., None], example)[:, 0]
 
 
 def _in_order(slots: Float[Array, "B E W"], example: Int[Array, " X"]) -> Float[Array, "X W"]:
     # Every device compares its share with all of them: they are small, and gathered once.
     return jnp.take(whole(slots.reshape(-1, slots.shape[-1])), example, axis=0)
-
-
-def _cut(x: Array, parts: int, rows: int) -> Array:
-    """[B, ...] as [c, parts * rows, ...]: every chunk has as many rows of each of ``parts`` devices."""
-    chunks = x.shape[0] // parts // rows
-    return x.reshape(parts, chunks, rows, *x.shape[1:]).swapaxes(0, 1).reshape(chunks, parts * rows, *x.shape[1:])
-
-
-def _joined(x: Array, parts: int, rows: int) -> Array:
-    """The inverse of ``_cut``."""
-    chunks = x.shape[0]
-    return x.reshape(chunks, parts, rows, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])

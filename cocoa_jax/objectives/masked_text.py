@@ -17,6 +17,7 @@ def masked_text_loss(
     predict_at: Int[Array, "B M"],
     predict_id: Int[Array, "B M"],
     chunk_tokens: int | None = None,
+    total: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean cross-entropy over the chosen positions of the whole batch, and the share guessed right.
 
@@ -28,6 +29,8 @@ def masked_text_loss(
         predict_at: the column whose state predicts; -1 where the budget M is not used up.
         predict_id: the true id there, -1 where unused.
         chunk_tokens: None for all of them at once.
+        total: chosen positions of the batch that these rows are a chunk of, by which their sums are divided, so that
+            the chunks' losses and metrics add up to those of the batch; None where the rows are all of it.
     """
     B, M = predict_id.shape
     columns = M if chunk_tokens is None else min(M, max(1, chunk_tokens * row_parts(B) // B))
@@ -38,15 +41,15 @@ def masked_text_loss(
         return _sums(over_vocabulary(model.logits(shared_rows(states), kernel), rows=True), ids)
 
     if columns == M:
-        total, right = sums(chosen, predict_id)
+        losses, right = sums(chosen, predict_id)
     else:
         chunks = _chunks(chosen, columns, 0), _chunks(predict_id, columns, -1)
         # What one chunk computed is not kept for the backward pass: it would add up to all scores again.
         _, parts = jax.lax.scan(lambda carry, chunk: (carry, jax.checkpoint(sums)(*chunk)), None, chunks)
-        total, right = (jnp.sum(part) for part in parts)
-    count = jnp.maximum(jnp.sum(predict_id >= 0), 1)
-    metrics = {"masked_accuracy": right / count, "masked_tokens": count.astype(jnp.float32)}
-    return total / count, metrics
+        losses, right = (jnp.sum(part) for part in parts)
+    own = jnp.sum(predict_id >= 0)
+    count = jnp.maximum(own if total is None else total, 1)
+    return losses / count, {"masked_accuracy": right / count, "masked_tokens": own.astype(jnp.float32)}
 
 
 def _chunks(x: Array, columns: int, filling: int) -> Array:

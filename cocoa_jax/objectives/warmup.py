@@ -40,7 +40,8 @@ def warmup_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """``mntp + mae_weight * mae`` of a batch whose text is masked already and whose pictures are not.
 
-    With shared noise the batch has its ``step`` too.
+    With shared noise the batch has its ``step`` too. A chunk of a batch has ``masked_total`` and ``hidden_total`` of
+    the whole, see ``masked_text_loss``.
 
     Args:
         chunk_tokens: see ``masked_text_loss``.
@@ -53,8 +54,9 @@ def warmup_loss(
         seeds = jnp.full_like(seeds, batch["step"])
     shown = hide_units(inputs.patches, batch["hidden_unit"], seeds)
     hidden = model(dataclasses.replace(inputs, patches=shown))
-    text, metrics = masked_text_loss(model, hidden, batch["predict_at"], batch["predict_id"], chunk_tokens)
-    image = picture_loss(decoder, hidden, inputs, batch["hidden_unit"])
+    chosen = batch["predict_at"], batch["predict_id"]
+    text, metrics = masked_text_loss(model, hidden, *chosen, chunk_tokens, batch.get("masked_total"))
+    image = picture_loss(decoder, hidden, inputs, batch["hidden_unit"], batch.get("hidden_total"))
     return text + config.mae_weight * image, {"mntp": text, "mae": image, **metrics}
 
 
@@ -70,13 +72,21 @@ def hide_units(
 
 @jax.named_scope("decoder")
 def picture_loss(
-    decoder: ImageDecoder, hidden: Float[Array, "B T D"], inputs: Inputs, hidden_unit: Bool[Array, "B U"]
+    decoder: ImageDecoder,
+    hidden: Float[Array, "B T D"],
+    inputs: Inputs,
+    hidden_unit: Bool[Array, "B U"],
+    total: Int[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Mean squared error of the rebuilt pixels over the chosen units of the whole batch."""
+    """Mean squared error of the rebuilt pixels over the chosen units of the whole batch.
+
+    ``total`` is how many those are where the rows are but a chunk of it.
+    """
     drawn = decoder(hidden, inputs.positions, inputs.spans, token_of_unit(inputs.unit, hidden_unit.shape[1]))
     true = inputs.patches.reshape(*hidden_unit.shape, -1)
     errors = jnp.mean(jnp.square(drawn.astype(jnp.float32) - true), axis=-1)
-    return jnp.sum(jnp.where(hidden_unit, errors, 0.0)) / jnp.maximum(jnp.sum(hidden_unit), 1)
+    count = jnp.sum(hidden_unit) if total is None else total
+    return jnp.sum(jnp.where(hidden_unit, errors, 0.0)) / jnp.maximum(count, 1)
 
 
 def token_of_unit(unit: Int[Array, "B T"], units: int) -> Int[Array, "B U"]:

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cocoa_jax.chips import chip_of_kind
 from cocoa_jax.profiling.attention_model import IMPLEMENTATIONS, MODELLED, cell_mask, temporary_bytes
 from cocoa_jax.profiling.cells import Cells
-from cocoa_jax.profiling.chips import chip_of_kind
 from cocoa_jax.profiling.kernels import Problem
 from cocoa_jax.profiling.masks import MASKS
 from cocoa_jax.profiling.model import LABEL

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cocoa_jax.profiling.chips import Chip
+from cocoa_jax.chips import Chip
 from cocoa_jax.profiling.hlo import Module
 from cocoa_jax.profiling.kernels import (
     Candidate,

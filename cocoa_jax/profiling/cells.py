@@ -28,8 +28,8 @@ _READ = {  # the code that a measurement depends on, by program and implementati
     "attention windowed": (*_DENSE, *_MODEL),
     "attention splash": ("profiling/splash.py", *_MODEL),
     "attention flash_tpu": ("attention/flash_tpu*.py", "attention/spans.py", "attention/tiles.py", *_MODEL),
-    "plan": ("attention/*.py", "models/*.py", "objectives/*.py", "training/*.py", "profiling/*.py"),
-    "step": ("attention/*.py", "models/*.py", "objectives/*.py", "training/*.py", "profiling/*.py"),
+    "plan": ("attention/*.py", "models/*.py", "objectives/*.py", "training/*.py", "profiling/*.py", "chips.py"),
+    "step": ("attention/*.py", "models/*.py", "objectives/*.py", "training/*.py", "profiling/*.py", "chips.py"),
 }
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.attention.tiles import Blocks, count_tiles, query_hulls
-from cocoa_jax.profiling.chips import Chip
+from cocoa_jax.chips import Chip
 from cocoa_jax.profiling.llo import GridCounts
 from cocoa_jax.profiling.masks import WINDOW, mask_spans
 from cocoa_jax.profiling.model import KernelTable, KernelWork, ModelError

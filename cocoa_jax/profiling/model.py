@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from cocoa_jax.profiling.chips import Chip
+from cocoa_jax.chips import Chip
 from cocoa_jax.profiling.hlo import Module, Op
 from cocoa_jax.profiling.llo import GridCounts, Parts, dumped, read_program
 

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from cocoa_jax.chips import Chip
 from cocoa_jax.config import TrainConfig, parse, to_dict
-from cocoa_jax.profiling.chips import Chip
 from cocoa_jax.profiling.collectives import by_axis, collectives
 from cocoa_jax.profiling.hlo import Module
 from cocoa_jax.profiling.model import OpCost, ProgramCost, program_cost

@@ -51,10 +51,9 @@ def remedies(config: TrainConfig, devices: int) -> list[Settings]:
     compute, mesh, found = config.compute, config.mesh, list[Settings]()
     if compute.remat != "full":
         found.append({"compute.remat": "full"})
-    if config.stage == "contrastive":
-        rows = compute.chunk_rows or config.data.rows.widest.rows // devices
-        found += [{"compute.chunk_rows": rows // part} for part in (2, 4) if rows % part == 0 and rows >= part]
-    elif compute.chunk_tokens is None or compute.chunk_tokens > 128:
+    rows = compute.chunk_rows or config.data.rows.widest.rows // devices
+    found += [{"compute.chunk_rows": rows // part} for part in (2, 4) if rows % part == 0 and rows >= part]
+    if config.stage != "contrastive" and (compute.chunk_tokens is None or compute.chunk_tokens > 128):
         found.append({"compute.chunk_tokens": 128})
     if config.lora is not None and config.lora.base_dtype != "bfloat16":
         found.append({"lora.base_dtype": "bfloat16"})

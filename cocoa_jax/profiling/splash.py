@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array
 
 from cocoa_jax.attention.spans import Spans
-from cocoa_jax.profiling.chips import Chip
+from cocoa_jax.chips import Chip
 from cocoa_jax.profiling.kernels import Candidate, Problem, with_gradient
 from cocoa_jax.profiling.llo import GridCounts
 from cocoa_jax.profiling.masks import segment_ids

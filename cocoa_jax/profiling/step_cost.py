@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from cocoa_jax.attention import spans
 from cocoa_jax.attention.spans import Spans
+from cocoa_jax.chips import Chip
 from cocoa_jax.config import TrainConfig, parse
 from cocoa_jax.models.config import Qwen2VLConfig
-from cocoa_jax.profiling.chips import Chip
 from cocoa_jax.profiling.collectives import by_axis, collectives
 from cocoa_jax.profiling.hlo import Module
 from cocoa_jax.profiling.kernels import mean_work, span_calls
@@ -97,7 +97,7 @@ def row_kernels(config: TrainConfig, backbone: Qwen2VLConfig, mesh: Mesh, chip: 
     examples = rows.batch_size * (2 + config.data.negatives if config.stage == "contrastive" else 1)
     E = min(rows.examples_per_row, -(-examples // B))
     share, tensor = B // batch_shards(mesh), mesh.shape["tensor"]
-    if config.stage == "contrastive" and config.compute.chunk_rows:
+    if config.compute.chunk_rows:
         share = min(share, config.compute.chunk_rows)
     segments = spans.segments([T // E] * E, T)
     seen = segments

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from cocoa_jax.profiling.chips import CHIPS, Chip, known_topologies
+from cocoa_jax.chips import CHIPS, Chip, known_topologies
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # nothing of the machine's own is to be used

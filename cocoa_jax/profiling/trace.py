@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import jax
 
 from cocoa_jax.checkpoints.backbone import open_backbone
-from cocoa_jax.config import TrainConfig
+from cocoa_jax.config import ProfileConfig, TrainConfig
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.training.loop import open_batches
 from cocoa_jax.training.mesh import make_mesh
@@ -17,6 +16,7 @@ from cocoa_jax.training.place import place
 from cocoa_jax.training.stages import stage_program
 from cocoa_jax.training.state import abstract_state, first_state
 from cocoa_jax.training.step import make_step
+from cocoa_jax.training.trace import TraceWindow
 
 SETTLE = 2  # steps before the trace: the first compiles
 
@@ -44,15 +44,11 @@ def record_trace(config: TrainConfig, steps: int, output: str | Path) -> Path:
     step = make_step(program.loss, optimizer, wanted, config.loop.steps)
     batches = iter(open_batches(config, processor))
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as recording:
+    with TraceWindow(ProfileConfig(SETTLE, steps), folder) as trace:
         for number in range(total):
-            if number == SETTLE:
-                jax.block_until_ready(state)
-                recording.enter_context(jax.profiler.trace(str(folder)))
             batch = next(batches)
             del batch["stats"]
-            with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            with trace.step(number, state):
                 state, _ = step(state, place(batch, mesh))
-        jax.block_until_ready(state)
+            trace.end(number, state)
     return folder

@@ -24,11 +24,18 @@ class Diverged(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pending:
-    """A step whose metrics are still on their way: its number, its metrics, and this host's share of its batch."""
+    """A step whose metrics are still on their way.
+
+    Args:
+        metrics: of the step and of its data.
+        batch: this host's share.
+        stats: of the whole batch, see ``cocoa_jax.data.pipeline.STATS``.
+    """
 
     step: int
     metrics: Mapping[str, Any]
     batch: Mapping[str, np.ndarray]
+    stats: np.ndarray
 
 
 def check_finite(pending: Pending, values: Mapping[str, float], config: TrainConfig, processor: Processor) -> None:

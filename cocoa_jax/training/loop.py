@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,7 +28,10 @@ from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.data.pipeline import STATS, stage_batches
 from cocoa_jax.data.processor import Processor
+from cocoa_jax.training.average import exchanged
+from cocoa_jax.training.compilation import kept_programs
 from cocoa_jax.training.divergence import Pending, check_finite
+from cocoa_jax.training.flops import StepFlops
 from cocoa_jax.training.hosts import ALONE, RowShare, first_alone, is_first, join, row_share, stop_agreed
 from cocoa_jax.training.inputs import known_bad, open_sources
 from cocoa_jax.training.mesh import batch_shards, make_mesh
@@ -38,9 +41,21 @@ from cocoa_jax.training.place import place
 from cocoa_jax.training.stages import Program, stage_program
 from cocoa_jax.training.state import TrainState, abstract_state, first_state, trained_part
 from cocoa_jax.training.step import make_step
+from cocoa_jax.training.throughput import Meter
+from cocoa_jax.training.trace import TraceWindow
+from cocoa_jax.training.weights_and_biases import WandbRun, check_installed
 
 BAD_RECORDS = STATS.index("bad_records")
-_HOW = ("mesh", "distributed", "data.threads", "loop.checkpoint_every", "loop.keep")
+_HOW = (
+    "mesh",
+    "distributed",
+    "data.threads",
+    "loop.checkpoint_every",
+    "loop.keep",
+    "loop.profile",
+    "loop.compilation_cache",
+    "loop.wandb",
+)
 STOPPED = 75  # the exit status of a run that was asked to stop and saved first: "try again" to launchers
 
 
@@ -57,7 +72,13 @@ def train(config: TrainConfig) -> Path:
         Stopped: SIGTERM arrived, in any process of the run.
     """
     join(config.distributed)
+    with kept_programs(config.loop.compilation_cache):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Path:
     # ------------------------------------------------------------------ what is asked for, checked before any work
+    check_installed(config.loop.wandb)
     output = folder_at(config.output)
     backbone = open_backbone(config.checkpoint)
     mesh = make_mesh(config.mesh)
@@ -67,7 +88,9 @@ def train(config: TrainConfig) -> Path:
     program = stage_program(config, backbone.config, (processor.mask_id, *processor.bridge_ids))
     wanted = abstract_state(program.shapes, optimizer, mesh)
     mixture = open_sources(config)
-    batches = iter(open_batches(config, processor, mixture, row_share(mesh)))
+    share = row_share(mesh)
+    batches = iter(open_batches(config, processor, mixture, share))
+    meter = Meter(StepFlops(config, backbone.config), share.count)
 
     # --------------------------------------------------------------------------------- the state: continued or new
     first_alone("folder", lambda: _prepare(config, mixture, backbone))
@@ -77,7 +100,7 @@ def train(config: TrainConfig) -> Path:
             params = _first_backbone(backbone, program, wanted.params["backbone"], output)
             state = first_state(program.first_params(params), optimizer, wanted)
         else:
-            state = _state(restored, wanted, output)
+            state = exchanged(_state(restored, wanted, output))
             batches.set_state(restored.loop["batches"])
         start = int(state.step)
         if start >= config.loop.steps:
@@ -90,28 +113,34 @@ def train(config: TrainConfig) -> Path:
             metadata["adapter"] = program.adapter.to_json()
         pending: Pending | None = None
         logs: MetricsWriter | NoMetrics = NoMetrics()
+        window = None
         if is_first():
-            logs = MetricsWriter(output, config.stage, start, config.loop.steps)
-        with logs as writer:
+            wandb = None if config.loop.wandb is None else WandbRun(config.loop.wandb, config)
+            logs = MetricsWriter(output, config.stage, start, config.loop.steps, meter, wandb)
+            window = config.loop.profile
+        with logs as writer, TraceWindow(window, twin(output) / "trace") as trace:
             for step in range(start, config.loop.steps):
                 batch = next(batches)
                 stats = batch.pop("stats")
-                state, metrics = step_function(state, place(batch, mesh))
+                with trace.step(step, state):
+                    state, metrics = step_function(state, place(batch, mesh))
+                trace.end(step, state)
                 # Read one step late, so that the device never waits for the host.
                 if pending is not None:
-                    _record(writer, pending, config, processor)
+                    _record(writer, pending, config, processor, meter)
                 counts = {"rows": stats[1], "bad_records": stats[BAD_RECORDS], "dropped_masks": stats[-1]}
-                pending = Pending(step, metrics | counts, batch)
+                pending = Pending(step, metrics | counts, batch, stats)
                 last, stop = step + 1 == config.loop.steps, stopping(step)  # asked once: a stop is always saved first
                 if last or stop or (step + 1) % config.loop.checkpoint_every == 0:
-                    _record(writer, pending, config, processor)  # a state that diverged is never saved
+                    _record(writer, pending, config, processor, meter)  # a state that diverged is never saved
                     pending = None
+                    kept = exchanged(state)
                     checkpoints.save(
                         step + 1,
-                        params=None if program.adapter else state.params["backbone"],
-                        adapter=state.params["adapter"] if program.adapter else None,
-                        head=state.params["head"],
-                        optimizer=state.optimizer,
+                        params=None if program.adapter else kept.params["backbone"],
+                        adapter=kept.params["adapter"] if program.adapter else None,
+                        head=kept.params["head"],
+                        optimizer=kept.optimizer,
                         loop={"step": step + 1, "batches": batches.get_state()},
                         metadata=metadata,
                     )
@@ -120,12 +149,6 @@ def train(config: TrainConfig) -> Path:
                     checkpoints.wait()  # who says that it saved must have
                     raise Stopped(f"stopped at step {step + 1} of {config.loop.steps}: the same command continues")
     return output
-
-
-def count_pictures(batch: Mapping[str, np.ndarray]) -> int:
-    """How many pictures the rows of a batch show: patches that are the first of their span."""
-    start, end = batch["patch_start"], batch["patch_end"]
-    return int(np.sum((end > start) & (start == np.arange(start.shape[1]))))
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
@@ -215,10 +238,13 @@ def _state(restored: Restored, wanted: TrainState, output: Path) -> TrainState:
     return TrainState(jax.device_put(np.int32(restored.step), wanted.step.sharding), params, restored.optimizer)
 
 
-def _record(writer: MetricsWriter | NoMetrics, pending: Pending, config: TrainConfig, processor: Processor) -> None:
+def _record(
+    writer: MetricsWriter | NoMetrics, pending: Pending, config: TrainConfig, processor: Processor, meter: Meter
+) -> None:
     values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
     check_finite(pending, values, config, processor)
-    writer.write(pending.step, values, count_pictures(pending.batch))
+    predicted = 0.0 if config.stage == "contrastive" else values["masked_tokens"]
+    writer.write(pending.step, values, meter.load(pending.batch, pending.stats, predicted))
 
 
 @contextmanager

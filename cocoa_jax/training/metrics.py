@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines, TensorBoard and a progress bar."""
+"""Where a run's numbers go: JSON lines, TensorBoard, a progress bar, and Weights & Biases if asked for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from cocoa_jax.checkpoints.places import carry, folder_at, is_remote, twin
+from cocoa_jax.training.throughput import Load, Meter
+from cocoa_jax.training.weights_and_biases import WandbRun
 
 
 class MetricsWriter:
@@ -23,10 +25,15 @@ class MetricsWriter:
         stage: its name, shown on the bar.
         first: the step that comes next; lines of later steps, written before a kill, are dropped.
         steps: length of the whole run.
+        meter: turns loads and seconds into rates.
+        wandb: gets the same; closed with this.
     """
 
-    def __init__(self, output: str | Path, stage: str, first: int, steps: int):
-        self._output, folder = output, twin(output)
+    def __init__(
+        self, output: str | Path, stage: str, first: int, steps: int, meter: Meter, wandb: WandbRun | None = None
+    ):
+        self._wandb = wandb
+        self._output, folder, self._meter = output, twin(output), meter
         self._path = folder / "metrics.jsonl"
         if is_remote(output):
             folder.mkdir(parents=True, exist_ok=True)
@@ -38,18 +45,20 @@ class MetricsWriter:
         self._bar = tqdm(total=steps, initial=first, desc=stage, unit="step", dynamic_ncols=True)
         self._last = time.perf_counter()
 
-    def write(self, step: int, metrics: Mapping[str, float], pictures: int) -> None:
-        """Record what step ``step`` (from 0) measured; ``pictures`` is how many it saw."""
+    def write(self, step: int, metrics: Mapping[str, float], load: Load) -> None:
+        """Record what step ``step`` (from 0) measured on a batch of this load."""
         now = time.perf_counter()
-        seconds = now - self._last
-        rate = pictures / seconds
+        pace = self._meter.pace(load, now - self._last)
         self._last = now
-        pace = {"seconds": round(seconds, 3), "pictures_per_second": round(rate, 1)}
-        self._lines.write(json.dumps({"step": step, **metrics, **pace}) + "\n")
+        values = {**metrics, **load.padding(), **pace}
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
-        for name, value in metrics.items():
+        for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:.0f} pictures/s", refresh=False)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
+        shown = f"loss {metrics['loss']:.3f}, {pace['examples_per_second']:.0f} examples/s"
+        self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
 
     def carry(self) -> None:
@@ -66,6 +75,8 @@ class MetricsWriter:
     ) -> None:
         self._bar.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
         self._lines.close()
         carry(self._output)
 
@@ -73,7 +84,7 @@ class MetricsWriter:
 class NoMetrics:
     """A writer that writes nothing: of several processes one writes for all."""
 
-    def write(self, step: int, metrics: Mapping[str, float], pictures: int) -> None:
+    def write(self, step: int, metrics: Mapping[str, float], load: Load) -> None:
         """Nothing."""
 
     def carry(self) -> None:

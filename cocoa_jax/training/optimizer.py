@@ -8,6 +8,7 @@ import jax
 import optax
 
 from cocoa_jax.config import OptimizerConfig
+from cocoa_jax.training.average import averaged
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -19,10 +20,19 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if config.warmup_steps >= steps:
         raise ValueError(f"optimizer.warmup_steps is {config.warmup_steps} of {steps} steps: it must be smaller")
     rate, rest = config.learning_rate, steps - config.warmup_steps
+    if config.decay_steps is not None and not (config.schedule == "wsd" and 0 < config.decay_steps <= rest):
+        raise ValueError(
+            f"optimizer.decay_steps is {config.decay_steps} with schedule {config.schedule!r}: it is of 'wsd', from 1 "
+            f"to the {rest} steps after the warm-up"
+        )
+    decay = config.decay_steps or max(1, steps // 10)
     tails = {
         "linear": optax.linear_schedule(rate, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(rate, rest),
         "constant": optax.constant_schedule(rate),
+        "wsd": optax.join_schedules(
+            [optax.constant_schedule(rate), optax.linear_schedule(rate, 0.0, min(decay, rest))], [max(0, rest - decay)]
+        ),
     }
     if config.schedule not in tails:
         raise ValueError(f"optimizer.schedule is {config.schedule!r}: choose one of {sorted(tails)}")
@@ -31,8 +41,12 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping and AdamW; only maps and their low-rank updates decay, never norms, biases or the embedding."""
-    return optax.chain(
+    """Clipping and AdamW; only maps and their low-rank updates decay, never norms, biases or the embedding.
+
+    Raises:
+        ValueError: settings of the schedule that contradict each other.
+    """
+    parts = [
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
             make_schedule(config, steps),
@@ -43,7 +57,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mask=_decays,
         ),
         optax.masked(optax.scale(config.head_rate), _is_head),
-    )
+    ]
+    if config.ema is not None:
+        parts.append(averaged(config.ema))
+    return optax.chain(*parts)
 
 
 def _decays(params: Any) -> Any:

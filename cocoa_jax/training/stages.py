@@ -18,6 +18,7 @@ from cocoa_jax.models.qwen2_vl import Params, Qwen2VL, abstract_params, bind, gr
 from cocoa_jax.objectives.bridge import bridge_loss
 from cocoa_jax.objectives.contrastive import contrastive_loss
 from cocoa_jax.objectives.warmup import warmup_loss
+from cocoa_jax.training.accumulation import accumulated
 from cocoa_jax.training.step import Loss
 
 Model = Callable[[Params, Mapping[str, Array]], Qwen2VL]
@@ -87,16 +88,21 @@ def _with_loss(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shape
     if config.stage == "warmup":
         return _warmup(config, backbone, model, shapes)
 
-    def loss(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
-        if config.stage == "bridge":
-            return bridge_loss(model(params, batch), batch, config.compute.chunk_tokens)
+    def bridge(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
+        return bridge_loss(model(params, batch), batch, config.compute.chunk_tokens)
 
+    def contrastive(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
         def model_of(chunk: Array) -> Qwen2VL:
             return model(params, {**batch, "chunk": chunk})
 
         return contrastive_loss(model_of, batch, config.contrastive, progress, config.compute.chunk_rows)
 
+    loss = _in_chunks(bridge, config) if config.stage == "bridge" else contrastive
     return Program({**shapes, "head": {}}, loss, lambda _: {})
+
+
+def _in_chunks(loss: Loss, config: TrainConfig) -> Loss:
+    return loss if config.compute.chunk_rows is None else accumulated(loss, config.compute.chunk_rows)
 
 
 def _warmup(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shapes: Params) -> Program:
@@ -111,4 +117,4 @@ def _warmup(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shapes: 
         made = init_decoder(backbone, params, config.seed)
         return jax.tree.map(lambda leaf, shape: jnp.asarray(leaf, shape.dtype), made, head_shapes)
 
-    return Program({**shapes, "head": head_shapes}, loss, init_head)
+    return Program({**shapes, "head": head_shapes}, _in_chunks(loss, config), init_head)

@@ -9,6 +9,7 @@ import jax
 import optax
 from jaxtyping import Array
 
+from cocoa_jax.training.gradients import group_norms
 from cocoa_jax.training.state import TrainState, trained_part
 
 Loss = Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
@@ -43,7 +44,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, wanted: Train
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(gradients, state.optimizer, trained)
             params = {**state.params, **optax.apply_updates(trained, updates)}
-        metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradients)}
+        metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradients), **group_norms(gradients)}
         return TrainState(state.step + 1, params, moments), metrics
 
     # The batch arrives with its own shardings; the state's are pinned on both sides so that donation holds.

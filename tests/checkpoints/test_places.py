@@ -18,6 +18,7 @@ from cocoa_jax.checkpoints.places import carry, fetch, folder_at, is_remote, twi
 from cocoa_jax.config import SettingsError
 from cocoa_jax.training.loop import _check_settings
 from cocoa_jax.training.metrics import MetricsWriter
+from cocoa_jax.training.throughput import Load, Meter
 
 
 class Bucket(MemoryFileSystem):
@@ -89,15 +90,16 @@ def test_metrics_follow_at_every_checkpoint_and_are_continued(bucket):
     def written() -> list[int]:
         return [json.loads(line)["step"] for line in bucket["/b/run/metrics.jsonl"].getvalue().splitlines()]
 
-    with MetricsWriter("gs://b/run", "bridge", 0, 9) as writer:
+    load, meter = Load(2, 1, 6, 4, 8, 8, 1e9), Meter(lambda work: 1e9, 1)
+    with MetricsWriter("gs://b/run", "bridge", 0, 9, meter) as writer:
         for step in range(4):
-            writer.write(step, {"loss": 1.0}, 1)
+            writer.write(step, {"loss": 1.0}, load)
             if step == 1:
                 writer.carry()
                 assert written() == [0, 1]
     assert written() == [0, 1, 2, 3]
     (twin("gs://b/run") / "metrics.jsonl").unlink()  # another machine goes on from step 2
-    with MetricsWriter("gs://b/run", "bridge", 2, 9) as writer:
-        writer.write(2, {"loss": 2.0}, 1)
+    with MetricsWriter("gs://b/run", "bridge", 2, 9, meter) as writer:
+        writer.write(2, {"loss": 2.0}, load)
     assert written() == [0, 1, 2]
     assert any(path.startswith("/b/run/tensorboard/events") for path in bucket)

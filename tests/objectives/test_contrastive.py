@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cocoa_jax.objectives.contrastive import ContrastiveConfig, contrastive_loss, info_nce
+from cocoa_jax.objectives.contrastive import ContrastiveConfig, contrastive_loss, info_nce, uniformity
 from cocoa_jax.objectives.embedding import embed_examples, embed_in_chunks
 
 
@@ -209,8 +209,25 @@ def test_every_chunk_has_a_model_of_its_own():
     table, bridges = jnp.ones((40, 5)), np.arange(1, 13)[:, None]
     batch = rows_of(bridges, [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]], 2)
     marks = 1.0 + jnp.arange(15.0).reshape(3, 5)
-    found = embed_in_chunks(lambda number: Stub(table * marks[number]), batch, 2)
+    found, lengths = embed_in_chunks(lambda number: Stub(table * marks[number]), batch, 2)
     np.testing.assert_allclose(found, np.repeat(unit(np.asarray(marks)), 4, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(lengths, np.repeat(np.linalg.norm(marks, axis=1), 4), rtol=1e-6)
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_uniformity_is_that_of_wang_and_isola_over_queries_and_the_targets_of_others(seed):
+    queries, targets, key = case(seed, extra=3)
+    _, metrics = info_nce(queries, targets, key, ContrastiveConfig(0.1))
+    pairs = [(q, t) for q in range(6) for t in range(9) if q != t and (t >= 6 or key[q] != key[t])]
+    want = np.log(np.mean([np.exp(-2 * np.sum(np.square(np.float64(queries[q]) - targets[t]))) for q, t in pairs]))
+    np.testing.assert_allclose(metrics["uniformity"], want, rtol=1e-5, atol=1e-5)  # float32 cosines, times 4
+
+
+def test_uniformity_of_rows_that_are_all_alike_is_0_and_of_opposite_ones_minus_8():
+    cosines, pairs = np.ones((3, 3), np.float32), ~np.eye(3, dtype=bool)
+    np.testing.assert_allclose([uniformity(cosines, pairs), uniformity(-cosines, pairs)], [0, -8], atol=1e-6)
+    assert np.isfinite(uniformity(cosines, np.zeros((3, 3), bool)))
 
 
 def test_chunks_that_do_not_divide_the_rows_are_refused():

@@ -11,11 +11,11 @@ from cocoa_jax import cli
 from cocoa_jax.attention import flash_tpu, flash_tpu_blocks, flash_tpu_tiles
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.attention.tiles import Blocks
+from cocoa_jax.chips import CHIPS
 from cocoa_jax.profiling import cells as cells_module
 from cocoa_jax.profiling.attention import ProfileError, Row, profile_attention
 from cocoa_jax.profiling.attention_model import ANY, cell_mask
 from cocoa_jax.profiling.cells import Cells, MeasurementError
-from cocoa_jax.profiling.chips import CHIPS
 from cocoa_jax.profiling.hlo import Module
 from cocoa_jax.profiling.kernels import (
     Problem,

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from cocoa_jax.profiling.chips import CHIPS, chip_of_kind, known_topologies
+from cocoa_jax.chips import CHIPS, chip_of_kind, known_topologies
 from cocoa_jax.profiling.topology import Slice, TopologyError, parse_topology, slice_mesh, tpu_slice
 
 

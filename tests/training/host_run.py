@@ -21,8 +21,8 @@ def main(config: str, number: int, at: int) -> None:
 def watch(writer: type, number: int, at: int) -> None:
     write = writer.write
 
-    def write_and_be_told(self, step, metrics, pictures):
-        write(self, step, metrics, pictures)
+    def write_and_be_told(self, step, metrics, load):
+        write(self, step, metrics, load)
         if at >= 0:
             time.sleep(0.3)  # JAX looks for signals once a second
         if step == at:

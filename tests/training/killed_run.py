@@ -20,8 +20,8 @@ def main(settings: str, fatal: int) -> None:
         threading.Thread(target=kill_in_a_save, args=(Path(config.output) / "checkpoints", -fatal), daemon=True).start()
     write = MetricsWriter.write
 
-    def write_or_die(self, step, metrics, pictures):
-        write(self, step, metrics, pictures)
+    def write_or_die(self, step, metrics, load):
+        write(self, step, metrics, load)
         if step == fatal:
             with (self._path).open("a") as file:
                 file.write('{"step": ' + str(step + 1))  # torn in the middle

@@ -60,8 +60,8 @@ def main(settings: str) -> None:
         config = parse(TrainConfig, values)
         found = {"one": losses(config, one_device())}
         for mesh in ("cube",) if config.lora else MESHES:
-            # Where every device has several rows, it takes them one by one.
-            rows = 1 if config.stage == "contrastive" else None
+            # Where every device has several rows, it takes them one by one. What is dropped depends on the chunk.
+            rows = None if config.lora else 1
             compute = dataclasses.replace(config.compute, chunk_rows=rows, chunk_tokens=2, remat="attention")
             found[mesh] = losses(dataclasses.replace(config, compute=compute), make_mesh(MESHES[mesh]))
         results[name] = found

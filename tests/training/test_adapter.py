@@ -35,7 +35,7 @@ from cocoa_jax.training.state import abstract_state, first_state
 from cocoa_jax.training.step import make_step
 
 STEPS = 6
-CLOCK = ("seconds", "pictures_per_second")
+CLOCK = ("seconds", "tflops_per_second", *(f"{what}_per_second" for what in ("pictures", "examples", "tokens")))
 LORA = {"rank": 4, "alpha": 8.0}
 
 

@@ -30,7 +30,7 @@ from cocoa_jax.training.loop import STOPPED, Stopped, train
 from cocoa_jax.training.metrics import MetricsWriter
 
 STEPS = 8
-CLOCK = ("seconds", "pictures_per_second")
+CLOCK = ("seconds", "tflops_per_second", *(f"{what}_per_second" for what in ("pictures", "examples", "tokens")))
 WORKER = Path(__file__).with_name("killed_run.py")
 
 
@@ -84,6 +84,11 @@ def test_a_run_leaves_metrics_and_a_stage(finished, backbone):
     lines = records(finished)
     assert [line["step"] for line in lines] == list(range(STEPS))
     assert lines[0].keys() >= {"loss", "bridge", "masked_accuracy", "masked_tokens", "gradient_norm", "rows"}
+    parts = [lines[0][f"gradient_norm_{part}"] for part in ("text", "vision", "embeddings")]
+    np.testing.assert_allclose(np.linalg.norm(parts), lines[0]["gradient_norm"], rtol=1e-5)
+    assert all(0 < line["padding_tokens"] < 1 and 0 < line["padding_patches"] < 1 for line in lines)
+    clocked = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert all(clocked[name] > 0 for name in CLOCK) and "mfu" not in clocked  # nobody knows the peak of a CPU
     assert lines[-1]["loss"] < lines[0]["loss"]
     metadata = read_metadata(finished)
     assert metadata["stage"] == "bridge" and metadata["parent"]["path"] == str(backbone)
@@ -167,8 +172,8 @@ def test_sigterm_ends_with_75_and_the_same_command_continues(finished, settings_
     command = ["train", "--config", str(tmp_path / "run.yaml")]
     write, handler = MetricsWriter.write, signal.getsignal(signal.SIGTERM)
 
-    def write_and_be_told(self, step, metrics, pictures):
-        write(self, step, metrics, pictures)
+    def write_and_be_told(self, step, metrics, load):
+        write(self, step, metrics, load)
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,7 +1,10 @@
 """Learning rates by step, and which parameters decay."""
 
+import dataclasses
+
 import jax
 import numpy as np
+import optax
 import pytest
 
 from cocoa_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -14,6 +17,7 @@ from cocoa_jax.training.optimizer import OptimizerConfig, make_optimizer, make_s
         ("linear", [0, 0.5, 1, 0.5, 0]),
         ("cosine", [0, 0.5, 1, 0.5, 0]),
         ("constant", [0, 0.5, 1, 1, 1]),
+        ("wsd", [0, 0.5, 1, 1, 0]),
     ],
 )
 def test_schedules(schedule, want):
@@ -27,6 +31,18 @@ def test_cosine_is_a_cosine():
     np.testing.assert_allclose([rate(step) for step in range(9)], want, atol=1e-6)
 
 
+def test_wsd_decays_in_a_line_over_its_last_steps():
+    rate = make_schedule(OptimizerConfig(learning_rate=1.0, schedule="wsd", warmup_steps=2, decay_steps=4), 12)
+    want = [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    np.testing.assert_allclose([rate(step) for step in range(13)], want, atol=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "decay"), [("cosine", 3), ("wsd", 9), ("wsd", 0)])
+def test_decay_steps_that_mean_nothing_are_refused(schedule, decay):
+    with pytest.raises(ValueError, match=rf"decay_steps is {decay} with schedule '{schedule}': .* the 8 steps after"):
+        make_schedule(OptimizerConfig(schedule=schedule, warmup_steps=2, decay_steps=decay), 10)
+
+
 @pytest.mark.parametrize("warmup", [10, 11])
 def test_a_warm_up_that_never_ends_is_refused(warmup):
     with pytest.raises(ValueError, match=rf"warmup_steps is {warmup} of 10 steps: it must be smaller"):
@@ -34,7 +50,7 @@ def test_a_warm_up_that_never_ends_is_refused(warmup):
 
 
 def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match=r"'step'.*\['constant', 'cosine', 'linear'\]"):
+    with pytest.raises(ValueError, match=r"'step'.*\['constant', 'cosine', 'linear', 'wsd'\]"):
         make_schedule(OptimizerConfig(schedule="step", warmup_steps=1), 10)
 
 
@@ -71,3 +87,29 @@ def test_the_head_may_learn_at_another_rate_than_the_backbone():
     moved = update(1.0, head_rate=10.0)
     np.testing.assert_allclose(jax.tree.leaves(moved["backbone"]), [-0.1] * 4, rtol=1e-5)
     np.testing.assert_allclose(jax.tree.leaves(moved["head"]), [-1.0], rtol=1e-5)
+
+
+def test_the_average_follows_the_weights_and_changes_no_update():
+    config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0)
+    plain, averaging = (make_optimizer(dataclasses.replace(config, ema=decay), 10) for decay in (None, 0.5))
+    params, other = PARAMS, PARAMS
+    state, kept, want = plain.init(PARAMS), averaging.init(PARAMS), PARAMS
+    for n in range(8):
+        gradients = jax.tree.map(lambda leaf, n=n: np.float32(n - 3) * leaf, params)
+        (updates, state), (same, kept) = (
+            plain.update(gradients, state, params),
+            averaging.update(gradients, kept, other),
+        )
+        params, other = optax.apply_updates(params, updates), optax.apply_updates(other, same)
+        decay = min(0.5, (1 + n) / (10 + n))
+        want = jax.tree.map(lambda old, new, decay=decay: decay * old + (1 - decay) * new, want, params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, params, other))
+    # float32, eight roundings.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), kept[-1].weights, want)
+    assert kept[-1].updates == 8 and not np.isclose(*(tree["head"]["map"]["kernel"] for tree in (want, params)))
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
+def test_a_decay_that_is_none_is_refused(decay):
+    with pytest.raises(ValueError, match=rf"optimizer.ema is {decay}: give a decay between 0 and 1"):
+        OptimizerConfig(ema=decay)

@@ -80,6 +80,7 @@ def test_an_update_and_its_metrics():
     assert int(state.step) == 1
     assert metrics["loss"] == 14 and metrics["first"] == 1
     np.testing.assert_allclose(metrics["gradient_norm"], np.sqrt(4 * 14), rtol=1e-6)
+    assert metrics["gradient_norm_text"] == metrics["gradient_norm"]
     assert metrics["progress"] == 0
     _, metrics = step(state, {"weight": jnp.float32(1)})
     assert metrics["progress"] == 0.25  # one of four steps is done
