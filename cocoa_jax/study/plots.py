@@ -42,9 +42,9 @@ def draw_question(
             gains.plot([100 * found.low, 100 * found.high], [place, place], color=_INK, linewidth=1.6)
             gains.plot(100 * found.mean, place, "o", color=_INK, markerfacecolor=_INK if found.clear else "white")
     gains.axvline(0, color=_INK, linewidth=0.8)
-    gains.set(xlabel="points more than the first, 95 % over queries (filled: without 0)")
+    gains.set(xlabel="points above the first, 95 % over queries")
     gains.tick_params(axis="y", length=0)
-    scores.invert_yaxis()
+    scores.set_ylim(len(arms) - 0.5, -0.5)
     _save(figure, (scores, gains), path)
 
 

@@ -69,8 +69,8 @@ def tables(study: Study, results: Mapping[str, Result], plots: Path) -> str:
         name: arm for q in study.questions.values() if q.wave == 0 for name in q.arms if (arm := arms.get(name))
     }
     if compared:
-        draw_compute(compared, _names(study, compared), plots / "compute.svg")
-        parts.append(f"![score against compute]({FOLDER}/compute.svg)\n")
+        draw_compute(compared, _names(study, compared), plots / "against-compute.svg")
+        parts.append(f"![score against compute]({FOLDER}/against-compute.svg)\n")
     for name, question in study.questions.items():
         if any(arm in arms for arm in question.arms):
             parts.append(_question(study, name, question, arms, plots))
@@ -104,7 +104,7 @@ def _question(study: Study, name: str, question: Question, arms: Mapping[str, Se
         result = next(iter(seeds.values()))
         steps = " + ".join(str(stage["steps"]) for stage in result.stages)
         scores = [_with_error(*over_seeds(seeds, split, meta)) for _, split, meta in _COLUMNS]
-        spent = [steps, f"{result.flops / 1e12:.1f}", str(len(seeds)), _gain(against[arm])]
+        spent = [steps, f"{result.flops / 1e12:.3g}", str(len(seeds)), _gain(against[arm])]
         lines.append(_row([study.arms[arm].about or arm, *scores, *spent]))
     missing = [arm for arm in question.arms if len(arms.get(arm, ())) < question.seeds]
     note = f"\nNot all of its {question.seeds} seeds are there for: {', '.join(missing)}.\n" if missing else ""

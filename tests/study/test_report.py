@@ -26,7 +26,7 @@ def test_a_report_has_tables_and_plots(run, study, tmp_path):
     assert "**+" in cocoa and " ± " in cocoa  # 0.6 against 0.2: a clear difference
     assert "| cocoa | **" in text  # the better rate, in bold
     assert "Not all of its 3 seeds are there for: cocoa, cut." in text
-    for plot in ("steps", "compute", "late"):
+    for plot in ("steps", "compute", "late", "against-compute"):
         assert f"study/{plot}.svg" in text and (tmp_path / "docs" / "study" / f"{plot}.svg").stat().st_size > 5000
     assert read_results(tmp_path / "docs" / "study").keys() == read_results(run).keys()
 
