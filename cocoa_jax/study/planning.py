@@ -48,6 +48,8 @@ class Planner:
 
     study: Study
     folder: Path
+    # To read and check the settings of a piece takes a fifth of a second.
+    known: dict[tuple[Piece, float], Work] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def is_done(self, piece: Piece) -> bool:
         """Whether the piece's file is there."""
@@ -99,6 +101,11 @@ class Planner:
         return pace * sum(left.values()) + scoring * len(pieces)
 
     def _work(self, piece: Piece, rate: float) -> Work:
+        if (piece, rate) not in self.known:
+            self.known[piece, rate] = self._new_work(piece, rate)
+        return self.known[piece, rate]
+
+    def _new_work(self, piece: Piece, rate: float) -> Work:
         arm = self.arm(piece)
         recipe = recipe_of(self.study, arm, piece.seed, rate)
         backbone, stages = chain(recipe, self.folder)

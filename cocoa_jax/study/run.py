@@ -16,16 +16,27 @@ import jax
 from cocoa_jax.config import TrainConfig
 from cocoa_jax.embedder import Embedder, default_settings
 from cocoa_jax.evaluation.run import embed_tasks
-from cocoa_jax.evaluation.scorer import rank
+from cocoa_jax.evaluation.scorer import EmbeddingError, rank
 from cocoa_jax.evaluation.sets import code_version
 from cocoa_jax.evaluation.tasks import Task, picture_tasks
 from cocoa_jax.recipe import is_done
 from cocoa_jax.study.design import Piece, Study, pieces
 from cocoa_jax.study.pieces import Result, TaskHits, claimed, write_result
 from cocoa_jax.study.planning import Planner, Work, make_backbone_once
+from cocoa_jax.training.divergence import Diverged
 from cocoa_jax.training.loop import train
 
 Tell = Callable[[str], object]
+
+
+class PieceError(RuntimeError):
+    """A piece whose training or scoring came to numbers that are not finite."""
+
+    def __init__(self, piece: Piece, error: Exception):
+        self.piece = piece
+        super().__init__(f"{piece.name} left out: {error}")
+
+
 _WAIT = 2.0  # seconds between looks at what other processes have finished
 
 
@@ -43,8 +54,13 @@ def run_study(study: Study, folder: str | Path, only: tuple[str, ...], keep: boo
     planner = Planner(study, Path(folder))
     planned = pieces(study, only)
     with _compiled_once(planner.folder):
-        while left := [piece for piece in planned if not planner.is_done(piece)]:
-            made = _make_one(planner, left)
+        failed: set[Piece] = set()
+        while left := [piece for piece in planned if not planner.is_done(piece) and piece not in failed]:
+            try:
+                made = _make_one(planner, left)
+            except PieceError as error:  # one arm that cannot be trained must not keep the others from it
+                failed.add(error.piece)
+                made = str(error)
             if made is None:
                 time.sleep(_WAIT)
                 continue
@@ -75,7 +91,10 @@ def _make_one(planner: Planner, left: Sequence[Piece]) -> str | None:
         open_stages = [Path(stage.output).name for stage in work.stages if not is_done(stage)]
         with claimed(planner.folder, [piece.name, *open_stages]) as ours:
             if ours and not planner.is_done(piece):
-                result = _made(planner, work)
+                try:
+                    result = _made(planner, work)
+                except (Diverged, EmbeddingError) as error:
+                    raise PieceError(piece, error) from error
                 write_result(planner.folder, piece.name, result)
                 return f"{piece.name}: {100 * result.mean():.1f} %"
     return None
@@ -156,8 +175,11 @@ def _seconds(stage: TrainConfig) -> float:
 
 
 def _remove_spent(planner: Planner, planned: Sequence[Piece]) -> None:
-    """Removes stages that no unfinished piece needs."""
-    needed = planner.needed(piece for piece in planned if not planner.is_done(piece))
+    """Removes stages that no unfinished piece needs; only when all rates are found, which some of them depend on."""
+    left = [piece for piece in planned if not planner.is_done(piece)]
+    if any(piece.rate is not None for piece in left):
+        return
+    needed = planner.needed(left)
     for folder in (planner.folder / "stages").glob("*"):
         if folder.name not in needed:
             with claimed(planner.folder, [folder.name]) as ours:

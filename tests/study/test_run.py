@@ -11,6 +11,7 @@ from cocoa_jax.study.design import Piece, pieces
 from cocoa_jax.study.pieces import claimed, read_results, write_result
 from cocoa_jax.study.planning import Planner
 from cocoa_jax.study.run import listing, run_study
+from cocoa_jax.training.divergence import Diverged
 
 PER_STEP = {"warmup": 2e9, "bridge": 1e9, "contrastive": 4e9}
 
@@ -103,6 +104,20 @@ def test_checkpoints_go_when_no_piece_needs_them(lab, study, tmp_path):
     for one in tries:
         write_result(planner.folder, one.name, read_results(tmp_path)[one.name])
     assert len(planner.needed([Piece("cut", 0)])) == 3
+
+
+def test_an_arm_that_diverges_is_left_out_and_named(lab, study, tmp_path, monkeypatch):
+    whole, told = run.train, []
+
+    def train(config):
+        if config.loop.steps > 10:  # the longer arm
+            raise Diverged("loss is nan")
+        whole(config)
+
+    monkeypatch.setattr(run, "train", train)
+    run_study(study, tmp_path, ("compute",), False, told.append)
+    assert "longer-0 left out: loss is nan" in told and "longer-1 left out: loss is nan" in told
+    assert {"cocoa-0", "cocoa-1"} <= read_results(tmp_path).keys()
 
 
 def test_what_another_process_works_on_is_left_to_it(lab, study, tmp_path):
