@@ -70,7 +70,9 @@ def draw_compute(arms: Mapping[str, Seeds], names: Mapping[str, str], path: Path
     guess = 100 * chance(next(iter(arms.values())))
     axis.axhline(guess, color=_INK, linestyle=":", linewidth=1.2)
     axis.annotate("chance", (0.01, guess), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points")
-    axis.set(xlabel="TFLOPs of all stages (counted)", ylabel="p@1, %, mean of all tasks", ylim=(0, None))
+    axis.set(
+        xlabel="TFLOPs of all stages (counted)", ylabel="p@1, %, mean of all tasks", xlim=(0, None), ylim=(0, None)
+    )
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, (axis,), path)
 
