@@ -29,8 +29,8 @@ def step_flops(config: TrainConfig, processor: Processor) -> float:
         batches = iter(open_batches(dataclasses.replace(config, data=data, loop=loop), processor))
         for _ in range(_BATCHES):
             batch = next(batches)
-            shape = Shape(*batch["tokens"].shape, batch["patches"].shape[1])
-            total += weight * batch_flops(config, processor.config, shape) / _BATCHES
+            (rows, tokens), patches = batch["tokens"].shape, batch["patches"].shape[1]
+            total += weight * batch_flops(config, processor.config, Shape(rows, tokens, patches)) / _BATCHES
     return total / sum(weights)
 
 

@@ -16,7 +16,7 @@ from cocoa_jax.study.design import Arm, Piece, Study, chain, identity, recipe_of
 from cocoa_jax.study.flops import step_flops
 from cocoa_jax.study.pieces import PIECES, claimed, read_result
 
-COSTS = "costs.json"
+COSTS, LEFT_OUT = "costs.json", "left_out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +55,32 @@ class Planner:
         """Whether the piece's file is there."""
         return (self.folder / PIECES / f"{piece.name}.json").is_file()
 
+    def is_out(self, piece: Piece) -> bool:
+        """Whether the piece came to numbers that are not finite, or every try of its recipe did."""
+        if (self.folder / LEFT_OUT / piece.name).is_file():
+            return True
+        recipe = self.arm(piece).recipe
+        tries = [Piece(recipe, 0, rate) for rate in self.study.rates]
+        searched = piece.rate is None and len(tries) > 1
+        return searched and all((self.folder / LEFT_OUT / one.name).is_file() for one in tries)
+
+    def leave_out(self, piece: Piece, why: str) -> None:
+        """Remember that a piece cannot be made; whoever removes the file has it tried again."""
+        (self.folder / LEFT_OUT).mkdir(exist_ok=True)
+        (self.folder / LEFT_OUT / piece.name).write_text(f"{why}\n")
+
     def rate(self, recipe: str) -> float | None:
         """The rate of the search with the best mean on validation tasks; None while a try is missing."""
         if len(self.study.rates) == 1:
             return self.study.rates[0]
         tries = [Piece(recipe, 0, rate) for rate in self.study.rates]
-        if not all(map(self.is_done, tries)):
+        if not all(self.is_done(one) or self.is_out(one) for one in tries):
+            return None
+        tries = [one for one in tries if self.is_done(one)]
+        if not tries:
             return None
         means = [read_result(self.folder / PIECES / f"{one.name}.json").mean() for one in tries]
-        return self.study.rates[means.index(max(means))]
+        return tries[means.index(max(means))].rate
 
     def arm(self, piece: Piece) -> Arm:
         """What is run: of a try the bare recipe."""

@@ -36,8 +36,8 @@ def draw_question(
     scores.set_yticks(list(places), [names[arm] for arm in arms])
     scores.set(xlabel="p@1, %, mean of the tasks (dots: seeds; dotted: chance)", xlim=(0, None))
     scores.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    for place, arm in zip(places, arms, strict=True):
-        found = differences.get(arm)
+    for place, name in enumerate(arms):
+        found = differences.get(name)
         if found is not None:
             gains.plot([100 * found.low, 100 * found.high], [place, place], color=_INK, linewidth=1.6)
             gains.plot(100 * found.mean, place, "o", color=_INK, markerfacecolor=_INK if found.clear else "white")

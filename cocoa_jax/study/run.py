@@ -54,12 +54,11 @@ def run_study(study: Study, folder: str | Path, only: tuple[str, ...], keep: boo
     planner = Planner(study, Path(folder))
     planned = pieces(study, only)
     with _compiled_once(planner.folder):
-        failed: set[Piece] = set()
-        while left := [piece for piece in planned if not planner.is_done(piece) and piece not in failed]:
+        while left := [piece for piece in planned if not (planner.is_done(piece) or planner.is_out(piece))]:
             try:
                 made = _make_one(planner, left)
             except PieceError as error:  # one arm that cannot be trained must not keep the others from it
-                failed.add(error.piece)
+                planner.leave_out(error.piece, str(error))
                 made = str(error)
             if made is None:
                 time.sleep(_WAIT)
@@ -75,9 +74,10 @@ def listing(study: Study, folder: str | Path, only: tuple[str, ...]) -> str:
     planner = Planner(study, Path(folder))
     planned = pieces(study, only)
     done = [piece for piece in planned if planner.is_done(piece)]
-    left = [piece for piece in planned if not planner.is_done(piece)]
+    left = [piece for piece in planned if not (planner.is_done(piece) or planner.is_out(piece))]
     seconds = planner.seconds_left(left, done)
-    lines = [f"{'done' if planner.is_done(piece) else 'left'}  {piece.name}" for piece in planned]
+    states = ["done" if p in done else "left" if p in left else "out " for p in planned]
+    lines = [f"{state}  {piece.name}" for state, piece in zip(states, planned, strict=True)]
     time_left = "unknown before a piece is done" if seconds is None else f"{seconds / 60:.0f} minutes of one process"
     return "\n".join([*lines, f"{len(done)} of {len(planned)} pieces done; time left: {time_left}"]) + "\n"
 
@@ -176,7 +176,7 @@ def _seconds(stage: TrainConfig) -> float:
 
 def _remove_spent(planner: Planner, planned: Sequence[Piece]) -> None:
     """Removes stages that no unfinished piece needs; only when all rates are found, which some of them depend on."""
-    left = [piece for piece in planned if not planner.is_done(piece)]
+    left = [piece for piece in planned if not (planner.is_done(piece) or planner.is_out(piece))]
     if any(piece.rate is not None for piece in left):
         return
     needed = planner.needed(left)

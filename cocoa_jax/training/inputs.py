@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from cocoa_jax.config import TrainConfig, load_mixture
 from cocoa_jax.data.bad import KnownBad
@@ -24,7 +25,7 @@ def open_sources(config: TrainConfig) -> Mixture:
     if data.labelled is not None:
         pictures = some_things(pictures, data.labelled)
     sources = {kind: picture_source(kind, pictures, data.mirror) for kind in data.kinds}
-    identity = {"stage": config.stage, "pictures": {"split": data.split, "kinds": dict(data.kinds)}}
+    identity: dict[str, Any] = {"stage": config.stage, "pictures": {"split": data.split, "kinds": dict(data.kinds)}}
     if data.labelled is not None:
         identity["labelled"] = data.labelled
     return Mixture(sources, data.kinds, identity)

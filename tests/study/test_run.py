@@ -110,7 +110,7 @@ def test_an_arm_that_diverges_is_left_out_and_named(lab, study, tmp_path, monkey
     whole, told = run.train, []
 
     def train(config):
-        if config.loop.steps > 10:  # the longer arm
+        if config.stage == "contrastive" and config.loop.steps > 10:  # the longer arm
             raise Diverged("loss is nan")
         whole(config)
 
@@ -118,6 +118,27 @@ def test_an_arm_that_diverges_is_left_out_and_named(lab, study, tmp_path, monkey
     run_study(study, tmp_path, ("compute",), False, told.append)
     assert "longer-0 left out: loss is nan" in told and "longer-1 left out: loss is nan" in told
     assert {"cocoa-0", "cocoa-1"} <= read_results(tmp_path).keys()
+    assert "out   longer-0" in listing(study, tmp_path, ("compute",))
+
+
+def test_a_recipe_that_diverges_at_every_rate_ends_the_wait_for_its_own(lab, study, tmp_path, monkeypatch):
+    whole, broken = run.train, set(study.rates)
+
+    def train(config):
+        if (config.stage == "warmup" and len(broken) > 1) or config.optimizer.learning_rate in broken:
+            raise Diverged("loss is nan")
+        whole(config)
+
+    monkeypatch.setattr(run, "train", train)
+    run_study(study, tmp_path, ("steps",), False, lambda line: None)
+    assert not read_results(tmp_path)
+    # One rate that does not is the one that is used.
+    for file in (tmp_path / "left_out").iterdir():
+        file.unlink()
+    broken.clear()
+    broken.add(2e-3)
+    run_study(study, tmp_path, ("steps",), False, lambda line: None)
+    assert Planner(study, tmp_path).rate("bidirectional") == 1e-3
 
 
 def test_what_another_process_works_on_is_left_to_it(lab, study, tmp_path):
