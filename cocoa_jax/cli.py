@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def commands() -> dict[str, Command | Group]:
     """Every sub-command by name."""
     # They pull in JAX; they are imported when somebody calls, not when somebody imports this module.
-    from cocoa_jax.commands import adapter, conversion, data, planning, probing, profiling, reading, training
+    from cocoa_jax.commands import adapter, conversion, data, planning, probing, profiling, reading, studying, training
 
     return {
         "demo": training.DEMO,
@@ -34,6 +34,7 @@ def commands() -> dict[str, Command | Group]:
         "data": data.GROUP,
         "profile": profiling.GROUP,
         "plan": planning.PLAN,
+        "study": studying.GROUP,
     }
 
 

@@ -40,6 +40,7 @@ class DataConfig:
         mixture: a file of data sets, see ``cocoa_jax.data.mixture``, in place of kinds.
         split: split of the embedded pictures.
         mirror: whether the embedded pictures may be flipped from left to right.
+        labelled: share of what the embedded pictures show of which records are made; null for all.
         processor: text and picture settings.
         rows: shapes of a batch.
         visibility: what tokens see.
@@ -58,6 +59,7 @@ class DataConfig:
     mixture: str | None = None
     split: Literal["train", "validation"] = "train"
     mirror: bool = True
+    labelled: float | None = None
     visibility: VisibilityConfig = VisibilityConfig()  # noqa: RUF009
     masking: MaskingConfig | None = None
     negatives: int = 0
@@ -70,6 +72,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if bool(self.kinds) == bool(self.mixture):
             raise SettingsError(f"kinds is {self.kinds} and mixture {self.mixture}: give one of the two")
+        if self.labelled is not None and (self.mixture or not 0 < self.labelled <= 1):
+            raise SettingsError(f"labelled is {self.labelled}: give a share of the embedded pictures, above 0 up to 1")
         if self.decoded_mib < 0:
             raise SettingsError(f"decoded_mib is {self.decoded_mib}: give the MiB that pictures may take, 0 for none")
 
@@ -205,7 +209,14 @@ class TrainConfig:
         """What the batches of this stage depend on."""
         data = self.data
         return BatchConfig(
-            self.stage, data.rows, data.visibility, data.masking, data.negatives, data.interleave, data.bad
+            self.stage,
+            data.rows,
+            data.visibility,
+            data.masking,
+            data.negatives,
+            data.interleave,
+            data.bad,
+            self.loop.steps,
         )
 
 

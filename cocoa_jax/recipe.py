@@ -185,7 +185,7 @@ def _stage(settings: Mapping[str, Any]) -> dict[str, Any]:
     source = own.pop(_FROM, None)
     if source is None:
         return own
-    merged = _merge({k: v for k, v in _read(Path(source)).items() if k not in ("checkpoint", "output")}, own)
+    merged = overlaid({k: v for k, v in _read(Path(source)).items() if k not in ("checkpoint", "output")}, own)
     if _EPOCHS in own and "loop" in merged:
         merged["loop"] = {k: v for k, v in merged["loop"].items() if k != "steps"}
     return merged
@@ -197,19 +197,19 @@ def _merged_file(path: Path) -> dict[str, Any]:
     bases = own.pop(_BASE, [])
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, _merged_file(path.parent / base))
+        merged = overlaid(merged, _merged_file(path.parent / base))
     for part in [*(own.get("stages") or {}).values(), own.get("init")]:
         if isinstance(part, dict) and _FROM in part:
             part[_FROM] = str(path.parent / part[_FROM])
-    return _merge(merged, own)
+    return overlaid(merged, own)
 
 
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """``over`` upon ``under``, objects key by key; the order is that of their first appearance."""
     merged = dict(under)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = overlaid(merged[key], value) if both else value
     return merged
 
 

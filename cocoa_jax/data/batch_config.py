@@ -22,6 +22,7 @@ class BatchConfig:
         negatives: hard negatives taken from each record of stage 3.
         interleave: stage 3, in how many equal parts a batch is drawn, each from one source.
         bad: what happens to records that cannot be used.
+        steps: length of the run, over which mask ratios may move.
     """
 
     stage: Stage
@@ -31,6 +32,7 @@ class BatchConfig:
     negatives: int = 0
     interleave: int = 1
     bad: BadConfig = dataclasses.field(default_factory=BadConfig)
+    steps: int = 1
 
     def __post_init__(self) -> None:
         if (self.masking is None) != (self.stage == "contrastive"):

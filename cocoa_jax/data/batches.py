@@ -94,9 +94,10 @@ def choose(
     hidden: dict[int, np.ndarray] = {}
     if masking is None:
         return hidden, dropped
+    ratio = masking.text_ratio_at(step * config.rows.window, config.steps)
     for i, able in allowed.items():
         rng = example_rng(seed, step, i, Purpose.TOKENS)
-        choice = choose_tokens(able, rng, masking.text_ratio, masking.shift, at_least_one=config.stage == "bridge")
+        choice = choose_tokens(able, rng, ratio, masking.shift, at_least_one=config.stage == "bridge")
         hidden[i] = within_budget(choice, config.rows.masked_per_row)
         dropped += len(choice.index) - len(hidden[i])
     return hidden, dropped
@@ -119,8 +120,9 @@ def hide(
     hide_tokens(batch, examples, rows, hidden, config.rows.masked_per_row, masking.shift, processor.mask_id)
     if config.stage == "warmup":
         size = processor.config.vision.unit_patches
+        ratio = masking.image_ratio_at(step * config.rows.window, config.steps)
         units = {
-            i: choose_units(examples[i].patches // size, example_rng(seed, step, i, Purpose.UNITS), masking.image_ratio)
+            i: choose_units(examples[i].patches // size, example_rng(seed, step, i, Purpose.UNITS), ratio)
             for row in rows
             for i in row
         }

@@ -16,17 +16,38 @@ class MaskingConfig:
     Args:
         text_ratio: probability with which an ordinary token is hidden.
         image_ratio: probability with which a visual unit is hidden (stage 1).
+        final_text_ratio, final_image_ratio: where the ratios end, which then move linearly over the run (ours); None
+            keeps them as they are.
         shift: predict a token from the hidden state before it (MNTP), else from its own (masked language model).
     """
 
     text_ratio: float
     image_ratio: float
     shift: bool = True
+    final_text_ratio: float | None = None
+    final_image_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        for field, ratio in (("text_ratio", self.text_ratio), ("image_ratio", self.image_ratio)):
-            if not 0 <= ratio <= 1:
+        ratios = {"text_ratio": self.text_ratio, "image_ratio": self.image_ratio}
+        final = {"final_text_ratio": self.final_text_ratio, "final_image_ratio": self.final_image_ratio}
+        for field, ratio in {**ratios, **final}.items():
+            if ratio is not None and not 0 <= ratio <= 1:
                 raise ValueError(f"{field} is {ratio}, a probability lies in 0..1: correct it")
+
+    def text_ratio_at(self, step: int, steps: int) -> float:
+        """The text ratio of step ``step``, from 0, of a run of ``steps``: the first and the last at their ends."""
+        return _between(self.text_ratio, self.final_text_ratio, step, steps)
+
+    def image_ratio_at(self, step: int, steps: int) -> float:
+        """The same for the image ratio."""
+        return _between(self.image_ratio, self.final_image_ratio, step, steps)
+
+
+def _between(first: float, last: float | None, step: int, steps: int) -> float:
+    if last is None:
+        return first
+    share = min(step / max(steps - 1, 1), 1.0)
+    return (1 - share) * first + share * last
 
 
 class Purpose(enum.IntEnum):

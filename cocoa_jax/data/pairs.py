@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
+from zlib import crc32
 
 import numpy as np
 
@@ -106,6 +107,12 @@ def thing_keys(pictures: Sequence[Picture]) -> tuple[str, ...]:
     return tuple(f"thing:{pictures[root(index)].id}" for index in range(len(pictures)))
 
 
+def some_things(pictures: Sequence[Picture], share: float) -> list[Picture]:
+    """About this share of the things that pictures show, all pictures of each; a smaller share lies in a larger."""
+    keys = thing_keys(pictures)
+    return [picture for picture, key in zip(pictures, keys, strict=True) if crc32(key.encode()) < share * 2**32]
+
+
 def usable_keywords(picture: Picture) -> tuple[str, ...]:
     """The keywords that are words (they hold a letter), each once, without the caption itself."""
     words = dict.fromkeys(plain(word) for word in picture.keywords)
@@ -146,6 +153,12 @@ def _all(pictures: Sequence[Picture]) -> list[Entry]:
     return [(index,) for index in range(len(pictures))]
 
 
+def _other_style(pictures: Sequence[Picture]) -> list[Entry]:
+    """An emoji in one style and in the other, both ways: block B from the other picture's words."""
+    pairs = find_style_pairs(pictures, "flat emoji", "3d emoji")
+    return [*pairs, *((b, a) for a, b in pairs)]
+
+
 def _where(wanted: Callable[[Picture], bool]) -> Callable[[Sequence[Picture]], list[Entry]]:
     return lambda pictures: [(index,) for index, picture in enumerate(pictures) if wanted(picture)]
 
@@ -163,9 +176,10 @@ def _warmup(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Ma
 
 
 def _bridge(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
-    words = source.words(entry[0], prompts.RECONSTRUCTION_TEMPLATES, rng)
+    """The last picture's words behind the first, which is the same one unless two of a pair are given."""
+    words = source.words(entry[-1], prompts.RECONSTRUCTION_TEMPLATES, rng)
     prompt = prompts.BRIDGE_PROMPTS[rng.integers(len(prompts.BRIDGE_PROMPTS))]
-    return Content(prompt, source.images(entry, rng)), Content(words), source.things[entry[0]]
+    return Content(prompt, source.images(entry[:1], rng)), Content(words), source.things[entry[0]]
 
 
 def _caption(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
@@ -237,6 +251,7 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "warmup": Kind(_all, _warmup),
     "bridge": Kind(_all, _bridge),
+    "bridge-other": Kind(_other_style, _bridge),
     "caption": Kind(_all, _caption),
     "picture-caption": Kind(_all, _picture_caption),
     "flat-3d": Kind(lambda pictures: find_style_pairs(pictures, "flat emoji", "3d emoji"), _style),

@@ -31,6 +31,7 @@ class ContrastiveConfig:
         widths: numbers a token of shorter embeddings, each with a loss of its own beside that of the whole (ours).
         hardness: beta of weights exp(beta cosine) on negatives, of mean 1 for every query; 0 weighs all alike. Source:
             arXiv 2010.04592.
+        false_negatives: whether pairs that show the same thing stay each other's negatives, as published code has it.
     """
 
     temperature: float = 0.02
@@ -40,6 +41,7 @@ class ContrastiveConfig:
     tokens: Tokens = "concatenated"
     widths: tuple[int, ...] = ()
     hardness: float = 0.0
+    false_negatives: bool = False
 
     def __post_init__(self) -> None:
         if self.hardness < 0 or any(width < 1 for width in self.widths):
@@ -124,6 +126,8 @@ def info_nce(
         excluded = jnp.pad(same, ((0, 0), (0, S - N)))
     else:
         excluded = jnp.concatenate([same, target_key[:, None] == negative_key[None, :]], axis=1)
+    if config.false_negatives:
+        excluded = jnp.zeros_like(excluded)
     scores = jnp.where(excluded, NEVER, cosines / config.at(progress))
     own = _diagonal(scores)
     negative = ~(excluded | jnp.eye(N, S, dtype=bool))

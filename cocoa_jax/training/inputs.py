@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from cocoa_jax.config import TrainConfig, load_mixture
 from cocoa_jax.data.bad import KnownBad
 from cocoa_jax.data.mixture import Mixture, open_mixture
-from cocoa_jax.data.pairs import picture_source
+from cocoa_jax.data.pairs import picture_source, some_things
 from cocoa_jax.data.sources import load_pictures
 
 
@@ -21,8 +22,12 @@ def open_sources(config: TrainConfig) -> Mixture:
     if data.mixture:
         return open_mixture(load_mixture(data.mixture), config.stage)
     pictures = load_pictures(data.split)
+    if data.labelled is not None:
+        pictures = some_things(pictures, data.labelled)
     sources = {kind: picture_source(kind, pictures, data.mirror) for kind in data.kinds}
-    identity = {"stage": config.stage, "pictures": {"split": data.split, "kinds": dict(data.kinds)}}
+    identity: dict[str, Any] = {"stage": config.stage, "pictures": {"split": data.split, "kinds": dict(data.kinds)}}
+    if data.labelled is not None:
+        identity["labelled"] = data.labelled
     return Mixture(sources, data.kinds, identity)
 
 

@@ -73,7 +73,25 @@ def test_the_budget_un_chooses_the_fewest_and_never_the_only_token(size, budget,
     assert (np.diff(kept) > 0).all() and choice.index[np.argmin(choice.priority)] in kept
 
 
-@pytest.mark.parametrize("change", [{"text_ratio": 1.5}, {"image_ratio": -0.1}, {"text_ratio": float("nan")}])
+@pytest.mark.parametrize(
+    "change", [{"text_ratio": 1.5}, {"image_ratio": -0.1}, {"text_ratio": float("nan")}, {"final_text_ratio": 2.0}]
+)
 def test_ratios_are_probabilities(change):
     with pytest.raises(ValueError, match=r"lies in 0..1"):
         MaskingConfig(**{"text_ratio": 0.2, "image_ratio": 0.5} | change)
+
+
+@given(first=ratios, last=ratios, steps=st.integers(2, 50))
+def test_a_ratio_moves_linearly_over_the_run_from_end_to_end(first, last, steps):
+    masking = MaskingConfig(first, last, final_text_ratio=last, final_image_ratio=first)
+    text = [masking.text_ratio_at(step, steps) for step in range(steps)]
+    assert (text[0], text[-1]) == (first, last) and masking.image_ratio_at(steps - 1, steps) == first
+    # Rounding of a product of numbers below 1.
+    np.testing.assert_allclose(np.diff(text), (last - first) / (steps - 1), atol=1e-15)
+    assert all(min(first, last) - 1e-15 <= ratio <= max(first, last) + 1e-15 for ratio in text)
+
+
+@given(ratio=ratios, step=st.integers(0, 50))
+def test_a_ratio_without_an_end_stays(ratio, step):
+    masking = MaskingConfig(ratio, ratio)
+    assert masking.text_ratio_at(step, 50) == ratio and masking.image_ratio_at(step, 50) == ratio

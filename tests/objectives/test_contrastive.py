@@ -107,6 +107,14 @@ def test_all_of_one_key_is_no_loss_and_no_nan():
     assert abs(loss) < 1e-6 and np.isfinite(gradient).all()
 
 
+def test_false_negatives_can_be_left_in():
+    queries, targets, _ = case(3, N=4)
+    kept = ContrastiveConfig(symmetric=True, false_negatives=True)
+    alike = info_nce(queries, targets, np.zeros(4), kept, image_key=np.zeros(4))[0]
+    different = info_nce(queries, targets, np.arange(4), ContrastiveConfig(symmetric=True))[0]
+    np.testing.assert_array_equal(alike, different)
+
+
 # ------------------------------------------------------------------------------------------- from rows to embeddings
 
 

@@ -1,0 +1,176 @@
+"""Tables and plots of a study between two marks of a page; what they mean is for people to write around them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from cocoa_jax.study.compare import Difference, Seeds, chance, difference, over_seeds
+from cocoa_jax.study.design import Question, Study
+from cocoa_jax.study.pieces import Result, read_results, write_json
+from cocoa_jax.study.plots import draw_compute, draw_question
+
+PAGE, FOLDER = "results.md", "study"
+BEGIN, END = "<!-- study: tables and plots, written by `cocoa study report` -->", "<!-- study: end -->"
+_NEW = f"""# Results
+
+## What holds and what does not
+
+<!-- To be written by a person who has read the tables below. -->
+
+{BEGIN}
+{END}
+"""
+_COLUMNS: tuple[tuple[str, str | None, str | None], ...] = (
+    ("classification", None, "classification"),
+    ("VQA", None, "vqa"),
+    ("retrieval", None, "retrieval"),
+    ("grounding", None, "grounding"),
+    ("IND", "test_seen", None),
+    ("OOD", "test_unseen", None),
+    ("all", None, None),
+)
+
+
+def write_report(study: Study, run: Path, docs: Path) -> Path:
+    """Write ``results.md`` and, in ``study``, plots and pieces; what stands around the marks stays.
+
+    Args:
+        run: folder of a study, or of nothing but its pieces.
+        docs: where both go.
+
+    Raises:
+        ValueError: there are no pieces, or one is damaged, or the page has lost one of its marks.
+    """
+    results = read_results(run)
+    if not results:
+        raise ValueError(f"{run} holds no pieces: make some by `cocoa study pictures --output {run}`")
+    plots = docs / FOLDER
+    plots.mkdir(parents=True, exist_ok=True)
+    for name, result in results.items():
+        write_json(plots / f"{name}.json", result)
+    page = docs / PAGE
+    text = page.read_text() if page.exists() else _NEW
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{page} must hold {BEGIN!r} and {END!r} once, in this order: put them back")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+    aside = page.with_suffix(".partial")
+    aside.write_text(f"{before}{BEGIN}\n\n{tables(study, results, plots)}\n{END}{after}")
+    os.replace(aside, page)
+    return page
+
+
+def tables(study: Study, results: Mapping[str, Result], plots: Path) -> str:
+    """All questions of which there is anything, and the rates that were found, as Markdown; draws the plots."""
+    arms = by_arm(results)
+    parts = [_rates(results)]
+    compared = {
+        name: arm for q in study.questions.values() if q.wave == 0 for name in q.arms if (arm := arms.get(name))
+    }
+    if compared:
+        draw_compute(compared, _names(study, compared), plots / "against-compute.svg")
+        parts.append(f"![score against compute]({FOLDER}/against-compute.svg)\n")
+    for name, question in study.questions.items():
+        if any(arm in arms for arm in question.arms):
+            parts.append(_question(study, name, question, arms, plots))
+    if compared:
+        parts.append(_tasks(study, compared))
+    return "\n".join(part for part in parts if part)
+
+
+def by_arm(results: Mapping[str, Result]) -> dict[str, dict[int, Result]]:
+    """The pieces of every arm by seed, without those of the search."""
+    arms: dict[str, dict[int, Result]] = {}
+    for result in results.values():
+        if not result.search:
+            arms.setdefault(result.arm, {})[result.seed] = result
+    return {name: dict(sorted(seeds.items())) for name, seeds in arms.items()}
+
+
+def _question(study: Study, name: str, question: Question, arms: Mapping[str, Seeds], plots: Path) -> str:
+    there = {arm: arms[arm] for arm in question.arms if arm in arms}
+    first = question.arms[0]
+    against = {arm: difference(there[arm], arms[first]) if arm != first and first in arms else None for arm in there}
+    draw_question(there, _names(study, there), against, plots / f"{name}.svg")
+    guess = next(iter(there.values()))
+    head = [column for column, _, _ in _COLUMNS]
+    lines = [
+        _row(["", *head, "steps", "TFLOPs", "seeds", "all, less the first"]),
+        _row(["---"] * (len(head) + 5)),
+        _row(["chance", *(_percent(chance(guess, s, m)) for _, s, m in _COLUMNS), "", "", "", ""]),
+    ]
+    for arm, seeds in there.items():
+        result = next(iter(seeds.values()))
+        steps = " + ".join(str(stage["steps"]) for stage in result.stages)
+        scores = [_with_error(*over_seeds(seeds, split, meta)) for _, split, meta in _COLUMNS]
+        spent = [steps, f"{result.flops / 1e12:.3g}", str(len(seeds)), _gain(against[arm])]
+        lines.append(_row([study.arms[arm].about or arm, *scores, *spent]))
+    missing = [arm for arm in question.arms if len(arms.get(arm, ())) < question.seeds]
+    note = f"\nNot all of its {question.seeds} seeds are there for: {', '.join(missing)}.\n" if missing else ""
+    plot = f"![{question.about}]({FOLDER}/{name}.svg)"
+    return f"### {question.about}\n\n" + "\n".join(lines) + f"\n{note}\n{plot}\n"
+
+
+def _tasks(study: Study, arms: Mapping[str, Seeds]) -> str:
+    """Every task by itself, for the arms of the first wave."""
+    some = next(iter(next(iter(arms.values())).values()))
+    lines = [
+        _row(["task", "queries", "of", "chance", *(study.arms[arm].about or arm for arm in arms)]),
+        _row(["---"] * (4 + len(arms))),
+    ]
+    for name, task in some.tasks.items():
+        scores = [_percent(_mean(seeds, lambda r: float(r.tasks[name].hits.mean()))) for seeds in arms.values()]  # noqa: B023
+        lines.append(_row([name, str(len(task.hits)), str(task.candidates), _percent(task.chance), *scores]))
+    return "### Task by task\n\np@1 in %, means over the seeds that are there.\n\n" + "\n".join(lines) + "\n"
+
+
+def _rates(results: Mapping[str, Result]) -> str:
+    tries = [result for result in results.values() if result.search]
+    if not tries:
+        return ""
+    rates = sorted({result.rate for result in tries})
+    found: dict[str, dict[float, float]] = {}
+    for result in tries:
+        found.setdefault(result.recipe, {})[result.rate] = result.mean()
+    lines = [_row(["recipe", *(f"{rate:g}" for rate in rates)]), _row(["---"] * (1 + len(rates)))]
+    for recipe, means in found.items():
+        best = max(means.values())
+        cells = [_bold(_percent(means[rate]), means[rate] == best) if rate in means else "" for rate in rates]
+        lines.append(_row([recipe, *cells]))
+    words = (
+        "Mean p@1 in % over the validation tasks at each learning rate of stage 3, seed 0; the best is used everywhere."
+    )
+    return f"### The learning rates\n\n{words}\n\n" + "\n".join(lines) + "\n"
+
+
+def _names(study: Study, arms: Mapping[str, Seeds]) -> dict[str, str]:
+    return {arm: study.arms[arm].about or arm for arm in arms}
+
+
+def _mean(seeds: Seeds, value: Callable[[Result], float]) -> float:
+    return sum(map(value, seeds.values())) / len(seeds)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _bold(text: str, yes: bool) -> str:
+    return f"**{text}**" if yes else text
+
+
+def _percent(value: float) -> str:
+    return "-" if value != value else f"{100 * value:.1f}"
+
+
+def _with_error(mean: float, error: float | None) -> str:
+    return _percent(mean) if error is None or mean != mean else f"{100 * mean:.1f} ± {100 * error:.1f}"
+
+
+def _gain(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    error = "" if found.error is None else f", se {100 * found.error:.1f}"
+    text = f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f}{error})"
+    return _bold(text, found.clear)

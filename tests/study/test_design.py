@@ -1,0 +1,72 @@
+"""The plan of a study: every piece once, the first questions first, equal stages in one folder."""
+
+import dataclasses
+
+import pytest
+
+from cocoa_jax.config import SettingsError
+from cocoa_jax.study.design import Arm, Piece, Question, Study, chain, load_study, pieces, recipe_of
+
+
+def folders(study, arm, seed, rate, folder):
+    return [config.output for config in chain(recipe_of(study, study.arms[arm], seed, rate), folder)[1]]
+
+
+def test_the_search_comes_first_then_seed_by_seed(study):
+    names = [piece.name for piece in pieces(study)]
+    search = [f"search-{recipe}-{rate}" for recipe in ("bidirectional", "cocoa") for rate in ("0.001", "0.002")]
+    assert names[:4] == search and len(names) == len(set(names))
+    assert names[4:7] == ["bare-0", "cocoa-0", "longer-0"] and names[7:10] == ["bare-1", "cocoa-1", "longer-1"]
+    assert names[10:] == ["cut-0", "cocoa-2", "cut-1", "cut-2"] or set(names[10:]) == {
+        "cut-0", "cut-1", "cut-2", "cocoa-2"
+    }  # fmt: skip
+
+
+def test_only_some_questions(study):
+    names = {piece.name for piece in pieces(study, ("late",))}
+    assert names == {
+        "search-cocoa-0.001",
+        "search-cocoa-0.002",
+        *(f"{a}-{s}" for a in ("cocoa", "cut") for s in range(3)),
+    }
+    with pytest.raises(SettingsError, match=r"\['nothing'\] do not exist"):
+        pieces(study, ("nothing",))
+
+
+def test_one_rate_needs_no_search(study):
+    assert all(piece.rate is None for piece in pieces(dataclasses.replace(study, rates=(1e-3,))))
+
+
+def test_equal_stages_are_shared(study, tmp_path):
+    cocoa, other = folders(study, "cocoa", 0, 1e-3, tmp_path), folders(study, "cocoa", 0, 2e-3, tmp_path)
+    assert len(cocoa) == 3 and cocoa[:2] == other[:2] and cocoa[2] != other[2]  # rates share what comes before
+    assert folders(study, "cut", 0, 1e-3, tmp_path) == cocoa  # a width is of the reading, not of the training
+    assert not set(cocoa) & set(folders(study, "cocoa", 1, 1e-3, tmp_path))  # seeds share nothing
+    strict = Arm("cocoa", stages={"2-bridge": {"data": {"visibility": {"strict_bridge": True}}}})
+    study = dataclasses.replace(study, arms={**study.arms, "strict": strict})
+    own = folders(study, "strict", 0, 1e-3, tmp_path)
+    assert own[0] == cocoa[0] and own[1] != cocoa[1] and own[2] != cocoa[2]
+
+
+def test_an_arm_lays_its_changes_over_the_studys_over_the_recipes(study):
+    arm = Arm("cocoa", stages={"2-bridge": {"loop": {"steps": 7}}}, rate=0.5)
+    recipe = recipe_of(study, arm, 2, 1e-3)
+    assert recipe.stages["2-bridge"]["loop"]["steps"] == 7 and recipe.stages["3-contrastive"]["loop"]["steps"] == 10
+    assert recipe.stages["2-bridge"]["masking" if "masking" in recipe.stages["2-bridge"] else "data"]
+    assert recipe.stages["3-contrastive"]["optimizer"]["learning_rate"] == 5e-4
+    assert recipe.init.backbone.width == 96 and recipe.init.backbone.seed == 2 and recipe.seed == 2
+    with pytest.raises(SettingsError, match="1-warmup"):
+        recipe_of(study, Arm("bidirectional", stages={"1-warmup": {}}), 0, 1e-3)
+
+
+def test_arms_must_be_described():
+    with pytest.raises(SettingsError, match=r"\['b', 'c'\] are not described"):
+        Study({}, {}, (1e-3,), {"a": Arm("cocoa", compute="c")}, {"q": Question("", ("a", "b"), 1)})
+
+
+@pytest.mark.parametrize("name", ["pictures", "pictures-small"])
+def test_every_arm_of_the_studies_is_a_run(name, tmp_path):
+    study = load_study(name)
+    assert len(study.rates) > 1 and {Piece(arm, 0) for arm in study.arms} <= set(pieces(study))
+    for arm in study.arms:
+        assert chain(recipe_of(study, study.arms[arm], 0, 1e-3), tmp_path)[1][-1].stage == "contrastive"

@@ -1,0 +1,47 @@
+"""The page of a study: tables from pieces between the marks, and what people wrote around them stays."""
+
+import pytest
+
+from cocoa_jax.study.pieces import read_results, write_result
+from cocoa_jax.study.report import BEGIN, END, write_report
+
+
+@pytest.fixture
+def run(tmp_path, made):
+    folder = tmp_path / "run"
+    for seed in (0, 1):
+        write_result(folder, f"bare-{seed}", made("bare", seed, 1e-3, 0.2, recipe="bidirectional"))
+        write_result(folder, f"cocoa-{seed}", made("cocoa", seed, 1e-3, 0.6))
+    for rate, accuracy in ((1e-3, 0.9), (2e-3, 0.1)):
+        write_result(folder, f"search-cocoa-{rate:g}", made("cocoa", 0, rate, accuracy, search=True))
+    return folder
+
+
+def test_a_report_has_tables_and_plots(run, study, tmp_path):
+    page = write_report(study, run, tmp_path / "docs")
+    text = page.read_text()
+    assert "| chance | - | 2.0 | 2.0 | 2.0 | 2.0 | 2.0 | 2.0 |" in text  # the pieces hold no classification
+    assert "### Equal steps" in text and "### Later" in text
+    cocoa = next(line for line in text.splitlines() if line.startswith("| all three"))
+    assert "**+" in cocoa and " ± " in cocoa  # 0.6 against 0.2: a clear difference
+    assert "| cocoa | **" in text  # the better rate, in bold
+    assert "Not all of its 3 seeds are there for: cocoa, cut." in text
+    for plot in ("steps", "compute", "late", "against-compute"):
+        assert f"study/{plot}.svg" in text and (tmp_path / "docs" / "study" / f"{plot}.svg").stat().st_size > 5000
+    assert read_results(tmp_path / "docs" / "study").keys() == read_results(run).keys()
+
+
+def test_what_people_wrote_stays_and_the_tables_are_replaced(run, study, tmp_path):
+    page = write_report(study, run, tmp_path)
+    page.write_text(page.read_text().replace(BEGIN, f"Nothing holds.\n\n{BEGIN}") + "\nThe end.\n")
+    before = page.read_text()
+    write_report(study, tmp_path / "study", tmp_path)  # from the pieces that were copied
+    assert page.read_text() == before
+    page.write_text(before.replace(END, ""))
+    with pytest.raises(ValueError, match=r"must hold .* once"):
+        write_report(study, run, tmp_path)
+
+
+def test_a_folder_without_pieces_is_refused(study, tmp_path):
+    with pytest.raises(ValueError, match="holds no pieces"):
+        write_report(study, tmp_path, tmp_path)
