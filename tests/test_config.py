@@ -20,7 +20,8 @@ from cocoa_jax.config import (
 )
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if "recipes" not in path.parts)  # see test_recipe
+OTHERS = {"recipes", "study"}  # see test_recipe and tests/study
+FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if not OTHERS.intersection(path.parts))
 
 
 def kind_of(path: Path):
