@@ -123,7 +123,7 @@ def table(cells: list[Cell]) -> str:
     missing = [cell.name for cell in cells if not (FOLDER / f"{cell.name}.json").is_file()]
     text = f"\n{len(there)} of {len(cells)} cells are made."
     if missing:
-        text += " Not yet there, in the order in which the command makes them: " + ", ".join(missing) + "."
+        text += f" The command goes on with {', '.join(missing[:3])}."
     return "\n".join(lines) + "\n" + text + "\n"
 
 
