@@ -39,8 +39,14 @@ def flat(tree: Tree) -> list[tuple[str, Any]]:
 
 def checksums(tree: Tree) -> list[int]:
     """One number per array, in the order of ``flat``; computed where the arrays are."""
-    # One call per array: the arrays of an optimizer state need not share their devices.
-    return [int(value) for value in jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])]
+    sums = []
+    for leaf in jax.tree.leaves(tree):
+        # One call per array: the arrays of an optimizer state need not share their devices.
+        sums.append(_checksum(leaf))
+        # Devices of a CPU share its threads: those of two programs, waiting for their own kind, can hold all of them.
+        if any(device.platform == "cpu" for device in sums[-1].devices()):
+            sums[-1].block_until_ready()
+    return [int(value) for value in jax.device_get(sums)]
 
 
 def checksum_of(array: np.ndarray) -> int:

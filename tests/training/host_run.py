@@ -34,13 +34,12 @@ def watch(writer: type, number: int, at: int) -> None:
 def interleaved(config):
     import jax
 
-    from cocoa_jax.training.mesh import AXES
+    from cocoa_jax.training.mesh import AXES, mesh_sizes
 
     devices = jax.devices()
     half = len(devices) // 2
     order = [device for pair in zip(devices[:half], devices[half:], strict=True) for device in pair]
-    sizes = [config.data, config.fsdp, config.tensor]
-    sizes[sizes.index(-1)] = len(devices) // (config.fsdp * config.tensor)
+    sizes = mesh_sizes(config, len(devices))
     return jax.make_mesh(sizes, AXES, (jax.sharding.AxisType.Auto,) * len(AXES), devices=order)
 
 
