@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -103,9 +104,27 @@ def _versions(spec: Spec) -> dict[str, str]:
     digest.update(repr((chip.peak_flops, chip.flops_per_cycle, chip.cores, chip.hbm_bandwidth)).encode())
     for pattern in _READ[" ".join(words)]:
         for path in sorted(_PACKAGE.glob(pattern)):
-            digest.update(path.read_bytes())
+            digest.update(_computed(path.read_text()).encode())
     found = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     return {**found, "code": digest.hexdigest()[:12]}
+
+
+class _Computed(ast.NodeTransformer):
+    """Takes out of code what changes no figure: docstrings, and where names are imported from."""
+
+    def visit_Import(self, node: ast.Import) -> None:
+        return None
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        return None
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
+
+
+def _computed(code: str) -> str:
+    """Code without comments, layout, docstrings and imports: a cell need not be made again because of them."""
+    return ast.unparse(_Computed().visit(ast.parse(code)))
 
 
 def _slug(spec: Spec) -> str:

@@ -239,3 +239,10 @@ def test_which_masks_share_a_compilation():
     cells = {mask: cell_mask("splash", mask) for mask in ("full", "causal", "bridge", "packed-bridge")}
     assert cells == {"full": "full", "causal": "causal", "bridge": "full", "packed-bridge": "full"}
     assert {cell_mask("flash_tpu", mask) for mask in cells} == {ANY}
+
+
+def test_words_about_code_make_no_cell_again():
+    code = '"""A module."""\nimport a\n\ndef f(x):\n    """Says."""\n    return x + 1  # why\n'
+    other = '"""Another."""\nfrom b import a\ndef f(x):\n    return (x + 1)\n'
+    assert cells_module._computed(code) == cells_module._computed(other)
+    assert cells_module._computed(code) != cells_module._computed(code.replace("+ 1", "+ 2"))
