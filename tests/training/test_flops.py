@@ -18,7 +18,9 @@ LORA = {"rank": 8, "dropout": 0.1}  # with DoRA, as in the paper
 
 def sizes(family: str) -> Qwen2VLConfig:
     """The widths of 100M, one layer: the compiler counts the body of a loop once, whatever its length."""
-    values = config_values(family, "middle") | {"num_hidden_layers": 1, "vocab_size": 8192, "image_token_id": 8000}
+    marks = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    values = config_values(family, "middle") | {name: 8000 + i for i, name in enumerate(marks)}
+    values |= {"num_hidden_layers": 1, "vocab_size": 8192}
     values["vision_config"] |= {"depth": 1} | ({"fullatt_block_indexes": []} if family == "2.5" else {})
     return parse_config(values)
 
