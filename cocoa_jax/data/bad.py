@@ -48,13 +48,19 @@ class BadConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """One record that cannot be used; ``step`` and ``place`` say where it was drawn, -1 for nowhere."""
+    """A drawn record that cannot be used.
+
+    Args:
+        source, index: which one it is.
+        reason: why, in words for the user.
+        step, place: the batch and the place in it that it was drawn for, and that another takes.
+    """
 
     source: str
     index: int
     reason: str
-    step: int = -1
-    place: int = -1
+    step: int
+    place: int
 
 
 class Ledger:

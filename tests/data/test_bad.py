@@ -20,6 +20,10 @@ CONFIG = BatchConfig("bridge", ROWS, masking=MaskingConfig(0.5, 0.5), bad=SKIP)
 UNREADABLE, UNDECODABLE = {3, 7}, {1, 11}
 
 
+def drawn(source: str, index: int, reason: str) -> Bad:
+    return Bad(source, index, reason, step=0, place=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Spoilt:
     """Records of a picture and its number, some of which cannot be read and some not decoded."""
@@ -97,19 +101,19 @@ def test_worker_processes_skip_the_same_and_name_each_record_once(spoilt, proces
 def test_a_ledger_repeats_nothing_that_its_file_has(tmp_path):
     path = tmp_path / "bad.jsonl"
     first, second = Ledger(SKIP, path), Ledger(SKIP, path)
-    first.note(8, [Bad("s", 1, "one")])
-    second.note(8, [Bad("s", 1, "one"), Bad("s", 2, "two")])
-    first.note(8, [Bad("s", 2, "two"), Bad("t", 2, "another source")])
+    first.note(8, [drawn("s", 1, "one")])
+    second.note(8, [drawn("s", 1, "one"), drawn("s", 2, "two")])
+    first.note(8, [drawn("s", 2, "two"), drawn("t", 2, "another source")])
     with path.open("a") as file:
         file.write("[7]\n{no line of ours}\n")
-    Ledger(SKIP, path).note(8, [Bad("t", 2, "another source"), Bad("s", 3, "three")])
+    Ledger(SKIP, path).note(8, [drawn("t", 2, "another source"), drawn("s", 3, "three")])
     named = [json.loads(line) for line in path.read_text().splitlines() if '"reason"' in line]
     assert [(bad["source"], bad["index"]) for bad in named] == [("s", 1), ("s", 2), ("t", 2), ("s", 3)]
     with path.open("a") as file:
         file.write('{"source": "s", "index": 4, "rea')
-    first.note(8, [Bad("s", 4, "four")])
+    first.note(8, [drawn("s", 4, "four")])
     assert json.loads(path.read_text().splitlines()[-1])["reason"] == "four"
-    Ledger(SKIP, path).note(8, [Bad("s", 4, "four"), Bad("s", 5, "five")])
+    Ledger(SKIP, path).note(8, [drawn("s", 4, "four"), drawn("s", 5, "five")])
     last = [json.loads(line) for line in path.read_text().splitlines()[-2:]]
     assert [bad["index"] for bad in last] == [4, 5], "a line that was cut short swallows none"
 
@@ -172,13 +176,13 @@ def test_a_source_of_bad_records_alone_ends(spoilt, processors, monkeypatch):
 
 def test_the_ceiling_is_a_share_of_a_thousand_records_at_least():
     ledger = Ledger(BadConfig("skip", ceiling=0.002), None)
-    ledger.note(8, [Bad("s", 1, "one")])
-    ledger.note(8, [Bad("s", 2, "two")])
+    ledger.note(8, [drawn("s", 1, "one")])
+    ledger.note(8, [drawn("s", 2, "two")])
     with pytest.raises(TooManyBad, match=r"3 of 24 records .* 0\.002; the last: three"):
-        ledger.note(8, [Bad("s", 3, "three")])
+        ledger.note(8, [drawn("s", 3, "three")])
     with pytest.raises(TooManyBad):
-        Ledger(BadConfig("skip", ceiling=0.0), None).note(8, [Bad("s", 1, "one")])
+        Ledger(BadConfig("skip", ceiling=0.0), None).note(8, [drawn("s", 1, "one")])
     wide = Ledger(BadConfig("skip", ceiling=0.002), None)
-    wide.note(5000, [Bad("s", i, "many") for i in range(10)])
+    wide.note(5000, [drawn("s", i, "many") for i in range(10)])
     with pytest.raises(ValueError, match="it is a share"):
         BadConfig(ceiling=2.0)

@@ -125,8 +125,12 @@ class ZipStore:
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if not member.is_dir()]
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-            raise SourceError(f"{path} is no readable zip ({error}): fetch it again") from error
+        except zipfile.BadZipFile as error:
+            raise SourceError(f"{path} is no whole zip ({error}): fetch it again") from error
+        except NotImplementedError as error:  # so says zipfile of a version of the format that is newer than it
+            raise SourceError(f"{path}: {error}: pack it again with a plain zip") from error
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read ({error}): correct the path or its mode") from error
         self._keys = np.array([_key(member.filename) for member in members], np.uint64)
         order = np.argsort(self._keys, kind="stable")
         self._keys = self._keys[order]

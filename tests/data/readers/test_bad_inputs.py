@@ -183,8 +183,21 @@ def test_damage_inside_a_zip_is_named(tmp_path, picture):
     with pytest.raises(RecordError, match="fetch it again"):
         ZipStore(path).read("a.jpg")
     (tmp_path / "no.zip").write_bytes(b"PK nonsense")
-    with pytest.raises(SourceError, match="no readable zip"):
+    with pytest.raises(SourceError, match="no whole zip"):
         ZipStore(tmp_path / "no.zip")
+
+
+def test_a_zip_that_cannot_be_opened_says_why(tmp_path, picture):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("a.jpg", picture(1))
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 6] = 99  # the version of the format that it takes to unpack: 9.9
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=r"version 9\.9.*pack it again"):
+        ZipStore(path)
+    with pytest.raises(SourceError, match=r"cannot be read .*correct the path"):
+        ZipStore(tmp_path)
 
 
 def test_an_encrypted_member_of_a_zip_is_named(tmp_path, picture):
