@@ -38,8 +38,7 @@ verb="" name="" namespace=default type="" topology="" slices=1 spot="" reservati
 account=default restarts=20 grace=600 command=() accelerator="" chips=0 hosts=0
 
 parse() {
-  [ $# -gt 0 ] || die "no verb given (see --help)"
-  case $1 in --help | -h) usage "${BASH_SOURCE[0]}"; exit 0 ;; -*) die "a verb comes first, not $1 (see --help)" ;; esac
+  begin "${BASH_SOURCE[0]}" "$@"
   verb=$1
   shift
   while [ $# -gt 0 ]; do

@@ -77,3 +77,9 @@ retry() { [[ " $RETRY " == *" $1 "* ]]; }
 
 # usage FILE: the comment at the head of a script.
 usage() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$1"; }
+
+# begin FILE [WORD...]: see that the words of a script begin with a verb; --help shows the head of FILE.
+begin() {
+  [ $# -gt 1 ] || die "no verb given (see --help)"
+  case $2 in --help | -h) usage "$1"; exit 0 ;; -*) die "a verb comes first, not $2 (see --help)" ;; esac
+}

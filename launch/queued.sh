@@ -44,8 +44,7 @@ verb="" name="" project="" zone="" accelerator="" type="" topology="" runtime=""
 account="" image="" data="" grace=600 keep="" command=()
 
 parse() {
-  [ $# -gt 0 ] || die "no verb given (see --help)"
-  case $1 in --help | -h) usage "${BASH_SOURCE[0]}"; exit 0 ;; -*) die "a verb comes first, not $1 (see --help)" ;; esac
+  begin "${BASH_SOURCE[0]}" "$@"
   verb=$1
   shift
   while [ $# -gt 0 ]; do
