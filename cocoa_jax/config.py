@@ -283,11 +283,23 @@ def load_config(kind: type[Config], path: str | Path) -> Config:
     Raises:
         SettingsError: the file is missing, is no YAML, or holds unknown keys or values of the wrong type.
     """
+    return parse(kind, read_settings(path))
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """What a YAML file says, by name.
+
+    Raises:
+        SettingsError: the file is missing, is no YAML, or holds no settings.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}") from error
-    return parse(kind, values)
+        why = f"{path} cannot be read ({error})"
+        raise SettingsError(f"{why}: give a settings file, such as those in configs/") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path} holds a {type(values).__name__}, expected settings by name")
+    return values
 
 
 def load_mixture(path: str | Path) -> MixtureConfig:

@@ -14,7 +14,16 @@ import yaml
 
 from cocoa_jax.checkpoints.orbax import newest_first, steps_folder
 from cocoa_jax.checkpoints.scratch import ScratchConfig, make_backbone
-from cocoa_jax.config import InitConfig, SettingsError, TrainConfig, find_config, load_mixture, parse, to_dict
+from cocoa_jax.config import (
+    InitConfig,
+    SettingsError,
+    TrainConfig,
+    find_config,
+    load_mixture,
+    parse,
+    read_settings,
+    to_dict,
+)
 from cocoa_jax.data.mixture import open_mixture
 from cocoa_jax.data.prompts import INSTRUCTIONS, plain
 from cocoa_jax.data.sources import load_pictures
@@ -170,7 +179,7 @@ def _stage_config(recipe: Recipe, settings: dict[str, Any]) -> TrainConfig:
 def _rooted(mixture: str, recipe: Recipe) -> Path:
     """The mixture as a file of the run, with its data in the folder that the recipe names."""
     found = find_config(mixture)
-    values = {**_read(found), "root": str(Path(str(recipe.data)).resolve())}
+    values = {**read_settings(found), "root": str(Path(str(recipe.data)).resolve())}
     path = Path(recipe.output) / found.name
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".partial")
@@ -185,7 +194,7 @@ def _stage(settings: Mapping[str, Any]) -> dict[str, Any]:
     source = own.pop(_FROM, None)
     if source is None:
         return own
-    merged = overlaid({k: v for k, v in _read(Path(source)).items() if k not in ("checkpoint", "output")}, own)
+    merged = overlaid({k: v for k, v in read_settings(Path(source)).items() if k not in ("checkpoint", "output")}, own)
     if _EPOCHS in own and "loop" in merged:
         merged["loop"] = {k: v for k, v in merged["loop"].items() if k != "steps"}
     return merged
@@ -193,7 +202,7 @@ def _stage(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _merged_file(path: Path) -> dict[str, Any]:
     """A file over its bases, with the files that stages come from named in full."""
-    own = _read(path)
+    own = read_settings(path)
     bases = own.pop(_BASE, [])
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
@@ -211,13 +220,3 @@ def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = overlaid(merged[key], value) if both else value
     return merged
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise SettingsError(f"{path} holds a {type(values).__name__}, expected settings by name")
-    return values
