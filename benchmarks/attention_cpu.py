@@ -103,8 +103,9 @@ def measure(runs: dict[str, tuple[Run, Run]], repeats: int, clock: Callable[[], 
     for turn in range(repeats + 1):
         for which in (0, 1):
             for name, pair in runs.items():
-                begin = clock()
-                pair[which]()
+                for _ in range(2):  # the first wakes this side's threads, while those of the side before still spin
+                    begin = clock()
+                    pair[which]()
                 if turn:
                     times[name][which].append((clock() - begin) * 1e3)
     return {name: [statistics.median(found) for found in pair] for name, pair in times.items()}

@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.attention.tiles import Blocks, Hulls, query_hulls
 
-ROWS, KEYS = 512, 256  # of a matrix of scores: XLA shares out a product among the cores from about this size on
-SCORES = 6 * ROWS * KEYS  # of a tile, whose heads lie side by side: it and its weights take 6 MiB in float32
+KEYS = 256  # of a tile
+ROWS = 512  # queries of a tile, twice as many where one block holds the row: more skip less
+SCORES = 6 * 512 * 512  # of a step: they and their weights take 12 MiB in float32, and the processor's caches hold them
 OUT, LSE = "span_attention_out", "span_attention_lse"  # what a remat policy keeps: no second forward pass
 HIDDEN = -1e30  # score of a hidden key
 LOWEST = -1e29  # where the running maximum starts: above HIDDEN, so that hidden keys weigh exp(-9e29) = 0
@@ -33,10 +34,12 @@ class Cut(NamedTuple):
     Args:
         blocks: queries and keys of a tile.
         heads: key heads that a tile holds side by side; they divide K.
+        run: fully visible tiles of a block of queries that are taken at once.
     """
 
     blocks: Blocks
     heads: int
+    run: int
 
 
 class Place(NamedTuple):
@@ -60,6 +63,8 @@ def attend(
     ``cut`` need not divide the rows: they are filled up. None takes what suits a CPU.
     """
     spans = spans.within(0, k.shape[1])  # the last block of keys is filled up with zeros, which nobody may see
+    if jnp.finfo(q.dtype).bits >= 32:  # once for each query rather than for each score; bfloat16 would round again
+        q, scale = q * scale, 1.0
     arrays = _vary_together([q, k, v, jnp.asarray(spans.start), jnp.asarray(spans.end)])
     return _attend(scale, cut or cut_for(q.shape[1], k.shape[1], q.shape[2], k.shape[2]), *arrays)
 
@@ -67,9 +72,11 @@ def attend(
 def cut_for(queries: int, keys: int, heads: int, key_heads: int) -> Cut:
     """The cut for T queries, S keys, N heads and K key heads: equal blocks, and as many heads as ``SCORES`` allows."""
     shared = heads // key_heads
-    blocks = Blocks(_fit(queries, max(ROWS // shared, 64)), _fit(keys, KEYS))
-    most = SCORES // (blocks.query * shared * blocks.key)
-    return Cut(blocks, max((g for g in range(1, key_heads + 1) if key_heads % g == 0 and g <= most), default=1))
+    run = 2 if queries > 2 * ROWS else 1
+    block = _fit(queries, min(ROWS * 2 // run, max(SCORES // (shared * KEYS * run), 64)))
+    most = SCORES // (block * shared * KEYS * run)
+    groups = max((g for g in range(1, key_heads + 1) if key_heads % g == 0 and g <= most), default=1)
+    return Cut(Blocks(block, _fit(keys, KEYS)), groups, run)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -137,20 +144,22 @@ class _Grid:
         part = part.reshape(1, self.size, 1, -1, self.H)
         return jax.lax.dynamic_update_slice(x, part.astype(x.dtype), self._corner(at))
 
-    def keys(self, x: Float[Array, "B*G C S H"], at: Place, j: Array) -> Float[Array, "C width H"]:
+    def keys(self, x: Float[Array, "B*G C S H"], at: Place, j: Array, tiles: int) -> Float[Array, "C width H"]:
         corner = (at.row * self.groups + at.group, 0, j * self.width, 0)
-        return jax.lax.dynamic_slice(x, corner, (1, self.heads, self.width, self.H))[0]
+        return jax.lax.dynamic_slice(x, corner, (1, self.heads, tiles * self.width, self.H))[0]
 
     def add_keys(self, x: Float[Array, "B*G C S H"], part: Array, at: Place, j: Array) -> Float[Array, "B*G C S H"]:
         corner = (at.row * self.groups + at.group, 0, j * self.width, 0)
-        return jax.lax.dynamic_update_slice(x, (self.keys(x, at, j) + part)[None], corner)
+        whole = self.keys(x, at, j, part.shape[1] // self.width) + part
+        return jax.lax.dynamic_update_slice(x, whole[None], corner)
 
-    def visible(self, at: Place, j: Array) -> Bool[Array, "size width"]:
-        """Which keys of tile j the queries of a block see."""
+    def visible(self, at: Place, j: Array, queries_axis: int) -> Bool[Array, "_ _"]:
+        """Which keys of tile j the queries of a block see; these lie along one axis, the keys along the other."""
         cut = [jax.lax.dynamic_slice(x, (at.row, at.block * self.size), (1, self.size)) for x in (self.start, self.end)]
-        start, end = (x[0][:, None] for x in cut)
-        key = j * self.width + jnp.arange(self.width)
-        return (start <= key) & (key < end)
+        start, end = (jnp.expand_dims(x[0], 1 - queries_axis) for x in cut)
+        key = jnp.expand_dims(j * self.width + jnp.arange(self.width), queries_axis)
+        # Made once: XLA would make it again for every head and for every step of the softmax.
+        return jax.lax.optimization_barrier((start <= key) & (key < end))
 
     def _corner(self, at: Place) -> tuple[Array | int, ...]:
         return (at.row, at.block * self.size, at.group, 0, 0)
@@ -169,19 +178,19 @@ def _forward(
         at = grid.place(n)
         queries = grid.queries(q, at)
 
-        def tile(j: Array, masked: bool, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def visit(j: Array, tiles: int, masked: bool, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, sums = carry
-            scores = _product("cmh,cnh->cmn", queries, grid.keys(keys, at, j)) * scale
+            scores = _product("cmh,cnh->cmn", queries, grid.keys(keys, at, j, tiles)) * scale
             if masked:
-                scores = _hide(scores, grid.visible(at, j))
+                scores = _hide(scores, grid.visible(at, j, 0))
             higher = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - higher[..., None])
             fade = jnp.exp(top - higher)
-            new = _product("cmn,cnh->cmh", weights.astype(values.dtype), grid.keys(values, at, j))
+            new = _product("cmn,cnh->cmh", weights.astype(values.dtype), grid.keys(values, at, j, tiles))
             return higher, total * fade + weights.sum(-1), sums * fade[..., None] + new
 
         empty = (_full(rows, LOWEST, q), _full(rows, 0, q), _full((*rows, grid.H), 0, q))
-        top, total, sums = _visit(grid.hulls, at, tile, empty)
+        top, total, sums = _visit(grid.hulls, at, cut.run, visit, empty)
         some = total > 0
         total = jnp.where(some, total, 1)
         # An empty span gets so high a log-sum-exp that its weights vanish in the backward pass.
@@ -218,12 +227,12 @@ def _backward(
 
         # Keys down and queries across: a product that sums over the rows of a tile takes XLA twice as long on a CPU,
         # and this way round only that of the queries' gradient does, whose other side is small.
-        def tile(j: Array, masked: bool, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def visit(j: Array, tiles: int, masked: bool, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = carry
-            key, value = grid.keys(keys, at, j), grid.keys(values, at, j)
+            key, value = grid.keys(keys, at, j, tiles), grid.keys(values, at, j, tiles)
             scores = _product("cnh,cmh->cnm", key, queries) * scale
             if masked:
-                scores = _hide(scores, grid.visible(at, j).T)
+                scores = _hide(scores, grid.visible(at, j, 1))
             weights = jnp.exp(scores - statistic)
             change = weights * (_product("cnh,cmh->cnm", value, grads) - inner)
             weights, change = weights.astype(q.dtype), change.astype(q.dtype)
@@ -233,7 +242,7 @@ def _backward(
 
         dq, *rest = written
         start = _full((grid.heads, grid.H, queries.shape[1]), 0, q)
-        own, dk, dv = _visit(grid.hulls, at, tile, (start, *rest))
+        own, dk, dv = _visit(grid.hulls, at, cut.run, visit, (start, *rest))
         return grid.put_queries(dq, own.swapaxes(1, 2) * scale, at), dk, dv
 
     empty = (_full(q.shape, 0, q, q.dtype), _full(keys.shape, 0, q), _full(keys.shape, 0, q))
@@ -241,17 +250,26 @@ def _backward(
     return grid.join_queries(dq), grid.join_keys(dk * scale).astype(k.dtype), grid.join_keys(dv).astype(v.dtype)
 
 
-def _visit(hulls: Hulls, at: Place, tile: Callable[[Array, bool, Any], Any], carry: Any) -> Any:
-    """Folds ``tile(j, masked, carry)`` over the key blocks that a query block sees.
+def _visit(hulls: Hulls, at: Place, run: int, visit: Callable[[Array, int, bool, Any], Any], carry: Any) -> Any:
+    """Folds ``visit(j, tiles, masked, carry)`` over the tiles that a query block sees, j being the first of some.
 
-    Three loops rather than a branch in one: the masked tiles before the run of fully visible ones, that run, and the
-    masked ones behind it. The carry of a branch would be copied for every tile.
+    Three loops rather than a branch in one, whose carry would be copied for every tile: the masked tiles before the
+    fully visible ones, ``run`` of these at a time, and what is left, masked.
     """
     lo, hi, full_lo, full_hi = (x[at.row, at.block] for x in (hulls.lo, hulls.hi, hulls.full_lo, hulls.full_hi))
     full_lo = jnp.clip(full_lo, lo, hi)
-    full_hi = jnp.clip(full_hi, full_lo, hi)
-    for first, last, masked in ((lo, full_lo, True), (full_lo, full_hi, False), (full_hi, hi, True)):
-        carry = jax.lax.fori_loop(first, last, lambda j, c, masked=masked: tile(j, masked, c), carry)
+    runs = jnp.clip(full_hi - full_lo, 0, hi - full_lo) // run
+    rest = full_lo + runs * run
+    for first, steps, tiles, masked in (
+        (lo, full_lo - lo, 1, True),
+        (full_lo, runs, run, False),
+        (rest, hi - rest, 1, True),
+    ):
+
+        def step(n: Array, carry: Any, first: Array = first, tiles: int = tiles, masked: bool = masked) -> Any:
+            return visit(first + n * tiles, tiles, masked, carry)
+
+        carry = jax.lax.fori_loop(0, steps, step, carry)
     return carry
 
 

@@ -19,7 +19,7 @@ from cocoa_jax.attention.spans import Spans
 from cocoa_jax.attention.tiles import Blocks
 
 B, T, N, K, H = 4, 40, 8, 2, 8
-tiled = partial(blockwise.attend, cut=blockwise.Cut(Blocks(16, 8), 1))
+tiled = partial(blockwise.attend, cut=blockwise.Cut(Blocks(16, 8), 1, 2))
 
 
 def gradients(attend, weights):

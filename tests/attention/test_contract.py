@@ -23,7 +23,7 @@ SCALE = 0.35
 # Blocks far smaller than the rows, and none that divides them: many tiles of every kind at little cost.
 IMPLEMENTATIONS = {
     "reference": reference.attend,
-    "blockwise": functools.partial(blockwise.attend, cut=blockwise.Cut(Blocks(16, 8), 1)),
+    "blockwise": functools.partial(blockwise.attend, cut=blockwise.Cut(Blocks(16, 8), 1, 2)),
     "flash_tpu": functools.partial(flash_tpu.attend, interpret=True),  # one tile here; test_flash_tpu has rows of many
 }
 each = pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
