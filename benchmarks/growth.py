@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).parents[1]
 STAGES = ("1-warmup", "2-bridge", "3-contrastive")
 SLICES = ("v5e:4x8", "v5e:8x8", "v5e:8x16")
 # Of each chip; with these no length of an array of examples is one of a parameter or of a row.
-PAIRS, ROWS, SLOTS = 3, 2, 7
+PAIRS, ROWS, SLOTS = 24, 2, 24
 HOST = re.compile(r" (infeed|outfeed|send|recv)\(|MoveToHost|MoveToDevice|callback")
 
 
@@ -59,11 +59,13 @@ class Sent:
 
 def small_backbone() -> Qwen2VLConfig:
     values = json.loads((REPOSITORY / "configs/backbones/qwen2-vl-2b/config.json").read_text())
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    # A vocabulary as large beside the width as a real one: where it is small, XLA gathers the table to look tokens up.
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 32768}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     names = ("vision_start", "vision_end", "image", "video")
     tokens = {f"{name}_token_id": 2000 + at for at, name in enumerate(names)}
-    values |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 2048, **heads, **tokens}
-    values["vision_config"] |= {"depth": 2, "embed_dim": 160, "hidden_size": 256, "num_heads": 2}
+    values |= {**sizes, **heads, **tokens}
+    values["vision_config"] |= {"depth": 2, "embed_dim": 160, "hidden_size": 512, "num_heads": 2}
     return parse_config(values)
 
 
@@ -97,7 +99,7 @@ def sent(stage: str, training: str, topology: str) -> Sent:
 
 def _lengths(chips: int) -> set[int]:
     """Lengths of axes that only arrays of examples have: of all of them, and of one chip's part."""
-    own = {PAIRS, 2 * PAIRS, ROWS * SLOTS, SLOTS}
+    own = {PAIRS, 2 * PAIRS, ROWS * SLOTS}
     return own | {length * chips for length in own}
 
 
