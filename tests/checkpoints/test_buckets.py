@@ -93,9 +93,7 @@ def test_what_was_not_finished_or_is_damaged_is_passed_over(bucket):
     (steps / "3" / "commit_success.txt").unlink()
     largest = max((path for path in (steps / "2/params").rglob("*") if path.is_file()), key=lambda x: x.stat().st_size)
     largest.write_bytes(largest.read_bytes()[::-1])
-    jax.tree.map(
-        np.testing.assert_array_equal, load_params(STAGE, wanted()["params"]), stage_worker.state(1)["params"]
-    )
+    jax.tree.map(np.testing.assert_array_equal, load_params(STAGE, wanted()["params"]), stage_worker.state(1)["params"])
     with StageCheckpoints(STAGE, keep=3) as checkpoints:
         assert checkpoints.steps() == [1, 2]
         assert checkpoints.restore_latest(wanted()).step == 1
