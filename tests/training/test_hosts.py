@@ -225,8 +225,8 @@ def test_a_run_that_was_killed_continues_on_another_mesh(shared, tmp_path):
     assert statuses(start(shared, moved, 1)) == [0], (tmp_path / "moved.0.log").read_text()
     moved_losses, alone_losses = losses(tmp_path / "moved"), losses(tmp_path / "alone")
     assert moved_losses[:8] == alone_losses[:8]  # made on the first mesh, saved after the eighth step
-    # Sums run in another order, and Adam makes of roundings what it does.
-    np.testing.assert_allclose(moved_losses, alone_losses, rtol=1e-3)
+    # Sums run in another order: a hundred roundings of float32 over four steps.
+    np.testing.assert_allclose(moved_losses, alone_losses, rtol=1e-5)
 
 
 @pytest.mark.slow
