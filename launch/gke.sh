@@ -81,8 +81,7 @@ check_request() {
   [ -z "$reservation" ] || name "$reservation" --reservation
   [ -z "$data" ] || bucket "$data" --data
   name "$account" --service-account
-  whole "$slices" --slices
-  [ "$slices" -ge 1 ] || die "--slices is $slices: give 1 or more"
+  count "$slices" --slices
   whole "$restarts" --max-restarts
   whole "$grace" --grace
   need "$type" --type "v5e, v5p or v6e"
@@ -93,7 +92,10 @@ check_request() {
     *) die "--type is '$type': give v5e, v5p or v6e" ;;
   esac
   need "$topology" --topology "such as 4x4, or 2x2x2 for v5p"
-  [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || die "--topology is '$topology': give 4x4, or 2x2x2 for v5p"
+  local sides=1
+  [ "$type" != v5p ] || sides=2
+  [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){$sides}$ ]] ||
+    die "--topology is '$topology': give one such as 4x4 for v5e and v6e, 2x2x2 for v5p"
   local total=$((${topology//x/*}))
   # Hosts of several have four chips each.
   chips=$((total < 4 ? total : 4))

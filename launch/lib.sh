@@ -24,6 +24,15 @@ need() { [ -n "$1" ] || die "$2 is missing: $3"; }
 # whole VALUE OPTION: a whole number from 0.
 whole() { [[ $1 =~ ^[0-9]+$ ]] || die "$2 is '$1': give a whole number from 0"; }
 
+# count VALUE OPTION: a whole number from 1.
+count() {
+  whole "$1" "$2"
+  [ "$1" -ge 1 ] || die "$2 is $1: give 1 or more"
+}
+
+# word VALUE OPTION: one word, such as a zone or a type of machine; nothing is one too.
+word() { [[ $1 =~ ^[-A-Za-z0-9._:/@]*$ ]] || die "$2 is '$1': give letters, digits and -._:/@ only"; }
+
 # name VALUE OPTION: what Google Cloud and Kubernetes accept as a name.
 name() {
   [[ $1 =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||

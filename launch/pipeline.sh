@@ -98,7 +98,7 @@ cluster() {
 parse "$@"
 script=$here/$backend.sh
 bucket "$out" --run
-whole "$attempts" --attempts
+count "$attempts" --attempts
 command=(cocoa-stages "${stages[@]}" -- --distributed.mode=on "${options[@]}")
 "$here/stages.sh" --dry-run "${stages[@]}" >/dev/null # a wrong value is found before anything is made
 trap ended EXIT

@@ -83,8 +83,9 @@ check() {
   name "$name" --name
   need "$project" --project "see gcloud config get project"
   need "$zone" --zone "one that has the accelerator, such as us-central1-a"
-  whole "$slices" --slices
-  [ "$slices" -ge 1 ] || die "--slices is $slices: give 1 or more"
+  word "$project" --project
+  word "$zone" --zone
+  count "$slices" --slices
   whole "$grace" --grace
   [ -z "$data" ] || bucket "$data" --data
   case $verb in
@@ -105,7 +106,13 @@ check_request() {
   else
     need "$type" "--accelerator (or --type)" "such as v5litepod-16"
     need "$topology" --topology "such as 4x4"
+    [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || die "--topology is '$topology': give one such as 4x4 or 2x2x2"
   fi
+  word "$runtime" --runtime
+  word "$accelerator" --accelerator
+  word "$type" --type
+  word "$account" --service-account
+  [[ $until =~ ^([0-9]+[dhms])*$ ]] || die "--valid-until is '$until': give a time such as 6h or 1d12h"
 }
 
 # everywhere COMMAND: on all hosts of all slices at once; fails when it fails on one of them.

@@ -71,9 +71,17 @@ parse "$@"
 need "$base" --base "the folder of a Qwen2-VL or Qwen2.5-VL"
 need "$out" --run "where the stages are to be written"
 need "$stages" --stages "names with commas between"
+read -ra names <<<"${stages//,/ }"
+[ ${#names[@]} -gt 0 ] || die "--stages is '$stages': give names with commas between"
+for stage in "${names[@]}"; do
+  word "$stage" --stages
+  file=${configs%/}/$stage.yaml
+  # The last one is missed when the first has trained for days; a relative one may lie in the package.
+  [ -n "$DRY_RUN" ] || [[ $file != /* ]] || [ -f "$file" ] || die "$file does not exist: see --configs and --stages"
+done
 trap pass_on TERM INT
 before=$base
-for stage in ${stages//,/ }; do
+for stage in "${names[@]}"; do
   train "$before" "${out%/}/$stage" "${configs%/}/$stage.yaml"
   before=${out%/}/$stage
 done

@@ -72,13 +72,16 @@ check() {
   need "$cluster" --cluster "see xpk cluster list"
   need "$project" --project "see gcloud config get project"
   need "$zone" --zone "that of the cluster"
+  word "$cluster" --cluster
+  word "$project" --project
+  word "$zone" --zone
   [ "$verb" = submit ] || return 0
   need "$tpu" --tpu-type "such as v5litepod-16"
   image "$image" --image
   [ ${#tier[@]} -le 1 ] || die "--spot and --reservation exclude each other: give one of them"
   [ ${#command[@]} -gt 0 ] || die "no command given: put it after --"
-  whole "$slices" --slices
-  [ "$slices" -ge 1 ] || die "--slices is $slices: give 1 or more"
+  word "$tpu" --tpu-type
+  count "$slices" --slices
   whole "$restarts" --max-restarts
   whole "$grace" --grace
   [[ " very-low low medium high very-high " == *" $priority "* ]] ||

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,11 +40,16 @@ def check_step(config: TrainConfig, topology: str, slices: int) -> None:
     Raises:
         TopologyError: an unknown topology.
         ConfigError: the backbone's folder holds no config.
-        ValueError: a mesh that does not fit.
+        ValueError: a mesh, rows or chunks that do not fit.
     """
     _, devices = parse_topology(topology, slices)
     read_backbone(config.checkpoint)
-    mesh_sizes(config.mesh, devices, slices)
+    *shards, _ = mesh_sizes(config.mesh, devices, slices)
+    rows, chunk = config.data.rows, config.compute.chunk_rows
+    rows.check_shared(math.prod(shards), "devices")
+    own = rows.widest.rows // math.prod(shards)
+    if chunk is not None and chunk < own and own % chunk:
+        raise ValueError(f"compute.chunk_rows is {chunk}, a device has {own} rows: choose a divisor of them")
 
 
 def model_step(spec: Mapping[str, Any], dump: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Plans: a real compilation of a small stage, what is refused, and what is advised where a step does not fit."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,22 @@ def test_nothing_is_said_to_help_that_does_not(stage3):
     config = changed(stage3, {"compute.chunk_rows": 1, "compute.remat": "full"})
     with pytest.raises(PlanError, match=r"no setting saves memory: take a larger slice or smaller rows\.shapes"):
         plan(config, "v5e:4x4", 1, Made(1), lambda _: None, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "settings", "message"),
+    [
+        ("v5e:4x4", 1, {"mesh.fsdp": 5}, "asks for 5 devices at least, there are 16: change mesh.data"),
+        ("v5e:4x4", 1, {"compute.chunk_rows": 5}, "compute.chunk_rows is 5, a device has 32 rows: choose a divisor"),
+        ("v5e:16x16", 2, {}, "the 256 rows of (256, 1280, 4096) cannot be shared by 512 devices: change rows.shapes"),
+        ("v5e:16x16", 0, {}, "0 slices of v5e:16x16: give 1 or more"),
+        ("v5e:4x4", 1, {"checkpoint": "nowhere"}, "nowhere holds no config.json: give the folder of a Qwen2-VL"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_before_a_process_is_started(stage3, topology, slices, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        plan_spec(changed(stage3, settings), topology, slices)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_step_that_fits_is_no_failure(stage3):

@@ -98,11 +98,11 @@ def shared(tmp_path_factory, backbone, stage_settings):
     return backbone, stage_settings, tmp_path_factory.mktemp("compiled")
 
 
-def settings_of(shared, output: Path, stage: str, steps: int = STEPS) -> Path:
+def settings_of(shared, output: Path, stage: str, steps: int = STEPS, **mesh: int) -> Path:
     backbone, stage_settings, _ = shared
     settings = stage_settings(stage, backbone, output, loop={"steps": steps, "checkpoint_every": 8})
     settings["optimizer"] = {"learning_rate": 1e-4, "warmup_steps": 2}
-    settings |= {"mesh": {"fsdp": 2}, "distributed": {"heartbeat": 10}, "compute": {"attention": "reference"}}
+    settings |= {"mesh": mesh or {"fsdp": 2}, "distributed": {"heartbeat": 10}, "compute": {"attention": "reference"}}
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -212,6 +212,21 @@ def test_two_processes_are_one_run_and_continue_on_one_and_on_two(shared, tmp_pa
     # Sums run in another order: a hundred roundings of float32 before the first update, and what Adam makes of them.
     np.testing.assert_allclose(moved_losses[0], alone_losses[0], rtol=1e-5)
     np.testing.assert_allclose(moved_losses, alone_losses, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_continues_on_another_mesh(shared, tmp_path):
+    """SIGKILL on 4 x 2 devices, the rest on 2 x 2 x 2: the same losses to rounding."""
+    alone = settings_of(shared, tmp_path / "alone", "contrastive", steps=12)
+    assert statuses(start(shared, alone, 1)) == [0], (tmp_path / "alone.0.log").read_text()
+    moved = settings_of(shared, tmp_path / "moved", "contrastive", steps=12)
+    assert statuses(start(shared, moved, 1, (0, signal.SIGKILL, 9))) == [-signal.SIGKILL]
+    moved = settings_of(shared, tmp_path / "moved", "contrastive", steps=12, data=2, fsdp=2, tensor=2)
+    assert statuses(start(shared, moved, 1)) == [0], (tmp_path / "moved.0.log").read_text()
+    moved_losses, alone_losses = losses(tmp_path / "moved"), losses(tmp_path / "alone")
+    assert moved_losses[:8] == alone_losses[:8]  # made on the first mesh, saved after the eighth step
+    # Sums run in another order: a hundred roundings of float32 over four steps.
+    np.testing.assert_allclose(moved_losses, alone_losses, rtol=1e-5)
 
 
 @pytest.mark.slow
