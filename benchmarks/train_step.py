@@ -77,7 +77,7 @@ def our_side(stage: str, rows: int, compute: dict[str, Any]) -> Callable[[], flo
         "rows": {"batch_size": rows, "shapes": [[rows, TOKENS, PATCHES]], "examples_per_row": 1, "masked_per_row": 64},
     }
     if stage != "contrastive":
-        data["masking"] = {"text_ratio": 0.5, "image_ratio": 0.5}
+        data["masking"] = {"text_ratio": 0.5, "image_ratio": 0.5 if stage == "warmup" else 0.0}
     values = {"stage": stage, "checkpoint": "any", "output": "any", "seed": SEED, "data": data, "loop": {"steps": 1000}}
     values |= {"optimizer": {"learning_rate": RATE, "schedule": "constant", "warmup_steps": 0}, "compute": compute}
     config = parse(TrainConfig, values | {"contrastive": {"temperature": TEMPERATURE}})

@@ -53,7 +53,7 @@ def stage_settings() -> Callable[..., dict[str, Any]]:
             "rows": {**rows, "shapes": [[16 if stage == "contrastive" else 8, 48, 32]]},
         }
         if stage != "contrastive":
-            data["masking"] = {"text_ratio": 0.5, "image_ratio": 0.5}
+            data["masking"] = {"text_ratio": 0.5, "image_ratio": 0.5 if stage == "warmup" else 0.0}
         settings = {
             "stage": stage,
             "checkpoint": str(checkpoint),

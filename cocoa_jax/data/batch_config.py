@@ -34,6 +34,12 @@ class BatchConfig:
     bad: BadConfig = dataclasses.field(default_factory=BadConfig)
     steps: int = 1
 
+    @property
+    def rebuilds_pictures(self) -> bool:
+        """Whether parts of pictures are hidden and rebuilt: in stage 1, and by their ratio in stage 2."""
+        hides = self.masking is not None and self.masking.hides_units
+        return self.stage == "warmup" or (self.stage == "bridge" and hides)
+
     def __post_init__(self) -> None:
         if (self.masking is None) != (self.stage == "contrastive"):
             raise ValueError(f"stage {self.stage!r} with masking={self.masking}: stages 1 and 2 need it, 3 has none")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int32, Int64
 
 from cocoa_jax.data.intake import Intake, Taken, arranged
 from cocoa_jax.data.masking import Purpose, choose_tokens, choose_units, example_rng, within_budget
@@ -113,20 +113,26 @@ def hide(
     seed: int,
     step: int,
 ) -> None:
-    """Hide the chosen tokens of ``rows``, and in stage 1 the units that are chosen here."""
+    """Hide the chosen tokens of ``rows``, and the units that are chosen here; in stage 2 only block B has any."""
     masking = config.masking
     if masking is None:
         return
     hide_tokens(batch, examples, rows, hidden, config.rows.masked_per_row, masking.shift, processor.mask_id)
-    if config.stage == "warmup":
+    if config.rebuilds_pictures:
         size = processor.config.vision.unit_patches
         ratio = masking.image_ratio_at(step * config.rows.window, config.steps)
-        units = {
-            i: choose_units(examples[i].patches // size, example_rng(seed, step, i, Purpose.UNITS), ratio)
-            for row in rows
-            for i in row
-        }
+        units = {}
+        for i in (i for row in rows for i in row):
+            rng, count = example_rng(seed, step, i, Purpose.UNITS), examples[i].patches // size
+            able = _units_of_b(examples[i], count) if config.stage == "bridge" else None
+            units[i] = choose_units(count, rng, ratio, able)
         hide_units(batch, examples, rows, units, size)
+
+
+def _units_of_b(example: Example, units: int) -> Bool[np.ndarray, " units"]:
+    able = np.zeros(units, bool)
+    able[example.unit[(example.block == BLOCK_B) & (example.unit >= 0)]] = True
+    return able
 
 
 def lengths_of(examples: Mapping[int, Example], hidden: Hidden) -> Int64[np.ndarray, "n 3"]:

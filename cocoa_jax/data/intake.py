@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -114,7 +115,8 @@ def examples_of(record: Record, config: BatchConfig, processor: Processor) -> tu
     if config.stage == "warmup":
         return (_checked(record, rows, processor.warmup, record.query),)
     if config.stage == "bridge":
-        return (_checked(record, rows, processor.bridge, record.query, record.target),)
+        build = partial(processor.bridge, pictures=config.rebuilds_pictures)
+        return (_checked(record, rows, build, record.query, record.target),)
     if len(record.negatives) < config.negatives:
         raise ExampleError(
             f"{record.dataset} {record.id}: {len(record.negatives)} hard negatives, negatives is "

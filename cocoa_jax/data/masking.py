@@ -15,7 +15,7 @@ class MaskingConfig:
 
     Args:
         text_ratio: probability with which an ordinary token is hidden.
-        image_ratio: probability with which a visual unit is hidden (stage 1).
+        image_ratio: probability with which a visual unit is hidden: any in stage 1, those of block B in stage 2.
         final_text_ratio, final_image_ratio: where the ratios end, which then move linearly over the run (ours); None
             keeps them as they are.
         shift: predict a token from the hidden state before it (MNTP), else from its own (masked language model).
@@ -33,6 +33,11 @@ class MaskingConfig:
         for field, ratio in {**ratios, **final}.items():
             if ratio is not None and not 0 <= ratio <= 1:
                 raise ValueError(f"{field} is {ratio}, a probability lies in 0..1: correct it")
+
+    @property
+    def hides_units(self) -> bool:
+        """Whether visual units are hidden at any step."""
+        return self.image_ratio > 0 or (self.final_image_ratio or 0) > 0
 
     def text_ratio_at(self, step: int, steps: int) -> float:
         """The text ratio of step ``step``, from 0, of a run of ``steps``: the first and the last at their ends."""
@@ -108,8 +113,18 @@ def within_budget(choice: Choice, budget: int) -> Int32[np.ndarray, " m"]:
 
 
 def choose_units(
-    units: int, rng: np.random.Generator, ratio: float
+    units: int, rng: np.random.Generator, ratio: float, able: Bool[np.ndarray, " units"] | None = None
 ) -> tuple[Bool[np.ndarray, " units"], UInt32[np.ndarray, " units"]]:
-    """Which of an example's stored units are hidden, and the seed of each one's noise."""
+    """Which of an example's stored units are hidden, and the seed of each one's noise.
+
+    Args:
+        able: the only ones that may be, of which one at least is, where there is any; None for all.
+    """
     seeds = rng.integers(0, 2**32, size=units, dtype=np.uint32)
-    return rng.random(units) < ratio, seeds
+    draw = rng.random(units)
+    chosen = draw < ratio
+    if able is not None:
+        chosen &= able
+        if able.any():
+            chosen[np.argmin(np.where(able, draw, np.inf))] = True
+    return chosen, seeds

@@ -57,14 +57,20 @@ class PictureSource:
 
     def words(self, index: int, templates: Sequence[tuple[float, str]], rng: np.random.Generator) -> str:
         """Words for a picture by a random template."""
+        return prompts.fill(templates, self._fields(index), usable_keywords(self.pictures[index]), rng)
+
+    def all_words(self, index: int, rng: np.random.Generator) -> str:
+        """All words for a picture, as far as they fit."""
+        return prompts.fill_all(self._fields(index), usable_keywords(self.pictures[index]), rng)
+
+    def _fields(self, index: int) -> dict[str, str]:
         picture = self.pictures[index]
-        fields = {
+        return {
             "caption": plain(picture.caption),
             "style": picture.style,
             "label": picture.label,
             "description": "" if _idle(picture, self.boilerplate) else plain(picture.description),
         }
-        return prompts.fill(templates, fields, usable_keywords(picture), rng)
 
 
 def picture_source(kind: str, pictures: Sequence[Picture], mirror: bool = False) -> RecordSource:
@@ -175,11 +181,36 @@ def _warmup(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Ma
     return Content(words, source.images(entry, rng)), Content(), source.things[entry[0]]
 
 
+def _warmup_long(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
+    words = source.all_words(entry[0], rng)
+    return Content(words, source.images(entry, rng)), Content(), source.things[entry[0]]
+
+
 def _bridge(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
     """The last picture's words behind the first, which is the same one unless two of a pair are given."""
     words = source.words(entry[-1], prompts.RECONSTRUCTION_TEMPLATES, rng)
-    prompt = prompts.BRIDGE_PROMPTS[rng.integers(len(prompts.BRIDGE_PROMPTS))]
-    return Content(prompt, source.images(entry[:1], rng)), Content(words), source.things[entry[0]]
+    return Content(_bridge_prompt(rng), source.images(entry[:1], rng)), Content(words), source.things[entry[0]]
+
+
+def _bridge_long(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
+    words = source.all_words(entry[0], rng)
+    return Content(_bridge_prompt(rng), source.images(entry, rng)), Content(words), source.things[entry[0]]
+
+
+def _bridge_picture(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
+    """The last picture behind the first, which is the same one unless two of a pair are given."""
+    shown, rebuilt = source.images((entry[0], entry[-1]), rng)
+    return Content(_bridge_prompt(rng), (shown,)), Content(images=(rebuilt,)), source.things[entry[0]]
+
+
+def _bridge_words(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
+    """The picture behind its words."""
+    words = source.words(entry[0], prompts.RECONSTRUCTION_TEMPLATES, rng)
+    return Content(words), Content(images=source.images(entry, rng)), source.things[entry[0]]
+
+
+def _bridge_prompt(rng: np.random.Generator) -> str:
+    return prompts.BRIDGE_PROMPTS[rng.integers(len(prompts.BRIDGE_PROMPTS))]
 
 
 def _caption(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
@@ -250,8 +281,13 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "warmup": Kind(_all, _warmup),
+    "warmup-long": Kind(_all, _warmup_long),
     "bridge": Kind(_all, _bridge),
+    "bridge-long": Kind(_all, _bridge_long),
     "bridge-other": Kind(_other_style, _bridge),
+    "bridge-picture": Kind(_all, _bridge_picture),
+    "bridge-other-picture": Kind(_other_style, _bridge_picture),
+    "bridge-from-words": Kind(_all, _bridge_words),
     "caption": Kind(_all, _caption),
     "picture-caption": Kind(_all, _picture_caption),
     "flat-3d": Kind(lambda pictures: find_style_pairs(pictures, "flat emoji", "3d emoji"), _style),

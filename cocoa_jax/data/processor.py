@@ -129,15 +129,19 @@ class Processor:
         """Pictures then text, no bridge: a document of stage 1; the text is cut to fit ``room`` tokens."""
         return self._example(content, None, room, with_bridge=False)
 
-    def bridge(self, a: Content, b: Content, room: int | None = None) -> Example:
-        """``a``, the bridge tokens and the text of ``b``: a document of stage 2.
+    def bridge(self, a: Content, b: Content, room: int | None = None, pictures: bool = False) -> Example:
+        """``a``, the bridge tokens and ``b``: a document of stage 2.
+
+        Args:
+            pictures: whether ``b`` may hold pictures, with or without text.
 
         Raises:
-            ExampleError: ``b`` has no text, or has pictures or videos.
+            ExampleError: ``b`` has nothing to rebuild, or what is not rebuilt.
         """
-        if seen := len(b.images) + len(b.videos):
-            raise ExampleError(f"{_name(b)}: block B holds {seen} pictures, only text is rebuilt: drop them")
-        return self._example(a, b.text, room, with_bridge=True)
+        if seen := (0 if pictures else len(b.images)) + len(b.videos):
+            how = "drop them, or set masking.image_ratio for pictures"
+            raise ExampleError(f"{_name(b)}: block B holds {seen} pictures or videos, only text is rebuilt: {how}")
+        return self._example(a, b, room, with_bridge=True)
 
     def embedding(self, content: Content, room: int | None = None) -> Example:
         """``content`` and the bridge tokens at which it is embedded: a document of stage 3 and of inference."""
@@ -212,14 +216,14 @@ class Processor:
         ids: list[int] = self.text.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _example(self, a: Content, b: str | None, room: int | None, with_bridge: bool) -> Example:
-        grids = (*(self.pixels.grid(image) for image in a.images), *(self.pixels.video_grid(v) for v in a.videos))
+    def _example(self, a: Content, b: Content | None, room: int | None, with_bridge: bool) -> Example:
+        shown, rebuilt = (self._grids(a), self._grids(b) if b is not None else ())
         bridge_ids = self.bridge_ids if with_bridge else ()
-        units = [t * h * w // self.config.vision.unit_patches for t, h, w in grids]
+        units = [t * h * w // self.config.vision.unit_patches for t, h, w in (*shown, *rebuilt)]
         fixed = sum(units) + 2 * len(units) + len(bridge_ids)
         a_ids = self.token_ids(a.text) if a.text else []
-        b_ids = self.token_ids(b) if b else []
-        if b is not None and not b_ids:
+        b_ids = self.token_ids(b.text) if b is not None and b.text else []
+        if b is not None and not b_ids and not rebuilt:
             raise ExampleError(f"{_name(a)}: block B has no text, at least one token must be rebuilt: give it a text")
         if not a_ids and not b_ids and not units:
             raise ExampleError("a content has neither text nor pictures: leave it out")
@@ -230,53 +234,63 @@ class Processor:
             )
         limit = self.settings.max_text_tokens
         a_ids, b_ids = _shortened(a_ids[:limit], b_ids[:limit], None if room is None else room - fixed)
-        return self._laid_out((*a.images, *a.videos), grids, a_ids, bridge_ids, b_ids)
+        blocks = [_Block(BLOCK_A, (*a.images, *a.videos), shown, a_ids), _Block(BRIDGE, (), (), bridge_ids)]
+        return self._laid_out([*blocks, *([] if b is None else [_Block(BLOCK_B, b.images, rebuilt, b_ids)])])
 
-    def _laid_out(
-        self,
-        images: tuple[Image | Video, ...],
-        grids: tuple[Grid, ...],
-        a_ids: list[int],
-        bridge_ids: Sequence[int],
-        b_ids: list[int],
-    ) -> Example:
+    def _grids(self, content: Content) -> tuple[Grid, ...]:
+        return (*map(self.pixels.grid, content.images), *map(self.pixels.video_grid, content.videos))
+
+    def _laid_out(self, blocks: Sequence[_Block]) -> Example:
         config, vision = self.config, self.config.vision
-        plans = [plan_image(grid, vision) for grid in grids]
         tokens: list[int] = []
         runs: list[int | VisionRun] = []
-        for image, grid, plan in zip(images, grids, plans, strict=True):
-            seconds = vision.temporal_patch_size / image.fps if isinstance(image, Video) else None
-            shown = [config.image_token if seconds is None else config.video_token] * len(plan.unit_of_token)
-            tokens += [config.vision_start_token, *shown, config.vision_end_token]
-            runs += [1, VisionRun(grid, seconds), 1]
-        seen, head = len(tokens), len(tokens) + len(a_ids)
-        tail = head + len(bridge_ids)
-        tokens += [*a_ids, *bridge_ids, *b_ids]
-        runs.append(len(tokens) - seen)
-        ids = np.array(tokens, np.int32)
-        block = np.full(len(ids), BLOCK_A, np.int8)
-        block[head:tail], block[tail:] = BRIDGE, BLOCK_B
-        ordinary = np.zeros(len(ids), bool)
-        ordinary[seen:head] = ordinary[tail:] = True
+        units: list[tuple[int, VisionPlan]] = []  # the first column of each picture
+        texts: list[tuple[int, int]] = []  # first column and number, one of each block
+        block: list[int] = []
+        for part in blocks:
+            for image, grid in zip(part.images, part.grids, strict=True):
+                plan = plan_image(grid, vision)
+                seconds = vision.temporal_patch_size / image.fps if isinstance(image, Video) else None
+                shown = [config.image_token if seconds is None else config.video_token] * len(plan.unit_of_token)
+                units.append((len(tokens) + 1, plan))
+                tokens += [config.vision_start_token, *shown, config.vision_end_token]
+                runs += [1, VisionRun(grid, seconds), 1]
+            if part.number != BRIDGE:
+                texts.append((len(tokens), len(part.ids)))
+            tokens += part.ids
+            runs.append(len(part.ids))
+            block += [part.number] * (len(tokens) - len(block))
+        ordinary = np.zeros(len(tokens), bool)
+        for first, count in texts:
+            ordinary[first : first + count] = True
         return Example(
-            tokens=ids,
-            block=block,
+            tokens=np.array(tokens, np.int32),
+            block=np.array(block, np.int8),
             positions=token_positions(runs, vision, self.settings.positions),
-            unit=_units(plans, len(ids)),
+            unit=_units(units, len(tokens)),
             ordinary=ordinary,
-            images=images,
-            grids=grids,
-            patches=sum(len(plan.order) for plan in plans),
+            images=tuple(image for part in blocks for image in part.images),
+            grids=tuple(grid for part in blocks for grid in part.grids),
+            patches=sum(len(plan.order) for _, plan in units),
         )
 
 
-def _units(plans: Sequence[VisionPlan], total: int) -> Int32[np.ndarray, " n"]:
-    unit = np.full(total, -1, np.int32)
-    column, offset = 0, 0
-    for plan in plans:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Block:
+    """Pictures and the ids behind them, of block A, the bridge or block B."""
+
+    number: int
+    images: tuple[Image | Video, ...]
+    grids: tuple[Grid, ...]
+    ids: Sequence[int]
+
+
+def _units(plans: Sequence[tuple[int, VisionPlan]], total: int) -> Int32[np.ndarray, " n"]:
+    unit, offset = np.full(total, -1, np.int32), 0
+    for column, plan in plans:
         count = len(plan.unit_of_token)
-        unit[column + 1 : column + 1 + count] = plan.unit_of_token + offset
-        column, offset = column + count + 2, offset + count
+        unit[column : column + count] = plan.unit_of_token + offset
+        offset += count
     return unit
 
 

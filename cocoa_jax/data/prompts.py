@@ -80,6 +80,12 @@ def instruct(name: str, text: str = "") -> str:
     return INSTRUCTIONS[name].format(text=text)
 
 
+def fill_all(fields: dict[str, str], keywords: Sequence[str], rng: np.random.Generator) -> str:
+    """The caption, all keywords in a random order, and the description, cut to `LONGEST`; `fields` as for `fill`."""
+    words = ": ".join(filter(None, (fields["caption"], ", ".join(keywords[i] for i in rng.permutation(len(keywords))))))
+    return shorten(". ".join(filter(None, (words, fields["description"]))))
+
+
 def fill(
     templates: Sequence[tuple[float, str]], fields: dict[str, str], keywords: Sequence[str], rng: np.random.Generator
 ) -> str:

@@ -13,7 +13,8 @@ patch, E example slots, K bridge tokens, M hidden tokens at most; int32 unless s
     patch_start, patch_end      B P    the keys that each patch sees in a full vision layer
     window_start, window_end    B P    the same in a windowed layer; family 2.5 only
     predict_at, predict_id      B M    stages 1, 2: the column whose state predicts, and the true id; -1 unused
-    hidden_unit, unit_seed      B U    stage 1: bool, which units are hidden; uint32, the seed of each one's noise
+    hidden_unit, unit_seed      B U    where pictures are rebuilt: bool, which are hidden; uint32, the seed of the
+                                       noise of each
     pool                        B E K  columns of each example's bridge tokens, -1 unused
     example                     X      place in the flat [B E] slots of all hosts' rows of each example of the global
                                        batch; in stage 3 queries first, then their targets, then negatives

@@ -18,7 +18,7 @@ from cocoa_jax.objectives.masked_text import masked_text_loss
 
 @dataclasses.dataclass(frozen=True)
 class WarmupConfig:
-    """The picture loss of stage 1.
+    """The picture loss of stage 1, and of stage 2 where block B holds pictures.
 
     Args:
         mae_weight: scales it beside the text loss (0.5 in the paper).
@@ -49,15 +49,19 @@ def warmup_loss(
     Source: CoCoA, arXiv 2603.01471, stage 1.
     """
     inputs = Inputs.from_batch(batch)
-    seeds = batch["unit_seed"]
-    if config.noise == "shared":
-        seeds = jnp.full_like(seeds, batch["step"])
-    shown = hide_units(inputs.patches, batch["hidden_unit"], seeds)
-    hidden = model(dataclasses.replace(inputs, patches=shown))
+    hidden = model(without_hidden(inputs, batch, config))
     chosen = batch["predict_at"], batch["predict_id"]
     text, metrics = masked_text_loss(model, hidden, *chosen, chunk_tokens, batch.get("masked_total"))
     image = picture_loss(decoder, hidden, inputs, batch["hidden_unit"], batch.get("hidden_total"))
     return text + config.mae_weight * image, {"mntp": text, "mae": image, **metrics}
+
+
+def without_hidden(inputs: Inputs, batch: Mapping[str, Array], config: WarmupConfig) -> Inputs:
+    """The batch's inputs with noise in the place of its hidden units."""
+    seeds = batch["unit_seed"]
+    if config.noise == "shared":
+        seeds = jnp.full_like(seeds, batch["step"])
+    return dataclasses.replace(inputs, patches=hide_units(inputs.patches, batch["hidden_unit"], seeds))
 
 
 def hide_units(

@@ -74,7 +74,7 @@ def abstract_batch(config: TrainConfig, backbone: Qwen2VLConfig, mesh: Mesh) -> 
         integers |= {"predict_at": (B, M), "predict_id": (B, M)}
     shapes = {name: (shape, jnp.int32) for name, shape in integers.items()}
     shapes["patches"] = ((B, P, vision.patch_values), jnp.float32)
-    if config.stage == "warmup":
+    if config.batches().rebuilds_pictures:
         shapes |= {"hidden_unit": ((B, U), jnp.bool_), "unit_seed": ((B, U), jnp.uint32)}
     places = {name: replicated(mesh) if name in GLOBAL else rows_sharding(mesh) for name in shapes}
     return {name: jax.ShapeDtypeStruct(*shape, sharding=places[name]) for name, shape in shapes.items()}

@@ -24,6 +24,7 @@ class Arm:
         recipe: its name among the recipes of the pictures.
         about: what a reader is told, in a few words.
         stages: changes of its stages.
+        backbone: changes of the study's backbone; the rate stays that of the recipe.
         compute: an arm whose total FLOPs this one spends, by more steps of its last stage.
         rate: multiplies the learning rate that the search found for the recipe.
         width: to which embeddings are cut before they are compared; null takes them whole.
@@ -32,6 +33,7 @@ class Arm:
     recipe: str
     about: str = ""
     stages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    backbone: dict[str, Any] = dataclasses.field(default_factory=dict)
     compute: str | None = None
     rate: float = 1.0
     width: int | None = None
@@ -148,7 +150,7 @@ def recipe_of(study: Study, arm: Arm, seed: int, rate: float) -> Recipe:
     if unknown := sorted(set(arm.stages) - set(recipe.stages)):
         raise SettingsError(f"an arm of the recipe {arm.recipe} changes {unknown}, which it has not")
     assert recipe.init is not None  # the pictures' recipes begin from scratch
-    init = parse(InitConfig, overlaid(to_dict(recipe.init), {"backbone": study.backbone}))
+    init = parse(InitConfig, overlaid(to_dict(recipe.init), {"backbone": overlaid(study.backbone, arm.backbone)}))
     backbone = dataclasses.replace(init.backbone, seed=init.backbone.seed + seed)
     return dataclasses.replace(recipe, stages=stages, init=InitConfig(backbone), seed=seed)
 

@@ -51,7 +51,7 @@ def batch_flops(config: TrainConfig, backbone: Qwen2VLConfig, shape: Shape) -> f
         work += B * U * 2 * (merged * merged + merged * text.width)
     if config.stage != "contrastive":
         work += B * M * 2 * text.width * text.vocab_size
-    if config.stage == "warmup":
+    if config.batches().rebuilds_pictures:
         work += B * T * layer + B * U * 2 * text.width * vision.unit_patches * vision.patch_values
     return float(BACKWARD * work)
 

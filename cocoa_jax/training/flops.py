@@ -72,7 +72,7 @@ class StepFlops:
     def __init__(self, config: TrainConfig, backbone: Qwen2VLConfig):
         self._config, self._backbone = config, backbone
         self._maps = tuple(_maps(abstract_params(backbone), config.lora))
-        self._head = _decoder(backbone) if config.stage == "warmup" else ()
+        self._head = _decoder(backbone) if config.batches().rebuilds_pictures else ()
 
     def __call__(self, work: Work) -> float:
         """FLOPs of one step, forward and backward."""

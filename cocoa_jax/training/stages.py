@@ -85,8 +85,8 @@ def _adapted(config: TrainConfig, backbone: Qwen2VLConfig, adapter: AdapterRecor
 
 
 def _with_loss(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shapes: Params) -> Program:
-    if config.stage == "warmup":
-        return _warmup(config, backbone, model, shapes)
+    if config.batches().rebuilds_pictures:
+        return _with_decoder(config, backbone, model, shapes)
 
     def bridge(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
         return bridge_loss(model(params, batch), batch, config.compute.chunk_tokens)
@@ -105,11 +105,13 @@ def _in_chunks(loss: Loss, config: TrainConfig) -> Loss:
     return loss if config.compute.chunk_rows is None else accumulated(loss, config.compute.chunk_rows)
 
 
-def _warmup(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shapes: Params) -> Program:
+def _with_decoder(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shapes: Params) -> Program:
     head_graph, head_shapes = decoder_graph(backbone, config.compute.attention)
 
     def loss(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
         decoder, chunk_tokens = bind(head_graph, params["head"]), config.compute.chunk_tokens
+        if config.stage == "bridge":
+            return bridge_loss(model(params, batch), batch, chunk_tokens, decoder, config.warmup)
         return warmup_loss(model(params, batch), decoder, batch, config.warmup, chunk_tokens)
 
     def init_head(params: Params) -> Params:

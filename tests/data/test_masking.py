@@ -37,6 +37,14 @@ def test_the_first_token_can_be_chosen_without_the_shift():
     assert choice.index.tolist() == [0, 1, 2]
 
 
+@given(able=allowed_tokens, ratio=ratios, seed=st.integers(0, 10))
+def test_only_some_units_may_be_hidden_and_one_of_them_is(able, ratio, seed):
+    hidden, seeds = choose_units(len(able), example_rng(seed, 0, 0, Purpose.UNITS), ratio, able)
+    free, same = choose_units(len(able), example_rng(seed, 0, 0, Purpose.UNITS), ratio)
+    assert hidden.sum() == max((free & able).sum(), able.any()) and not (hidden & ~able).any()
+    assert (hidden >= (free & able)).all() and (seeds == same).all()
+
+
 @pytest.mark.parametrize("ratio", [0.2, 0.7])
 def test_the_ratio_holds(ratio):
     """40,000 draws: five standard deviations are 0.0115 at most."""

@@ -32,7 +32,7 @@ ROWS = RowsConfig(batch_size=6, shapes=((4, 64, 160), (8, 64, 160)), examples_pe
 MASKING = MaskingConfig(text_ratio=0.5, image_ratio=0.5)
 STAGES = {
     "warmup": BatchConfig("warmup", ROWS, masking=MASKING),
-    "bridge": BatchConfig("bridge", ROWS, masking=MASKING),
+    "bridge": BatchConfig("bridge", ROWS, masking=MaskingConfig(text_ratio=0.5, image_ratio=0.0)),
     "contrastive": BatchConfig("contrastive", ROWS, negatives=1),
 }
 FAMILIES = ["2", "2.5"]

@@ -237,6 +237,27 @@ def test_the_layout_of_a_bridge_example(processors, noise, family):
     assert made.positions[14].tolist() == [1 + 3 + 1 + 1 + 4 + 1] * 3
 
 
+@pytest.mark.parametrize("family", ["2", "2.5"])
+@pytest.mark.parametrize("text", ["", "two small boats"])
+def test_the_layout_of_a_bridge_example_whose_block_b_has_a_picture(processors, noise, family, text):
+    processor = processors[family]
+    a, b = Content("a kiwi", (noise(84, 56),)), Content(text, (noise(28, 112),))
+    made = processor.bridge(a, b, pictures=True)
+    head, tail = processor.token_ids("a kiwi"), processor.token_ids(text)
+    assert made.tokens.tolist() == [3, *[6] * 6, 4, *head, 2, 3, *[6] * 4, 4, *tail]
+    n = 8 + len(head)
+    assert made.block.tolist() == [1] * n + [2] + [3] * (6 + len(tail))
+    ordinary = [False] * 8 + [True] * len(head) + [False] * 7 + [True] * len(tail)
+    assert made.ordinary.tolist() == ordinary and made.images == a.images + b.images and made.patches == 40
+    units = [plan_image(grid, processor.config.vision).unit_of_token for grid in made.grids]
+    assert made.unit[1:7].tolist() == units[0].tolist()
+    assert made.unit[n + 2 : n + 6].tolist() == (units[1] + 6).tolist() and (made.unit >= 0).sum() == 10
+    # Start, a picture 3 wide, end, text, bridge, start: then the rows of a picture 4 high, and what follows them.
+    first = 1 + 3 + 1 + len(head) + 1 + 1
+    assert made.positions[n + 2 : n + 6].tolist() == [[first, first + row, first] for row in range(4)]
+    assert made.positions[n + 6].tolist() == [first + 4] * 3
+
+
 def test_stage_layouts_differ_only_in_the_bridge(processors, noise):
     content = Content("a kiwi", (noise(56, 56),))
     warm, embedded = processors["2"].warmup(content), processors["2"].embedding(content)
@@ -274,7 +295,7 @@ def test_what_cannot_be_an_example_is_refused(processors, noise):
     processor, picture = processors["2"], noise(112, 112)
     with pytest.raises(ExampleError, match="noise-112x112-0: block B has no text"):
         processor.bridge(Content(images=(picture,)), Content(""))
-    with pytest.raises(ExampleError, match="block B holds 1 pictures"):
+    with pytest.raises(ExampleError, match=r"block B holds 1 pictures .* set masking\.image_ratio"):
         processor.bridge(Content("a"), Content("b", (picture,)))
     with pytest.raises(ExampleError, match="neither text nor pictures"):
         processor.embedding(Content())

@@ -39,9 +39,12 @@ def one_device() -> Mesh:
     return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES)
 
 
-@pytest.mark.parametrize("stage", ["warmup", "bridge", "contrastive"])
+@pytest.mark.parametrize("stage", ["warmup", "bridge", "pictures", "contrastive"])
 def test_the_described_batch_is_the_one_that_the_pipeline_makes(stage, backbone, stage_settings, tmp_path):
-    config = parse(TrainConfig, stage_settings(stage, backbone, tmp_path))
+    settings = stage_settings("bridge" if stage == "pictures" else stage, backbone, tmp_path)
+    if stage == "pictures":
+        settings["data"] |= {"kinds": {"bridge-from-words": 1.0}, "masking": {"text_ratio": 0.5, "image_ratio": 0.5}}
+    config = parse(TrainConfig, settings)
     opened = open_backbone(backbone)
     processor = Processor.load(opened.side_files, opened.config, config.data.processor)
     sources = {kind: picture_source(kind, load_pictures(config.data.split)) for kind in config.data.kinds}

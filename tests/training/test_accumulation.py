@@ -17,12 +17,16 @@ from cocoa_jax.training.stages import stage_program
 from cocoa_jax.training.state import trained_part
 
 
-@pytest.fixture(params=["warmup", "bridge", "lora"])
+@pytest.fixture(params=["warmup", "bridge", "pictures", "lora"])
 def case(request, backbone, stage_settings, tmp_path):
     """Settings, parameters and a batch whose rows hold unlike numbers of hidden tokens."""
-    stage = "bridge" if request.param == "lora" else request.param
+    stage = "warmup" if request.param == "warmup" else "bridge"
     more = {"lora": {"rank": 4, "dropout": 0.0}} if request.param == "lora" else {}
-    config = parse(TrainConfig, stage_settings(stage, backbone, tmp_path, **more))
+    settings = stage_settings(stage, backbone, tmp_path, **more)
+    if request.param == "pictures":
+        settings["data"] |= {"kinds": {"bridge": 0.5, "bridge-from-words": 0.5}}
+        settings["data"]["masking"] = {"text_ratio": 0.5, "image_ratio": 0.5}
+    config = parse(TrainConfig, settings)
     opened = open_backbone(backbone)
     processor = Processor.load(opened.side_files, opened.config, config.data.processor)
     sources = {kind: picture_source(kind, load_pictures("validation")) for kind in config.data.kinds}

@@ -32,7 +32,7 @@ def settings(stage: str, **more) -> TrainConfig:
         "rows": {"batch_size": N, "examples_per_row": 4, "masked_per_row": M, "shapes": [[B, T, P]]},
     }
     if stage != "contrastive":
-        data["masking"] = {"text_ratio": 0.5, "image_ratio": 0.5}
+        data["masking"] = {"text_ratio": 0.5, "image_ratio": 0.5 if stage == "warmup" else 0.0}
     # Dense attention, and nothing computed twice: what the arithmetic counts when everybody sees everybody.
     compute = {"attention": "reference", "chunk_tokens": None, "remat": "none"}
     given = {"stage": stage, "checkpoint": "any", "output": "any", "data": data, "compute": compute}
