@@ -28,7 +28,9 @@ BY_ID = {picture.id: picture for picture in TRAIN}
 THING = dict(zip(BY_ID, thing_keys(TRAIN), strict=True))
 SOURCES: dict[str, RecordSource] = {kind: picture_source(kind, TRAIN, mirror=True) for kind in KINDS}
 COUNTS = {
-    "warmup": 6466, "bridge": 6466, "bridge-other": 2320, "caption": 6466, "picture-caption": 6466,
+    "warmup": 6466, "warmup-long": 6466, "bridge": 6466, "bridge-long": 6466, "bridge-other": 2320,
+    "bridge-picture": 6466, "bridge-other-picture": 2320, "bridge-from-words": 6466,
+    "caption": 6466, "picture-caption": 6466,
     "flat-3d": 1160, "3d-flat": 1160, "skin-tone": 1076, "keyword": 6036, "category": 6312, "tile": 6321,
 }  # fmt: skip
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -114,6 +116,35 @@ def test_block_b_may_be_the_other_styles_words() -> None:
         here, there = (BY_ID[name] for name in record.id.split("/", 1)[1].split("/") if name in BY_ID)
         assert {here.style, there.style} == {"flat emoji", "3d emoji"} and style == here.style
         assert here.code_point == there.code_point and record.target.text and not record.target.images
+
+
+def test_block_b_may_be_the_picture_the_other_styles_or_that_of_the_words() -> None:
+    for kind in ("bridge-picture", "bridge-other-picture"):
+        for record in some(kind):
+            (shown,), (rebuilt,) = record.query.images, record.target.images
+            assert record.query.text in prompts.BRIDGE_PROMPTS and not record.target.text
+            here, there = BY_ID[shown.name], BY_ID[rebuilt.name]
+            assert shown.mirrored == rebuilt.mirrored and here.code_point == there.code_point
+            assert (here.style == there.style) == (kind == "bridge-picture") == (shown == rebuilt)
+    for record in some("bridge-from-words"):
+        (rebuilt,) = record.target.images
+        assert not record.query.images and not record.target.text and record.query.text
+        picture = BY_ID[rebuilt.name]
+        parts = (prompts.plain(picture.caption), *usable_keywords(picture), prompts.plain(picture.description)[:20])
+        assert any(part and part in record.query.text for part in parts)
+
+
+def test_long_texts_hold_all_words() -> None:
+    for kind in ("warmup-long", "bridge-long"):
+        whole = 0
+        for record in some(kind, 300):
+            picture = BY_ID[record.query.images[0].name]
+            text = record.target.text if kind == "bridge-long" else record.query.text
+            assert text.startswith(prompts.plain(picture.caption)[:150]) and len(text) <= prompts.LONGEST
+            if len(text) < prompts.LONGEST - 40:  # longer ones are cut between words
+                assert all(word in text for word in usable_keywords(picture))
+                whole += 1
+        assert whole > 200
 
 
 @given(share=st.floats(0.01, 1), more=st.floats(0, 1))

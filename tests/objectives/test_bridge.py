@@ -85,10 +85,11 @@ def test_what_is_rebuilt_hears_of_block_a_through_the_bridge_alone(backbone, set
     program = stage_program(config, opened.config)
     params = program.first_params(opened.load())
 
+    slope = jax.jit(jax.grad(lambda patches, given: program.loss(params, {**given, "patches": patches}, 0.0)[0]))
+
     def by_pixels(**more):
         given = {**batch, **more}
-        gradient = jax.grad(lambda x: program.loss(params, {**given, "patches": x}, 0.0)[0])(given["patches"])
-        return np.abs(gradient).reshape(*batch["hidden_unit"].shape, -1).max(-1)
+        return np.abs(slope(given.pop("patches"), given)).reshape(*batch["hidden_unit"].shape, -1).max(-1)
 
     t, e = np.arange(64), batch["pool"][:, 0]
     cut = np.where((t > e) & (batch["token_end"] > 0), np.maximum(batch["token_start"], e + 1), batch["token_start"])
@@ -106,10 +107,8 @@ def test_the_loss_is_words_plus_weighted_pictures_and_trains_the_decoder(backbon
         batch, program = batch_of(config), stage_program(config, opened.config)
         params = program.first_params(opened.load())
 
-        def loss(params, program=program, batch=batch):
-            return program.loss(params, batch, 0.0)
-
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        loss = jax.jit(jax.value_and_grad(program.loss, has_aux=True))
+        (value, metrics), gradient = loss(params, batch, 0.0)
         np.testing.assert_allclose(value, metrics["bridge"] + weight * metrics["mae"], rtol=1e-6)
         found[weight] = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient["head"]))
     assert found[0.0] == 0 and found[0.3] > 0 and metrics["mae"] > 0.1 and metrics["bridge"] > 1

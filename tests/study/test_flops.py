@@ -19,7 +19,7 @@ def settings(stage_settings, stage, backbone, tmp_path, **data):
     return parse(TrainConfig, {**given, "data": {**given["data"], **data}})
 
 
-@pytest.mark.parametrize("stage", ["warmup", "bridge", "contrastive"])
+@pytest.mark.parametrize("stage", ["warmup", "bridge", "pictures", "contrastive"])
 def test_the_count_is_that_of_the_compiler(stage, backbone, stage_settings, tmp_path):
     """Norms, softmax and the optimiser are not counted and the lowest maps need no gradient to their input: within 15 %
     of the compiler's count at widths at which products are nearly all of the work."""
@@ -28,7 +28,9 @@ def test_the_count_is_that_of_the_compiler(stage, backbone, stage_settings, tmp_
     text = dataclasses.replace(sizes.text, layers=1, width=256, mlp_width=1024, head_width=128)
     vision = dataclasses.replace(sizes.vision, layers=1, width=256, mlp_width=1024, out_width=256)
     sizes = dataclasses.replace(sizes, text=text, vision=vision)
-    config = settings(stage_settings, stage, backbone, tmp_path)
+    pictures = {"masking": {"text_ratio": 0.5, "image_ratio": 0.5}} if stage == "pictures" else {}
+    stage = "bridge" if stage == "pictures" else stage
+    config = settings(stage_settings, stage, backbone, tmp_path, **pictures)
     mesh = make_mesh(config.mesh)
     step, state, batch = abstract_step(config, sizes, mesh)
     with jax.set_mesh(mesh):
