@@ -64,7 +64,7 @@ def write_report(study: Study, run: Path, docs: Path) -> Path:
 def tables(study: Study, results: Mapping[str, Result], plots: Path) -> str:
     """All questions of which there is anything, and the rates that were found, as Markdown; draws the plots."""
     arms = by_arm(results)
-    parts = [_rates(results)]
+    parts = [_rates(study, results)]
     compared = {
         name: arm for q in study.questions.values() if q.wave == 0 for name in q.arms if (arm := arms.get(name))
     }
@@ -125,7 +125,7 @@ def _tasks(study: Study, arms: Mapping[str, Seeds]) -> str:
     return "### Task by task\n\np@1 in %, means over the seeds that are there.\n\n" + "\n".join(lines) + "\n"
 
 
-def _rates(results: Mapping[str, Result]) -> str:
+def _rates(study: Study, results: Mapping[str, Result]) -> str:
     tries = [result for result in results.values() if result.search]
     if not tries:
         return ""
@@ -133,15 +133,28 @@ def _rates(results: Mapping[str, Result]) -> str:
     found: dict[str, dict[float, float]] = {}
     for result in tries:
         found.setdefault(result.recipe, {})[result.rate] = result.mean()
-    lines = [_row(["recipe", *(f"{rate:g}" for rate in rates)]), _row(["---"] * (1 + len(rates)))]
+    lines = [_row(["recipe", *(f"{rate:g}" for rate in rates), "chosen"]), _row(["---"] * (2 + len(rates)))]
     for recipe, means in found.items():
         best = max(means.values())
         cells = [_bold(_percent(means[rate]), means[rate] == best) if rate in means else "" for rate in rates]
-        lines.append(_row([recipe, *cells]))
+        lines.append(_row([recipe, *cells, _chosen(means, study.rates)]))
     words = (
         "Mean p@1 in % over the validation tasks at each learning rate of stage 3, seed 0; the best is used everywhere."
+        " Where it is the lowest or the highest that was tried, a better one may lie beyond."
     )
     return f"### The learning rates\n\n{words}\n\n" + "\n".join(lines) + "\n"
+
+
+def _chosen(means: Mapping[float, float], rates: Sequence[float]) -> str:
+    """The rate that a recipe's arms are given, whether it is an edge, and tries that are not there."""
+    there = [rate for rate in rates if rate in means]
+    if not there:
+        return "none"
+    best = max(there, key=lambda rate: means[rate])  # the study's first of equals, as the planner takes it
+    edges = {min(means): "the lowest tried", max(means): "the highest tried"} if len(means) > 1 else {}
+    edge = f" (**{edges[best]}**)" if best in edges else ""
+    missing = ", ".join(f"{rate:g}" for rate in rates if rate not in means)
+    return f"{best:g}{edge}" + (f"; without {missing}" if missing else "")
 
 
 def _names(study: Study, arms: Mapping[str, Seeds]) -> dict[str, str]:

@@ -59,6 +59,16 @@ def test_an_arm_lays_its_changes_over_the_studys_over_the_recipes(study):
         recipe_of(study, Arm("bidirectional", stages={"1-warmup": {}}), 0, 1e-3)
 
 
+def test_an_arm_with_a_backbone_of_its_own_shares_nothing_and_changes_no_other(study, tmp_path):
+    wide = Arm("cocoa", backbone={"width": 192})
+    more = dataclasses.replace(study, arms={**study.arms, "wide": wide})
+    recipe = recipe_of(more, wide, 1, 1e-3)
+    assert recipe.init.backbone.width == 192 and recipe.init.backbone.layers == 1 and recipe.init.backbone.seed == 1
+    (own, stages), (base, others) = (chain(recipe_of(more, more.arms[a], 1, 1e-3), tmp_path) for a in ("wide", "cocoa"))
+    assert own != base and not {s.output for s in stages} & {s.output for s in others}
+    assert (base, others) == chain(recipe_of(study, study.arms["cocoa"], 1, 1e-3), tmp_path)
+
+
 def test_arms_must_be_described():
     with pytest.raises(SettingsError, match=r"\['b', 'c'\] are not described"):
         Study({}, {}, (1e-3,), {"a": Arm("cocoa", compute="c")}, {"q": Question("", ("a", "b"), 1)})

@@ -1,5 +1,7 @@
 """The page of a study: tables from pieces between the marks, and what people wrote around them stays."""
 
+import dataclasses
+
 import pytest
 
 from cocoa_jax.study.pieces import read_results, write_result
@@ -29,6 +31,25 @@ def test_a_report_has_tables_and_plots(run, study, tmp_path):
     for plot in ("steps", "compute", "late", "against-compute"):
         assert f"study/{plot}.svg" in text and (tmp_path / "docs" / "study" / f"{plot}.svg").stat().st_size > 5000
     assert read_results(tmp_path / "docs" / "study").keys() == read_results(run).keys()
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "said"),
+    [
+        ({1e-3: 0.9, 2e-3: 0.1, 4e-3: 0.1}, "0.001 (**the lowest tried**)"),
+        ({1e-3: 0.1, 2e-3: 0.9, 4e-3: 0.1}, "0.002"),
+        ({1e-3: 0.1, 2e-3: 0.1, 4e-3: 0.9}, "0.004 (**the highest tried**)"),
+        ({1e-3: 0.1, 2e-3: 0.9}, "0.002 (**the highest tried**); without 0.004"),
+        # Tried once more by hand, in a folder that is reported by a study of fewer rates: no edge any more.
+        ({5e-4: 0.1, 1e-3: 0.9, 2e-3: 0.1, 4e-3: 0.1}, "0.001"),
+    ],
+)
+def test_the_chosen_rate_is_told_and_whether_it_is_an_edge(study, tmp_path, made, accuracies, said):
+    study = dataclasses.replace(study, rates=(1e-3, 2e-3, 4e-3))
+    for rate, accuracy in accuracies.items():
+        write_result(tmp_path / "run", f"search-cocoa-{rate:g}", made("cocoa", 0, rate, accuracy, search=True))
+    text = write_report(study, tmp_path / "run", tmp_path / "docs").read_text()
+    assert next(line for line in text.splitlines() if line.startswith("| cocoa |")).endswith(f"| {said} |")
 
 
 def test_what_people_wrote_stays_and_the_tables_are_replaced(run, study, tmp_path):
