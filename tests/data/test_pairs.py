@@ -116,6 +116,7 @@ def test_block_b_may_be_the_other_styles_words() -> None:
         here, there = (BY_ID[name] for name in record.id.split("/", 1)[1].split("/") if name in BY_ID)
         assert {here.style, there.style} == {"flat emoji", "3d emoji"} and style == here.style
         assert here.code_point == there.code_point and record.target.text and not record.target.images
+        assert not record.target.text.startswith(f"{here.style}: ")
 
 
 def test_block_b_may_be_the_picture_the_other_styles_or_that_of_the_words() -> None:

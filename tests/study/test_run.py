@@ -71,6 +71,18 @@ def test_arms_of_equal_compute_spend_what_their_model_does(lab, study, tmp_path)
     assert longer.stages[-1]["steps"] > cocoa.stages[-1]["steps"]
 
 
+def test_what_an_arm_spent_before_its_last_stage_counts_too(lab, study, tmp_path):
+    arms = {**study.arms, "longer": dataclasses.replace(study.arms["longer"], recipe="no_bridge")}
+    planner = Planner(dataclasses.replace(study, arms=arms, rates=(1e-3,)), tmp_path)
+    longer, cocoa = (planner.work(Piece(arm, 0)) for arm in ("longer", "cocoa"))
+    assert len(longer.flops) == 2 and abs(sum(longer.flops) - sum(cocoa.flops)) <= PER_STEP["contrastive"] / 2
+
+
+def test_a_stage_that_is_needed_again_is_not_removed(lab, study, tmp_path):
+    run_study(study, tmp_path, (), False, lambda line: None)
+    assert len(lab) == len(set(lab))
+
+
 def test_a_killed_study_goes_on(lab, study, tmp_path, monkeypatch):
     whole, seen = run.train, []
 
