@@ -45,7 +45,8 @@ def test_equal_stages_are_shared(study, tmp_path):
     strict = Arm("cocoa", stages={"2-bridge": {"data": {"visibility": {"strict_bridge": True}}}})
     study = dataclasses.replace(study, arms={**study.arms, "strict": strict})
     own = folders(study, "strict", 0, 1e-3, tmp_path)
-    study = dataclasses.replace(study, arms={"reseeded": Arm("cocoa", stages={"2-bridge": {"seed": 9}})})
+    reseeded = Arm("cocoa", stages={"2-bridge": {"seed": 9}})
+    study = dataclasses.replace(study, arms={**study.arms, "reseeded": reseeded})
     assert folders(study, "reseeded", 0, 1e-3, tmp_path)[1] != cocoa[1]
     assert own[0] == cocoa[0] and own[1] != cocoa[1] and own[2] != cocoa[2]
 
