@@ -24,7 +24,8 @@ from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.data.packing import RowsConfig
 from cocoa_jax.data.pipeline import BatchConfig, stage_batches
 from cocoa_jax.data.prepare import BuildConfig, build
-from cocoa_jax.data.processor import Processor, ProcessorConfig
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.processor_settings import ProcessorConfig
 
 SIDE, BATCH, PICTURES, TURNS, BATCHES = 448, 32, 64, 3, 5
 FULL = 6  # batches that a worker and its threads hold ready at most; they are taken before the clock starts

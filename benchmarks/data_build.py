@@ -23,7 +23,8 @@ import PIL.Image
 from benchmarks.jpegs import JpegSource, make_jpegs
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.data.prepare_shard import PARTS, Work, write_shard
-from cocoa_jax.data.processor import Processor, ProcessorConfig
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.processor_settings import ProcessorConfig
 
 RESOLUTION, QUALITY, ROUNDS = "square:448", 95, 5
 

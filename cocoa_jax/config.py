@@ -16,7 +16,7 @@ from cocoa_jax.data.masking import MaskingConfig
 from cocoa_jax.data.mixture import MixtureConfig
 from cocoa_jax.data.packing import RowsConfig
 from cocoa_jax.data.pipeline import BatchConfig, Stage, VisibilityConfig
-from cocoa_jax.data.processor import ProcessorConfig
+from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.models.lora import LoraConfig
 from cocoa_jax.models.qwen2_vl import Compute
 from cocoa_jax.objectives.contrastive import ContrastiveConfig, tokens_of

@@ -21,7 +21,8 @@ from cocoa_jax.config import EvaluateConfig, evaluate_config_of
 from cocoa_jax.data.packing import RowsConfig
 from cocoa_jax.data.pipeline import embedding_rows
 from cocoa_jax.data.pixels import ImageError, decode, open_image
-from cocoa_jax.data.processor import Processor, ProcessorConfig
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.data.sources import Content, Image
 from cocoa_jax.models.qwen2_vl import Params, bind, graph_of
 from cocoa_jax.objectives.embedding import embed_examples

@@ -13,7 +13,8 @@ from cocoa_jax.commands.command import Command, fields
 from cocoa_jax.config import TrainConfig, find_config, load_mixture
 from cocoa_jax.data.naming import NAMES, open_named
 from cocoa_jax.data.prepare import BuildConfig, build, summary
-from cocoa_jax.data.processor import Processor, ProcessorConfig
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.models.config import read_config
 from cocoa_jax.training.data_speed import chips_fed, measure_data
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+from cocoa_jax.data.example import BLOCK_B, Example
 from cocoa_jax.data.intake import Intake, Taken, arranged
 from cocoa_jax.data.masking import Purpose, choose_tokens, choose_units, example_rng, within_budget
 from cocoa_jax.data.packing import plan_batch, share
 from cocoa_jax.data.pixels import ImageError
-from cocoa_jax.data.processor import BLOCK_B, Example, Processor
+from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.rows import Arrays, hide_tokens, hide_units, write_rows
 from cocoa_jax.data.sources import content_key
 

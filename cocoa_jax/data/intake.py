@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cocoa_jax.data.bad import BAD, Bad, BadConfig, KnownBad, Ledger
+from cocoa_jax.data.example import Example
 from cocoa_jax.data.masking import Purpose, example_rng
 from cocoa_jax.data.packing import PackingError, RowsConfig, check_fits
 from cocoa_jax.data.pixels import ImageError, decode
-from cocoa_jax.data.processor import Example, ExampleError, Processor
+from cocoa_jax.data.processor import ExampleError, Processor
 from cocoa_jax.data.sources import Image, RecordError
 
 if TYPE_CHECKING:

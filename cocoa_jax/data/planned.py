@@ -19,9 +19,10 @@ from cocoa_jax.data.sources import RecordError
 
 if TYPE_CHECKING:
     from cocoa_jax.data.batch_config import BatchConfig
+    from cocoa_jax.data.example import Example
     from cocoa_jax.data.intake import Intake
     from cocoa_jax.data.pairs import RecordSource
-    from cocoa_jax.data.processor import Example, Processor
+    from cocoa_jax.data.processor import Processor
     from cocoa_jax.data.sources import Record
 
 _TRIES = 64  # records drawn in a row that are of no use to the stage

@@ -36,8 +36,9 @@ from jaxtyping import Int32
 from cocoa_jax.attention import spans
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.data.checks import check_batch
+from cocoa_jax.data.example import BRIDGE, Example
 from cocoa_jax.data.packing import Shape
-from cocoa_jax.data.processor import BRIDGE, Example, Processor
+from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.vision_plan import plan_image
 
 Arrays = dict[str, np.ndarray]

@@ -17,8 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cocoa_jax.attention.spans import Spans
+from cocoa_jax.data.example import BLOCK_A, BLOCK_B, BRIDGE, Example
 from cocoa_jax.data.packing import RowsConfig, plan_rows
-from cocoa_jax.data.processor import BLOCK_A, BLOCK_B, BRIDGE, Example, Processor
+from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.rows import Arrays, VisibilityConfig, hide_tokens, place, write_rows
 from cocoa_jax.data.sources import Record
 from cocoa_jax.models.config import Qwen2VLConfig

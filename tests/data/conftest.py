@@ -17,7 +17,8 @@ from pyarrow import parquet
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cocoa_jax.checkpoints.scratch import SPECIAL_TOKENS
-from cocoa_jax.data.processor import Processor, ProcessorConfig
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.data.sources import Content, Image, Record
 from cocoa_jax.models.config import Qwen2VLConfig, parse_config
 

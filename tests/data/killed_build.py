@@ -4,7 +4,8 @@ import sys
 
 from cocoa_jax.data.naming import open_named
 from cocoa_jax.data.prepare import BuildConfig, build
-from cocoa_jax.data.processor import Processor, ProcessorConfig
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.models.config import read_config
 
 SETTINGS = ProcessorConfig(max_text_tokens=16, resolution="dynamic:1..8")

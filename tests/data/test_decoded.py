@@ -9,7 +9,7 @@ from cocoa_jax.config import DataConfig, SettingsError
 from cocoa_jax.data import pixels
 from cocoa_jax.data.decoded import DecodedPictures
 from cocoa_jax.data.packing import RowsConfig
-from cocoa_jax.data.processor import ProcessorConfig
+from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.data.sources import Content
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cocoa_jax.attention.spans import Spans
+from cocoa_jax.data.example import BLOCK_B
 from cocoa_jax.data.packing import PackingError
 from cocoa_jax.data.pipeline import (
     STATS,
@@ -24,7 +25,7 @@ from cocoa_jax.data.pipeline import (
     stage_dataset,
 )
 from cocoa_jax.data.pixels import ImageError
-from cocoa_jax.data.processor import BLOCK_B, ExampleError
+from cocoa_jax.data.processor import ExampleError
 from cocoa_jax.data.sources import Content, Image, Record
 from cocoa_jax.data.vision_plan import plan_image
 

@@ -22,13 +22,15 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from cocoa_jax import cli
 from cocoa_jax.data.bad import BadConfig, TooManyBad
+from cocoa_jax.data.example import BLOCK_B
 from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
 from cocoa_jax.data.naming import open_named
 from cocoa_jax.data.pixels import decode
 from cocoa_jax.data.prepare import BuildConfig, PrepareError, build, summary
 from cocoa_jax.data.prepare_shard import working_picture
 from cocoa_jax.data.prepared import LENGTHS, STATISTICS, open_prepared
-from cocoa_jax.data.processor import BLOCK_B, ExampleError, Processor, ProcessorConfig, ProcessorError
+from cocoa_jax.data.processor import ExampleError, Processor
+from cocoa_jax.data.processor_settings import ProcessorConfig, ProcessorError
 from cocoa_jax.data.readers.tfds import open_tfds
 from cocoa_jax.data.sources import Content, Image, RecordError, SourceError
 

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cocoa_jax.data.pixels import ImageError, decode
-from cocoa_jax.data.processor import ExampleError, Processor, ProcessorConfig, ProcessorError, _without_added_tokens
+from cocoa_jax.data.processor import ExampleError, Processor
+from cocoa_jax.data.processor_settings import ProcessorConfig, ProcessorError, without_added_tokens
 from cocoa_jax.data.sources import Content, Image
 from cocoa_jax.data.vision_plan import plan_image
 
@@ -163,7 +164,7 @@ def test_a_tokenizer_whose_plain_words_hold_a_special_token_is_refused():
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<|mask|>"])
     with pytest.raises(ProcessorError, match=r"typing '<\|mask\|>' gives token 0 even as plain text"):
-        _without_added_tokens(tokenizer)
+        without_added_tokens(tokenizer)
 
 
 def test_a_caption_with_special_tokens_decodes_to_itself(folder, processors):

@@ -20,7 +20,8 @@ from cocoa_jax.checkpoints.orbax import StageCheckpoints, carry_backbone, load_t
 from cocoa_jax.checkpoints.scratch import ScratchConfig, make_backbone
 from cocoa_jax.config import TrainConfig, load_config, named_config, to_dict
 from cocoa_jax.data.collage import encode
-from cocoa_jax.data.processor import Processor, ProcessorConfig
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.data.sources import Content, load_pictures
 from cocoa_jax.evaluation import collect, drawings, run
 from cocoa_jax.evaluation.collect import build_report, collect_gallery, collect_points, collect_report

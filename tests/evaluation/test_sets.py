@@ -13,7 +13,7 @@ import pytest
 
 from cocoa_jax import cli, embedder
 from cocoa_jax.config import SettingsError, to_dict
-from cocoa_jax.data.processor import ProcessorConfig
+from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.data.readers.ranked import open_ranked
 from cocoa_jax.embedder import Embedder, default_settings
 from cocoa_jax.evaluation.distinct import content_digest, distinct

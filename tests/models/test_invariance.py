@@ -12,7 +12,8 @@ import pytest
 
 from cocoa_jax.data.packing import RowsConfig
 from cocoa_jax.data.pipeline import embedding_rows
-from cocoa_jax.data.processor import Processor, ProcessorConfig
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.data.rows import VisibilityConfig
 from cocoa_jax.data.sources import Content, Image
 from cocoa_jax.models.config import read_config
