@@ -12,6 +12,7 @@ _COLOURS = ("#9a8f84", "#2a7f7a", "#c26a2b", "#5562b8", "#b0382c")
 def draw_probe(results: Mapping[str, Any], path: Path) -> None:
     """Four panels as one SVG or PNG file."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     stages = results["stages"]
     names, values = list(stages), list(stages.values())
@@ -37,6 +38,7 @@ def draw_probe(results: Mapping[str, Any], path: Path) -> None:
         mass.plot(layers, found["attention"]["words_to_bridge"], "-o", color=colour, markersize=4, label=name)
         mass.plot(layers, found["attention"]["bridge_to_block_a"], "--", color=colour, linewidth=1)
     mass.set(title="Attention: words to <EOS> (lines), <EOS> to block A (dashes)", xlabel="layer", ylim=(0, 1.02))
+    mass.xaxis.set_major_locator(MaxNLocator(integer=True))
     mass.legend(frameon=False)
     ranks = [found["embeddings"]["effective_rank"] for found in values]
     lie.plot(names, ranks, "-o", color="#5562b8")
@@ -44,6 +46,8 @@ def draw_probe(results: Mapping[str, Any], path: Path) -> None:
     other = lie.twinx()
     other.plot(names, [found["embeddings"]["uniformity"] for found in values], "-s", color="#c26a2b")
     other.set_ylabel("log mean exp(-2 d²)")
+    for axis in (bits, right, lie):
+        axis.tick_params("x", rotation=15 if max(map(len, names)) > 12 else 0)
     for axis in (bits, right, mass, lie):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -72,7 +72,7 @@ def tables(study: Study, results: Mapping[str, Result], plots: Path) -> str:
         draw_compute(compared, _names(study, compared), plots / "against-compute.svg")
         parts.append(f"![score against compute]({FOLDER}/against-compute.svg)\n")
     for name, question in study.questions.items():
-        if any(arm in arms for arm in question.arms):
+        if sum(arm in arms for arm in question.arms) > 1:  # one arm answers nothing
             parts.append(_question(study, name, question, arms, plots))
     if compared:
         parts.append(_tasks(study, compared))

@@ -14,6 +14,8 @@ def run(tmp_path, made):
     for seed in (0, 1):
         write_result(folder, f"bare-{seed}", made("bare", seed, 1e-3, 0.2, recipe="bidirectional"))
         write_result(folder, f"cocoa-{seed}", made("cocoa", seed, 1e-3, 0.6))
+    for arm in ("longer", "cut"):
+        write_result(folder, f"{arm}-0", made(arm, 0, 1e-3, 0.5))
     for rate, accuracy in ((1e-3, 0.9), (2e-3, 0.1)):
         write_result(folder, f"search-cocoa-{rate:g}", made("cocoa", 0, rate, accuracy, search=True))
     return folder
@@ -31,6 +33,11 @@ def test_a_report_has_tables_and_plots(run, study, tmp_path):
     for plot in ("steps", "compute", "late", "against-compute"):
         assert f"study/{plot}.svg" in text and (tmp_path / "docs" / "study" / f"{plot}.svg").stat().st_size > 5000
     assert read_results(tmp_path / "docs" / "study").keys() == read_results(run).keys()
+
+
+def test_a_question_of_which_one_arm_is_there_is_left_out(run, study, tmp_path):
+    (run / "pieces" / "cut-0.json").unlink()
+    assert "### Later" not in write_report(study, run, tmp_path / "docs").read_text()
 
 
 @pytest.mark.parametrize(
