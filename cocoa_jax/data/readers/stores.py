@@ -127,7 +127,9 @@ class ZipStore:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except zipfile.BadZipFile as error:
             raise SourceError(f"{path} is no whole zip ({error}): fetch it again") from error
-        except NotImplementedError as error:  # so says zipfile of a version of the format that is newer than it
+        except NotImplementedError as error:
+            # zipfile's own error for a member whose "version needed to extract" is beyond what Python can unpack; the
+            # file is whole, so the remedy is not that of a damaged one.
             raise SourceError(f"{path}: {error}: pack it again with a plain zip") from error
         except OSError as error:
             raise SourceError(f"{path} cannot be read ({error}): correct the path or its mode") from error
