@@ -20,7 +20,7 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="small: a few steps, to try the study")
     parser.add_argument("--only", default="", help="names of questions, by commas")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints that no piece needs any more")
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left, and do nothing")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is left, and train nothing")
 
 
 def _study(given: Namespace) -> None:

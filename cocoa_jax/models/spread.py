@@ -58,6 +58,19 @@ def cut_rows(x: Float[Array, "B ..."], parts: int, rows: int) -> Float[Array, "c
     return x.reshape(parts, chunks, rows, *x.shape[1:]).swapaxes(0, 1).reshape(chunks, parts * rows, *x.shape[1:])
 
 
+def row_chunks(own: int, rows: int | None) -> int:
+    """In how many chunks of so many rows (None: of all) the ``own`` rows of a device are taken.
+
+    Raises:
+        ValueError: the chunks do not divide the rows of a device.
+    """
+    if rows is None or rows >= own:
+        return 1
+    if own % rows:
+        raise ValueError(f"compute.chunk_rows is {rows}, a device has {own} rows: choose a divisor of them")
+    return own // rows
+
+
 def joined_rows(x: Float[Array, "c n ..."], parts: int, rows: int) -> Float[Array, "B ..."]:
     """The inverse of ``cut_rows``."""
     chunks = x.shape[0]

@@ -11,36 +11,35 @@ from cocoa_jax.models.inputs import Inputs
 from cocoa_jax.models.mae import ImageDecoder
 from cocoa_jax.models.qwen2_vl import Qwen2VL
 from cocoa_jax.objectives.masked_text import masked_text_loss
-from cocoa_jax.objectives.warmup import WarmupConfig, picture_loss, without_hidden
-
-_PICTURES = WarmupConfig()
+from cocoa_jax.objectives.warmup import WarmupConfig, rebuilding_loss
 
 
 @jax.named_scope("stage2")
 def bridge_loss(
-    model: Qwen2VL,
-    batch: Mapping[str, Array],
-    chunk_tokens: int | None = None,
-    decoder: ImageDecoder | None = None,
-    pictures: WarmupConfig = _PICTURES,
+    model: Qwen2VL, batch: Mapping[str, Array], chunk_tokens: int | None = None
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Cross-entropy of the masked tokens of block B; the truncated attention is in the batch's spans.
 
-    With a decoder, ``pictures.mae_weight`` times the error of block B's hidden units is added, as in stage 1: its layer
-    sees what the batch's spans allow. A chunk of a batch has the ``masked_total`` and ``hidden_total`` of the whole,
-    see ``masked_text_loss``.
+    A chunk of a batch has the ``masked_total`` of the whole, see ``masked_text_loss``.
 
     Args:
         chunk_tokens: see ``masked_text_loss``.
 
-    Source: CoCoA, arXiv 2603.01471, stage 2; pictures in block B are ours.
+    Source: CoCoA, arXiv 2603.01471, stage 2.
     """
-    inputs = Inputs.from_batch(batch)
-    hidden = model(inputs if decoder is None else without_hidden(inputs, batch, pictures))
+    hidden = model(Inputs.from_batch(batch))
     chosen = batch["predict_at"], batch["predict_id"]
-    text, metrics = masked_text_loss(model, hidden, *chosen, chunk_tokens, batch.get("masked_total"))
-    found = {"bridge": text, **metrics}
-    if decoder is None:
-        return text, found
-    image = picture_loss(decoder, hidden, inputs, batch["hidden_unit"], batch.get("hidden_total"))
-    return text + pictures.mae_weight * image, {**found, "mae": image}
+    loss, metrics = masked_text_loss(model, hidden, *chosen, chunk_tokens, batch.get("masked_total"))
+    return loss, {"bridge": loss, **metrics}
+
+
+@jax.named_scope("stage2")
+def bridge_picture_loss(
+    model: Qwen2VL,
+    decoder: ImageDecoder,
+    batch: Mapping[str, Array],
+    config: WarmupConfig,
+    chunk_tokens: int | None = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """``bridge + mae_weight * mae``, where block B may hold pictures too (ours); arguments as for ``warmup_loss``."""
+    return rebuilding_loss(model, decoder, batch, config, chunk_tokens, "bridge")

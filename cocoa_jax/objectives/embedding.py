@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.models.inputs import Inputs
 from cocoa_jax.models.qwen2_vl import Qwen2VL
-from cocoa_jax.models.spread import cut_rows, joined_rows, over_rows, row_parts, whole
+from cocoa_jax.models.spread import cut_rows, joined_rows, over_rows, row_chunks, row_parts, whole
 from cocoa_jax.objectives.similarity import Tokens, normalised
 
 Pooling = Literal["bridge", "mean"]
@@ -54,12 +54,10 @@ def embed_in_chunks(
     """
     (B, _, _), pool = batch["pool"].shape, batch["pool"]
     parts = row_parts(B)
-    own = B // parts
-    if rows is None or rows >= own:
+    count = row_chunks(B // parts, rows)
+    if rows is None or count == 1:
         found = _embed_slots(model_of(jnp.int32(0)), Inputs.from_batch(batch), pool, pooling, tokens)
         return _both_in_order(found, batch["example"])
-    if own % rows:
-        raise ValueError(f"compute.chunk_rows is {rows}, a device has {own} rows: choose a divisor of them")
 
     @jax.checkpoint
     def embed(number: Array, inputs: Inputs, pool: Array) -> tuple[Array, Array]:
@@ -67,7 +65,7 @@ def embed_in_chunks(
         return jax.tree.map(over_rows, _embed_slots(model_of(number), inputs, pool, pooling, tokens))
 
     chunks = jax.tree.map(lambda x: cut_rows(x, parts, rows), (Inputs.from_batch(batch), pool))
-    numbers = jnp.arange(own // rows)
+    numbers = jnp.arange(count)
     _, found = jax.lax.scan(lambda carry, chunk: (carry, embed(*chunk)), None, (numbers, *chunks))
     slots, lengths = (joined_rows(x, parts, rows) for x in found)
     return _both_in_order((slots, lengths), batch["example"])

@@ -48,20 +48,32 @@ def warmup_loss(
 
     Source: CoCoA, arXiv 2603.01471, stage 1.
     """
+    return rebuilding_loss(model, decoder, batch, config, chunk_tokens, "mntp")
+
+
+def rebuilding_loss(
+    model: Qwen2VL,
+    decoder: ImageDecoder,
+    batch: Mapping[str, Array],
+    config: WarmupConfig,
+    chunk_tokens: int | None,
+    words: str,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """What both stages that rebuild pictures have in common; who sees whom is in the batch's spans.
+
+    Args:
+        words: what the loss of the text is called among the metrics.
+    """
     inputs = Inputs.from_batch(batch)
-    hidden = model(without_hidden(inputs, batch, config))
-    chosen = batch["predict_at"], batch["predict_id"]
-    text, metrics = masked_text_loss(model, hidden, *chosen, chunk_tokens, batch.get("masked_total"))
-    image = picture_loss(decoder, hidden, inputs, batch["hidden_unit"], batch.get("hidden_total"))
-    return text + config.mae_weight * image, {"mntp": text, "mae": image, **metrics}
-
-
-def without_hidden(inputs: Inputs, batch: Mapping[str, Array], config: WarmupConfig) -> Inputs:
-    """The batch's inputs with noise in the place of its hidden units."""
     seeds = batch["unit_seed"]
     if config.noise == "shared":
         seeds = jnp.full_like(seeds, batch["step"])
-    return dataclasses.replace(inputs, patches=hide_units(inputs.patches, batch["hidden_unit"], seeds))
+    shown = hide_units(inputs.patches, batch["hidden_unit"], seeds)
+    hidden = model(dataclasses.replace(inputs, patches=shown))
+    chosen = batch["predict_at"], batch["predict_id"]
+    text, metrics = masked_text_loss(model, hidden, *chosen, chunk_tokens, batch.get("masked_total"))
+    image = picture_loss(decoder, hidden, inputs, batch["hidden_unit"], batch.get("hidden_total"))
+    return text + config.mae_weight * image, {words: text, "mae": image, **metrics}
 
 
 def hide_units(

@@ -18,6 +18,7 @@ from cocoa_jax.attention.spans import Spans
 from cocoa_jax.chips import Chip
 from cocoa_jax.config import TrainConfig, parse
 from cocoa_jax.models.config import Qwen2VLConfig
+from cocoa_jax.models.spread import row_chunks
 from cocoa_jax.profiling.collectives import by_axis, collectives
 from cocoa_jax.profiling.hlo import Module
 from cocoa_jax.profiling.kernels import mean_work, span_calls
@@ -45,11 +46,9 @@ def check_step(config: TrainConfig, topology: str, slices: int) -> None:
     _, devices = parse_topology(topology, slices)
     read_backbone(config.checkpoint)
     *shards, _ = mesh_sizes(config.mesh, devices, slices)
-    rows, chunk = config.data.rows, config.compute.chunk_rows
+    rows = config.data.rows
     rows.check_shared(math.prod(shards), "devices")
-    own = rows.widest.rows // math.prod(shards)
-    if chunk is not None and chunk < own and own % chunk:
-        raise ValueError(f"compute.chunk_rows is {chunk}, a device has {own} rows: choose a divisor of them")
+    row_chunks(rows.widest.rows // math.prod(shards), config.compute.chunk_rows)
 
 
 def model_step(spec: Mapping[str, Any], dump: Path) -> dict[str, Any]:

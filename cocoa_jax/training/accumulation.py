@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from cocoa_jax.models.spread import cut_rows, over_rows, row_parts
+from cocoa_jax.models.spread import cut_rows, over_rows, row_chunks, row_parts
 from cocoa_jax.training.place import GLOBAL
 from cocoa_jax.training.state import trained_part
 from cocoa_jax.training.step import Loss
@@ -34,12 +34,10 @@ def accumulated(loss: Loss, rows: int) -> Loss:
 
     def whole(params: Any, batch: Mapping[str, Array], progress: Array) -> Values:
         B = batch["tokens"].shape[0]
-        own = B // row_parts(B)
-        if rows >= own:
+        count = row_chunks(B // row_parts(B), rows)
+        if count == 1:
             return loss(params, batch, progress)
-        if own % rows:
-            raise ValueError(f"compute.chunk_rows is {rows}, a device has {own} rows: choose a divisor of them")
-        shared, chunks = _cut(batch, own // rows, rows)
+        shared, chunks = _cut(batch, count, rows)
 
         def of_chunk(part: Any, chunk: Mapping[str, Array]) -> Values:
             spread = {name: over_rows(x) if x.ndim else x for name, x in chunk.items()}

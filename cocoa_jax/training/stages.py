@@ -15,7 +15,7 @@ from cocoa_jax.models.config import Qwen2VLConfig
 from cocoa_jax.models.lora import AdapterRecord, adapted_graph, init_adapter, join
 from cocoa_jax.models.mae import decoder_graph, init_decoder
 from cocoa_jax.models.qwen2_vl import Params, Qwen2VL, abstract_params, bind, graph_of
-from cocoa_jax.objectives.bridge import bridge_loss
+from cocoa_jax.objectives.bridge import bridge_loss, bridge_picture_loss
 from cocoa_jax.objectives.contrastive import contrastive_loss
 from cocoa_jax.objectives.warmup import warmup_loss
 from cocoa_jax.training.accumulation import accumulated
@@ -107,12 +107,11 @@ def _in_chunks(loss: Loss, config: TrainConfig) -> Loss:
 
 def _with_decoder(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shapes: Params) -> Program:
     head_graph, head_shapes = decoder_graph(backbone, config.compute.attention)
+    loss_of = warmup_loss if config.stage == "warmup" else bridge_picture_loss
 
     def loss(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
-        decoder, chunk_tokens = bind(head_graph, params["head"]), config.compute.chunk_tokens
-        if config.stage == "bridge":
-            return bridge_loss(model(params, batch), batch, chunk_tokens, decoder, config.warmup)
-        return warmup_loss(model(params, batch), decoder, batch, config.warmup, chunk_tokens)
+        decoder = bind(head_graph, params["head"])
+        return loss_of(model(params, batch), decoder, batch, config.warmup, config.compute.chunk_tokens)
 
     def init_head(params: Params) -> Params:
         # The head trains in its own precision, whatever that of a frozen backbone.

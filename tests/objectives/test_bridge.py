@@ -14,7 +14,7 @@ from cocoa_jax.data.pairs import picture_source
 from cocoa_jax.data.pipeline import stage_dataset
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.sources import load_pictures
-from cocoa_jax.objectives.bridge import bridge_loss
+from cocoa_jax.objectives.bridge import bridge_picture_loss
 from cocoa_jax.objectives.warmup import WarmupConfig
 from cocoa_jax.training.stages import stage_program
 
@@ -128,7 +128,7 @@ def test_true_pixels_of_hidden_units_are_in_no_input(settings_of, batch_of):
     def given(batch):
         model = Model()
         with pytest.raises(Seen):
-            bridge_loss(model, batch, None, lambda *_: None, WarmupConfig())
+            bridge_picture_loss(model, lambda *_: None, batch, WarmupConfig())
         return [np.asarray(leaf) for leaf in jax.tree.leaves(model.inputs)]
 
     batch = batch_of(settings_of({"bridge-picture": 1.0}))
