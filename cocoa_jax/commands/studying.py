@@ -19,16 +19,17 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/study", help="folder of everything; several processes may share it")
     parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="small: a few steps, to try the study")
     parser.add_argument("--only", default="", help="names of questions, by commas")
-    parser.add_argument("--keep", action="store_true", help="keep checkpoints that no piece needs any more")
+    parser.add_argument("--seeds", type=int, default=None, help="at most so many seeds of a question")
+    parser.add_argument("--keep", action="store_true", help="keep checkpoints that no piece of the study needs")
     parser.add_argument("--list", action="store_true", help="say what is done and what is left, and train nothing")
 
 
 def _study(given: Namespace) -> None:
     study, only = load_study(SCALES[given.scale]), tuple(name for name in given.only.split(",") if name)
     if given.list:
-        sys.stdout.write(listing(study, given.output, only))
+        sys.stdout.write(listing(study, given.output, only, given.seeds))
         return
-    run_study(study, given.output, only, given.keep, lambda line: sys.stdout.write(f"{line}\n"))
+    run_study(study, given.output, only, given.keep, lambda line: sys.stdout.write(f"{line}\n"), given.seeds)
     sys.stdout.write(f"report: {write_report(study, Path(given.output), Path(given.output) / 'report')}\n")
 
 

@@ -114,15 +114,18 @@ def load_study(name: str) -> Study:
     return load_config(Study, named_config(f"study/{name}.yaml"))
 
 
-def pieces(study: Study, only: tuple[str, ...] = ()) -> list[Piece]:
+def pieces(study: Study, only: tuple[str, ...] = (), seeds: int | None = None) -> list[Piece]:
     """Every piece once, the most telling first: the search, then seed by seed the questions in their order.
 
     Args:
         only: names of questions; none for all.
+        seeds: at most so many of a question; null for all.
 
     Raises:
-        SettingsError: a question that there is not.
+        SettingsError: a question that there is not, no seeds.
     """
+    if seeds is not None and seeds < 1:
+        raise SettingsError(f"seeds {seeds}: give 1 or more")
     if unknown := sorted(set(only) - set(study.questions)):
         raise SettingsError(f"questions {unknown} do not exist: choose among {', '.join(study.questions)}")
     asked = {name: question for name, question in study.questions.items() if not only or name in only}
@@ -130,7 +133,7 @@ def pieces(study: Study, only: tuple[str, ...] = ()) -> list[Piece]:
     found = [Piece(recipe, 0, rate) for recipe in recipes for rate in study.rates] if len(study.rates) > 1 else []
     places: dict[Piece, tuple[int, int]] = {}
     for question in asked.values():
-        for seed in range(question.seeds):
+        for seed in range(question.seeds)[:seeds]:
             for arm in question.arms:
                 piece = Piece(arm, seed)
                 places[piece] = min(places.get(piece, (question.wave, seed)), (question.wave, seed))

@@ -40,19 +40,21 @@ class PieceError(RuntimeError):
 _WAIT = 2.0  # seconds between looks at what other processes have finished
 
 
-def run_study(study: Study, folder: str | Path, only: tuple[str, ...], keep: bool, tell: Tell) -> None:
+def run_study(
+    study: Study, folder: str | Path, only: tuple[str, ...], keep: bool, tell: Tell, seeds: int | None = None
+) -> None:
     """Makes every piece that is missing.
 
     Args:
-        only: names of questions; none for all.
-        keep: whether checkpoints stay that no piece needs any more.
+        only, seeds: which pieces; see ``pieces``.
+        keep: whether checkpoints stay that no piece of the whole study needs any more.
         tell: gets a line when a piece is done.
 
     Raises:
         SettingsError: a question that there is not; whatever training and scoring raise.
     """
     planner = Planner(study, Path(folder))
-    planned = pieces(study, only)
+    planned, whole = pieces(study, only, seeds), pieces(study)
     with _compiled_once(planner.folder):
         while left := [piece for piece in planned if not (planner.is_done(piece) or planner.is_out(piece))]:
             try:
@@ -66,13 +68,13 @@ def run_study(study: Study, folder: str | Path, only: tuple[str, ...], keep: boo
             tell(made)
             jax.clear_caches()  # a study has hundreds of programs; those on disk are read again
             if not keep:
-                _remove_spent(planner, planned)
+                _remove_spent(planner, whole)
 
 
-def listing(study: Study, folder: str | Path, only: tuple[str, ...]) -> str:
+def listing(study: Study, folder: str | Path, only: tuple[str, ...], seeds: int | None = None) -> str:
     """What is done and what is left, one line a piece, and the time that is left."""
     planner = Planner(study, Path(folder))
-    planned = pieces(study, only)
+    planned = pieces(study, only, seeds)
     done = [piece for piece in planned if planner.is_done(piece)]
     left = [piece for piece in planned if not (planner.is_done(piece) or planner.is_out(piece))]
     seconds = planner.seconds_left(left, done)

@@ -33,6 +33,16 @@ def test_only_some_questions(study):
         pieces(study, ("nothing",))
 
 
+def test_some_seeds_are_the_first_and_the_search_is_whole(study):
+    assert [piece.name for piece in pieces(study, ("late",), 1)] == [
+        *("search-cocoa-0.001", "search-cocoa-0.002"),
+        *("cocoa-0", "cut-0"),
+    ]
+    assert pieces(study, seeds=3) == pieces(study)
+    with pytest.raises(SettingsError, match="seeds 0: give 1 or more"):
+        pieces(study, seeds=0)
+
+
 def test_one_rate_needs_no_search(study):
     assert all(piece.rate is None for piece in pieces(dataclasses.replace(study, rates=(1e-3,))))
 

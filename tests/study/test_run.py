@@ -106,8 +106,11 @@ def test_a_killed_study_goes_on(lab, study, tmp_path, monkeypatch):
 
 
 def test_checkpoints_go_when_no_piece_needs_them(lab, study, tmp_path):
-    run_study(study, tmp_path, ("steps",), False, lambda line: None)
-    assert not list((tmp_path / "stages").iterdir())
+    run_study(study, tmp_path, ("steps",), False, lambda line: None, 1)
+    kept = {path.name for path in (tmp_path / "stages").iterdir()}  # what other questions and seeds begin from
+    assert kept == Planner(study, tmp_path).needed([Piece("longer", 0), Piece("cut", 0)]) & set(lab) and kept
+    run_study(study, tmp_path, (), False, lambda line: None)
+    assert not list((tmp_path / "stages").iterdir()) and len(lab) == len(set(lab))
     # And stay as long as one does: the losers of a search go, the stages that they shared do not.
     tries = [Piece("cocoa", 0, rate) for rate in study.rates]
     planner = Planner(study, tmp_path / "more")
