@@ -47,34 +47,42 @@ def chance(arm: Seeds, split: str | None = None, meta_task: str | None = None) -
     return mean_of({name: task.chance for name, task in result.tasks.items()}, result, split, meta_task)
 
 
-def difference(arm: Seeds, baseline: Seeds, split: str | None = None, seed: int = 0) -> Difference | None:
-    """An arm against its baseline; None where they have no seed in common.
+def difference(
+    arm: Seeds, baseline: Seeds, tasks: Collection[str] | None = None, by_query: bool = False, seed: int = 0
+) -> Difference | None:
+    """An arm against its baseline; None where they have no seed or none of the tasks in common.
 
     Queries are drawn anew within every task, the same for both arms and for all seeds. The interval says how far other
     queries of these tasks could move the difference; how far other seeds could, the standard error says.
 
+    Args:
+        tasks: names of tasks, without their split; None for all.
+        by_query: whether every query counts alike, and not every task.
+
     Raises:
         ValueError: pieces that were scored on other queries.
     """
-    common = sorted(arm.keys() & baseline.keys())
-    if not common:
+    gains = [_gains(arm[one], baseline[one], tasks) for one in sorted(arm.keys() & baseline.keys())]
+    if not gains or not gains[0]:
         return None
-    gains = [_gains(arm[one], baseline[one], split) for one in common]
+    queries = {name: len(gain) if by_query else 1 for name, gain in gains[0].items()}
+    shares = {name: count / sum(queries.values()) for name, count in queries.items()}
     rng = np.random.default_rng(seed)
     means = np.zeros(RESAMPLES)
-    for name in gains[0]:
+    for name, share in shares.items():
         gain = np.mean([of_seed[name] for of_seed in gains], axis=0)
         drawn = rng.integers(len(gain), size=(RESAMPLES, len(gain)))
-        means += gain[drawn].mean(axis=1) / len(gains[0])
+        means += gain[drawn].mean(axis=1) * share
     low, high = interval(means)
-    mean, error = _mean_and_error([float(np.mean([gain.mean() for gain in one.values()])) for one in gains])
-    return Difference(mean, low, high, len(common), error)
+    of_seeds = [sum(float(one[name].mean()) * share for name, share in shares.items()) for one in gains]
+    mean, error = _mean_and_error(of_seeds)
+    return Difference(mean, low, high, len(gains), error)
 
 
-def _gains(arm: Result, baseline: Result, split: str | None) -> dict[str, Float[np.ndarray, " Q"]]:
+def _gains(arm: Result, baseline: Result, tasks: Collection[str] | None) -> dict[str, Float[np.ndarray, " Q"]]:
     gains = {}
     for name, task in arm.tasks.items():
-        if split not in (None, task.split):
+        if tasks is not None and name.split("/")[0] not in tasks:
             continue
         other = baseline.tasks.get(name)
         if other is None or len(other.hits) != len(task.hits):

@@ -32,6 +32,20 @@ _COLUMNS: tuple[tuple[str, str | None, str | None], ...] = (
     ("all", None, None),
 )
 
+SIDES = {
+    "words and pictures": (
+        "caption-to-picture",
+        "picture-to-caption",
+        "keyword",
+        "emoji-category",
+        "clip-art-category",
+        "scenery",
+    ),
+    "picture to picture": ("flat-to-3d", "3d-to-flat"),
+    "picture and words to picture": ("skin-tone", "tile"),
+}
+"""Tasks of the pictures by what their queries and candidates are."""
+
 
 def write_report(study: Study, run: Path, docs: Path) -> Path:
     """Write ``results.md`` and, in ``study``, plots and pieces; what stands around the marks stays.
@@ -109,7 +123,21 @@ def _question(study: Study, name: str, question: Question, arms: Mapping[str, Se
     missing = [arm for arm in question.arms if len(arms.get(arm, ())) < question.seeds]
     note = f"\nNot all of its {question.seeds} seeds are there for: {', '.join(missing)}.\n" if missing else ""
     plot = f"![{question.about}]({FOLDER}/{name}.svg)"
-    return f"### {question.about}\n\n" + "\n".join(lines) + f"\n{note}\n{plot}\n"
+    sides = _sides(study, {arm: there[arm] for arm in against if arm != first}, arms.get(first, {}))
+    return f"### {question.about}\n\n" + "\n".join(lines) + f"\n{note}{sides}\n{plot}\n"
+
+
+def _sides(study: Study, arms: Mapping[str, Seeds], first: Seeds) -> str:
+    """Where the differences from the first arm come from."""
+    lines = []
+    for name, arm in arms.items():
+        found = [*(difference(arm, first, tasks) for tasks in SIDES.values()), difference(arm, first, by_query=True)]
+        if any(found):
+            lines.append(_row([study.arms[name].about or name, *map(_gain, found)]))
+    if not lines:
+        return ""
+    head = _row(["less the first", *SIDES, "every query alike"])
+    return "\n" + "\n".join([head, _row(["---"] * (2 + len(SIDES))), *lines]) + "\n"
 
 
 def _tasks(study: Study, arms: Mapping[str, Seeds]) -> str:

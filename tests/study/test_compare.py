@@ -17,12 +17,24 @@ def test_an_arm_against_itself_differs_by_nothing(made):
 def test_a_difference_is_the_mean_over_seeds_of_tasks(made):
     arm = {seed: made("cocoa", seed, 1e-3, 0.6) for seed in (0, 1, 2)}
     bare = {seed: made("bare", seed, 1e-3, 0.2) for seed in (1, 2, 3)}
-    found = difference(arm, bare, "test_unseen")
-    by_seed = [arm[seed].mean("test_unseen") - bare[seed].mean("test_unseen") for seed in (1, 2)]
+    found = difference(arm, bare)
+    by_seed = [arm[seed].mean() - bare[seed].mean() for seed in (1, 2)]
     assert found.seeds == 2 and found.mean == pytest.approx(np.mean(by_seed))
     assert found.error == pytest.approx(np.std(by_seed, ddof=1) / 2**0.5)
     assert found.low < found.mean < found.high and found.clear
     assert difference(arm, {9: bare[1]}) is None
+
+
+def test_a_difference_of_some_tasks_and_of_all_queries_alike(made):
+    arm, bare = {0: made("cocoa", 0, 1e-3, 0.6)}, {0: made("bare", 0, 1e-3, 0.2)}
+    gains = {name: task.hits.astype(float) - bare[0].tasks[name].hits for name, task in arm[0].tasks.items()}
+    tile = np.mean([gains["tile/test_seen"].mean(), gains["tile/test_unseen"].mean()])
+    assert difference(arm, bare, ("tile",)).mean == pytest.approx(tile)
+    alike = difference(arm, bare, by_query=True)
+    assert alike.mean == pytest.approx(np.concatenate([*gains.values()]).mean())
+    assert alike.mean != pytest.approx(difference(arm, bare).mean, abs=1e-3)  # tasks have unequal numbers of queries
+    assert alike.low < alike.mean < alike.high
+    assert difference(arm, bare, ("flat-to-3d",)) is None
 
 
 def test_the_interval_is_that_of_a_normal_of_the_same_width(made):

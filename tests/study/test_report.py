@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from cocoa_jax.evaluation.tasks import TASKS
 from cocoa_jax.study.pieces import read_results, write_result
-from cocoa_jax.study.report import BEGIN, END, write_report
+from cocoa_jax.study.report import BEGIN, END, SIDES, write_report
 
 
 @pytest.fixture
@@ -29,10 +30,16 @@ def test_a_report_has_tables_and_plots(run, study, tmp_path):
     cocoa = next(line for line in text.splitlines() if line.startswith("| all three"))
     assert "**+" in cocoa and " ± " in cocoa  # 0.6 against 0.2: a clear difference
     assert "| cocoa | **" in text  # the better rate, in bold
+    sides = text.split("| less the first |")[1].splitlines()[2]
+    assert sides.startswith("| all three | **+") and sides.count("**+") == 3  # no task is picture to picture
     assert "Not all of its 3 seeds are there for: cocoa, cut." in text
     for plot in ("steps", "compute", "late", "against-compute"):
         assert f"study/{plot}.svg" in text and (tmp_path / "docs" / "study" / f"{plot}.svg").stat().st_size > 5000
     assert read_results(tmp_path / "docs" / "study").keys() == read_results(run).keys()
+
+
+def test_every_task_is_on_one_side():
+    assert sorted(name for names in SIDES.values() for name in names) == sorted(TASKS)
 
 
 def test_a_question_of_which_one_arm_is_there_is_left_out(run, study, tmp_path):
