@@ -80,11 +80,14 @@ def all_cells() -> list[Cell]:
     """In the order in which they are made: adapters first, the small slice and backbone first."""
     orders = itertools.product((SMALL[0], FILLED, *SMALL[1:], *LARGE), ("lora", "full"), BACKBONES, STAGES)
     return [
-        Cell(backbone, stage, how, *where) for where, how, backbone, stage in orders if _telling(where, backbone, stage)
+        Cell(backbone, stage, how, *where)
+        for where, how, backbone, stage in orders
+        if _is_planned(where, backbone, stage)
     ]
 
 
-def _telling(where: tuple[str, int], backbone: str, stage: str) -> bool:
+def _is_planned(where: tuple[str, int], backbone: str, stage: str) -> bool:
+    """Whether the table has this place for a stage: batches that leave chips idle, and a second family, add nothing."""
     if where in LARGE:
         return backbone.startswith("qwen2-vl")
     return where in SMALL or stage == STAGES[-1]
