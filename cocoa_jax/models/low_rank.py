@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
+from cocoa_jax.models.spread import whole
+
 SMALLEST = 1e-30  # of a squared norm: a column of zeros keeps a gain of 1 instead of 0 / 0
 
 
@@ -58,8 +60,10 @@ class LowRank(nnx.Module):
         """
         kept = x if self.key is None else dropped(x, self.key[...], self.rate)
         a, b = self.a[...], self.b[...]
-        inner = kept @ a.astype(x.dtype)
-        update = self.scale * jnp.matmul(inner, b.astype(x.dtype), preferred_element_type=y.dtype)
+        # They are gathered whole: where rows and ``a`` lie over the same axis alone, XLA would rather send the few KiB
+        # round by round, in loops that stand where weights should be gathered beside products.
+        inner = kept @ whole(a.astype(x.dtype))
+        update = self.scale * jnp.matmul(inner, whole(b.astype(x.dtype)), preferred_element_type=y.dtype)
         if self.magnitude is None:
             return y + update
         gain = self.magnitude[...] / jax.lax.stop_gradient(column_norm(kernel, a, b, self.scale))
@@ -117,10 +121,10 @@ def merged(
     scale: float,
 ) -> Float[Array, "*L I O"]:
     """The one kernel that gives what kernel and update give together, in the type of the kernel."""
-    whole = kernel.astype(jnp.float32) + scale * jnp.matmul(a, b, precision="highest")
+    adapted = kernel.astype(jnp.float32) + scale * jnp.matmul(a, b, precision="highest")
     if magnitude is not None:
-        whole *= (magnitude / column_norm(kernel, a, b, scale))[..., None, :]
-    return whole.astype(kernel.dtype)
+        adapted *= (magnitude / column_norm(kernel, a, b, scale))[..., None, :]
+    return adapted.astype(kernel.dtype)
 
 
 class TrainedRows(nnx.Module):

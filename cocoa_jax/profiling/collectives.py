@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cocoa_jax.profiling.hlo import Module, Op, hbm
+from cocoa_jax.profiling.hlo import COLLECTIVES, Module, Op, hbm
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 Groups = frozenset[frozenset[int]]
 
 
@@ -66,27 +65,33 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
     Args:
         mesh: devices along each axis, in the order of the mesh.
     """
-    found, seen = [], set()
-    scattered = _scattered(module)
+    # A collective that goes on beside other work is printed in each fusion that it goes on in, some of them in loops of
+    # their own: it runs as often as the rarest.
+    places: dict[tuple[str, str], tuple[float, str, Op]] = {}
     for where, times in _running(module).items():
         for op in module.computations[where]:
             kind = op.kind.removesuffix("-start")
-            if kind not in _KINDS or not times:
+            if kind not in COLLECTIVES or not times:
                 continue
             channel = re.search(r"channel_id=(\d+)", op.rest)
-            # A collective fused with the product that it hides behind is printed at its start, middle and end.
             key = (kind, channel[1] if channel else op.name)
-            if key in seen:
-                continue
-            seen.add(key)
-            groups = _groups(op, math.prod(mesh.values()))
-            group = max((len(members) for members in groups), default=1)
-            payload = _payload(op, kind, group)
-            label = "all-reduce-scatter" if kind == "all-reduce" and where in scattered else kind
-            wire = ring_bytes(label, payload, group) * times if group > 1 else 0.0
-            axis = axes_of(groups, mesh) if kind != "collective-permute" else _permuted_axis(groups, mesh)
-            found.append(Collective(op.name, label, axis, group, payload, times, wire, op.scope))
-    return found
+            if key not in places or times < places[key][0]:
+                places[key] = times, where, op
+    scattered = _scattered(module)
+    return [
+        _collective(op, kind, times, mesh, kept_in_parts=where in scattered)
+        for (kind, _), (times, where, op) in places.items()
+    ]
+
+
+def _collective(op: Op, kind: str, times: float, mesh: Mapping[str, int], *, kept_in_parts: bool) -> Collective:
+    groups = _groups(op, math.prod(mesh.values()))
+    group = max((len(members) for members in groups), default=1)
+    payload = _payload(op, kind, group)
+    label = "all-reduce-scatter" if kind == "all-reduce" and kept_in_parts else kind
+    wire = ring_bytes(label, payload, group) * times if group > 1 else 0.0
+    axis = axes_of(groups, mesh) if kind != "collective-permute" else _permuted_axis(groups, mesh)
+    return Collective(op.name, label, axis, group, payload, times, wire, op.scope)
 
 
 def by_axis(found: Sequence[Collective]) -> list[tuple[str, str, int, int, float]]:

@@ -19,6 +19,9 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|branch_computations|true_computation|false_computation)=\{?([^,}]*(?:, ?%[^,}]*)*)"
 )
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_ALIASED = re.compile(r"\{(\d*)\}: \(\d+, \{\d*\}\)")
+_BEGUN, _ENDED = "async-collective-start", "async-collective-done"  # fusions of a collective that goes on in others
 _FREE = re.compile(  # neither runs nor moves data, or is counted where it starts
     r"parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|partition-id|replica-id"
     r"|opt-barrier|.*-done"
@@ -42,6 +45,11 @@ class Op:
         """Where the program's source made it, such as ``jit(step)/stage2/text/attention/dot_general``."""
         match = re.search(r'op_name="([^"]*)"', self.rest)
         return match[1] if match else ""
+
+    @property
+    def starts(self) -> bool:
+        """Whether it only begins what goes on beside the operations after it."""
+        return self.kind.endswith("-start") or self.name.startswith(_BEGUN)
 
     @property
     def called(self) -> list[str]:
@@ -85,9 +93,10 @@ class Module:
     def hbm_bytes(self, where: str, op: Op) -> float:
         """Bytes that one run of ``op`` reads and writes in HBM; what lies in VMEM (memory space 1) costs none.
 
-        A slice reads its own size only, an update of a part writes that part only, in a fusion too.
+        A slice reads its own size only, an update of a part writes that part only, in a fusion too. A collective that
+        goes on in several fusions writes its result once, where it starts.
         """
-        if _FREE.fullmatch(op.kind):
+        if _FREE.fullmatch(op.kind) or op.name.startswith(_ENDED):
             return 0.0
         if op.kind in ("copy-start", "slice-start"):
             # ((source), destination, flag): both ends carry the data that move, a slice that of its destination.
@@ -102,8 +111,9 @@ class Module:
         inputs: list[float] = [hbm(self.shapes.get((where, name), "")) for name in op.operands]
         if op.kind == "fusion" and op.called:
             body = self.computations.get(op.called[0], [])
-            inputs = [min(whole, _read(body, place)) for place, whole in enumerate(inputs)]
-            outputs = min(outputs, self._written(op.called[0], body, outputs))
+            carried = _carried(op, body)
+            inputs = [min(whole, _read(body, place, carried)) for place, whole in enumerate(inputs)]
+            outputs = min(outputs - _handed_on(op), self._written(op.called[0], body, outputs))
         return float(outputs + sum(inputs))
 
     def _written(self, where: str, body: list[Op], whole: float) -> float:
@@ -203,10 +213,23 @@ def _constant(op: Op | None) -> int | None:
     return int(op.raw_operands) if op is not None and op.kind == "constant" and op.raw_operands.isdigit() else None
 
 
-def _read(body: list[Op], place: int) -> float:
+def _handed_on(op: Op) -> int:
+    """Bytes in HBM of the outputs that are operands as they came, or the result of a collective begun before."""
+    arrays, places = _arrays(op.shape), _ALIASED.findall(op.rest)
+    return sum(arrays[int(place or 0)].bytes for place in places if arrays[int(place or 0)].space == 0)
+
+
+def _carried(op: Op, body: list[Op]) -> set[str]:
+    """The parts of a fusion that hand on a collective begun before, and read nothing."""
+    if op.starts or not _ALIASED.search(op.rest):
+        return set()
+    return {part.name for part in body if part.kind in COLLECTIVES or (part.root and part.kind == "tuple")}
+
+
+def _read(body: list[Op], place: int, carried: set[str]) -> float:
     """Bytes that a fusion reads of its parameter number ``place``; infinite where it reads all of it."""
     name = next((op.name for op in body if op.kind == "parameter" and op.raw_operands == str(place)), None)
-    users = [op for op in body if name in op.operands]
+    users = [op for op in body if name in op.operands and op.name not in carried]
     total = 0.0
     for user in users:
         if user.kind == "dynamic-slice" and user.operands[0] == name:

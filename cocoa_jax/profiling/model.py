@@ -124,7 +124,7 @@ def program_cost(module: Module, dump: Path, chip: Chip, kernels: KernelTable) -
                 costs.append(_kernel(op, dump_of(module, where, op, files), runs, work))
                 continue
             moved = module.hbm_bytes(where, op)
-            if op.kind.endswith("-start"):
+            if op.starts:
                 transfers += runs * moved
                 continue
             cycles = 0.0
