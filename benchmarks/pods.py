@@ -7,6 +7,7 @@ and continued. Every cell is compiled for its slice on this machine; nothing is 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -31,7 +32,9 @@ BACKBONES = ("qwen2-vl-2b", "qwen2.5-vl-3b", "qwen2-vl-7b", "qwen2.5-vl-7b")
 STAGES = ("1-warmup", "2-bridge", "3-contrastive")
 SMALL = (("v5e:4x4", 1), ("v5p:2x2x4", 1), ("v6e:4x4", 1))  # 16 chips: all cells
 FILLED = ("v5e:8x8", 1)  # what 1,024 pairs still fill: the last stage
+FEWER = ("v5e:1x1", "v5e:2x2", "v5e:2x4")  # the smallest of these that fits
 LARGE = (("v5e:16x16", 1), ("v5e:16x16", 2))  # multiplied batches, of two sizes of the same family
+SHARING = 16  # devices that share the parameters in configs/pods
 BEGIN, END = "<!-- cells: written by benchmarks/pods.py -->", "<!-- end of cells -->"
 
 
@@ -51,6 +54,11 @@ class Cell:
         return f"{self.backbone}_{self.stage}_{self.training}_{several}{self.topology.replace(':', '-')}"
 
     @property
+    def file(self) -> Path:
+        """Where its plan is kept."""
+        return FOLDER / f"{self.name}.json"
+
+    @property
     def devices(self) -> int:
         return parse_topology(self.topology, self.slices)[1]
 
@@ -62,6 +70,8 @@ class Cell:
         if times > 1:
             found["data.rows.batch_size"] = rows.batch_size * times
             found["data.rows.shapes"] = tuple((n * times, t, p) for n, t, p in rows.shapes)
+        if self.devices < SHARING:
+            found["mesh.fsdp"] = self.devices
         return found
 
     @property
@@ -93,10 +103,33 @@ def _is_planned(where: tuple[str, int], backbone: str, stage: str) -> bool:
     return where in SMALL or stage == STAGES[-1]
 
 
+def with_fewer(cells: list[Cell]) -> list[Cell]:
+    """``cells``, and after them the fewest chips of v5e that each plan on 16 of them lets hope for.
+
+    Where those turn out to be too few, the next slice comes after them.
+    """
+    return cells + [fewer for cell, kept in made(cells) for fewer in _fewer(cell, kept["result"])]
+
+
+def _fewer(cell: Cell, result: dict[str, Any]) -> Iterator[Cell]:
+    if (cell.topology, cell.slices) != SMALL[0] or not result["fits"]:
+        return
+    held = sum(result["held"].values())
+    for topology in FEWER:
+        candidate = dataclasses.replace(cell, topology=topology)
+        share = cell.devices / candidate.devices
+        # Stage 3 encodes a fixed number of rows at a time, the others all rows of a device.
+        rest = (result["needed"] - held) * (1 if cell.stage == STAGES[-1] else share)
+        if held * share + rest <= result["capacity"]:
+            yield candidate
+            if all(kept["result"]["fits"] for _, kept in made([candidate])):
+                return
+
+
 def made(cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
     for cell in cells:
-        if (path := FOLDER / f"{cell.name}.json").is_file():
-            yield cell, json.loads(path.read_text())
+        if cell.file.is_file():
+            yield cell, json.loads(cell.file.read_text())
 
 
 def make(cell: Cell) -> None:
@@ -107,7 +140,7 @@ def make(cell: Cell) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     aside = FOLDER / f"{cell.name}.partial"
     aside.write_text(json.dumps({"command": cell.command, "versions": versions, "result": result}, indent=1) + "\n")
-    os.replace(aside, FOLDER / f"{cell.name}.json")
+    os.replace(aside, cell.file)
 
 
 def table(cells: list[Cell]) -> str:
@@ -132,7 +165,7 @@ def table(cells: list[Cell]) -> str:
         else:
             rest = ["does not fit", *[""] * 5]
         lines.append("| " + " | ".join([*first, *rest]) + " |")
-    missing = [cell.name for cell in cells if not (FOLDER / f"{cell.name}.json").is_file()]
+    missing = [cell.name for cell in cells if not cell.file.is_file()]
     text = f"\n{len(there)} of {len(cells)} cells are made."
     if missing:
         text += f" The command goes on with {', '.join(missing[:3])}."
@@ -152,8 +185,9 @@ def memory_table(cells: list[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_page(cells: list[Cell]) -> None:
+def write_page() -> None:
     """Put the tables between the marks of the page."""
+    cells = with_fewer(all_cells())
     text = PAGE.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
@@ -167,17 +201,24 @@ def main() -> None:
     parser.add_argument("--remake", action="store_true", help="compile cells that are there again")
     parser.add_argument("--table", action="store_true", help="compile nothing, write the page from the files")
     given = parser.parse_args()
-    cells, words = all_cells(), [word for word in given.only.split(",") if word]
-    wanted = [cell for cell in cells if all(word in cell.name for word in words)]
-    if not given.remake:
-        wanted = [cell for cell in wanted if not (FOLDER / f"{cell.name}.json").is_file()]
-    for cell in tqdm([] if given.table else wanted[: given.limit], unit="cell"):
-        try:
-            make(cell)
-        except (MeasurementError, ValueError) as error:
-            tqdm.write(f"{cell.name}: {error}")
-        write_page(cells)
-    write_page(cells)
+    words = [word for word in given.only.split(",") if word]
+
+    def left() -> list[Cell]:
+        asked = [cell for cell in with_fewer(all_cells()) if all(word in cell.name for word in words)]
+        return [cell for cell in asked if cell not in tried and (given.remake or not cell.file.is_file())]
+
+    tried: list[Cell] = []
+    write_page()
+    with tqdm(total=len(left()), unit="cell", disable=given.table) as bar:
+        while not given.table and len(tried) != given.limit and (cells := left()):
+            tried.append(cells[0])
+            try:
+                make(cells[0])
+            except (MeasurementError, ValueError) as error:
+                tqdm.write(f"{cells[0].name}: {error}")
+            write_page()
+            bar.total = len(tried) + len(left())
+            bar.update()
 
 
 if __name__ == "__main__":
