@@ -1,9 +1,14 @@
 """A collective that goes on beside other work, as libtpu writes it: begun, carried through a loop, ended."""
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from cocoa_jax.models.low_rank import LowRank
 from cocoa_jax.profiling.collectives import collectives, ring_bytes
 from cocoa_jax.profiling.hlo import Module
+from cocoa_jax.profiling.topology import slice_mesh, tpu_slice
 
 PART, WHOLE, ROWS = "bf16[2,32]{1,0}", "bf16[8,32]{1,0}", "bf16[4,8]{1,0}"
 GATHER = f"{WHOLE} all-gather(%part), channel_id=7, replica_groups=[1,4]<=[4], dimensions={{0}}"
@@ -86,3 +91,26 @@ def test_its_result_is_written_once(where, name, moved):
     op = next(op for op in module.computations[where] if op.name == name)
     assert module.hbm_bytes(where, op) == moved
     assert op.starts == (name == "async-collective-start.5")
+
+
+def test_an_adapter_is_gathered_and_not_sent_round_by_round():
+    mesh = slice_mesh(tpu_slice("v5e:4x4"), {"data": 1, "fsdp": 16, "tensor": 1})
+
+    def update(x, a, b):
+        map_ = LowRank((), 1536, 256, rank=8, scale=1.0, dora=False, rate=0.0, weight_too=False)
+        map_.a.set_value(a)
+        map_.b.set_value(b)
+        return map_(x, jnp.zeros((len(x), 256)), jnp.zeros((1536, 256)))
+
+    def on_mesh(shape, spec, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    rows, split = PartitionSpec(("data", "fsdp")), PartitionSpec("fsdp")
+    with jax.set_mesh(mesh):
+        step = jax.jit(update).lower(
+            on_mesh((16 * 2048, 1536), rows, jnp.bfloat16),
+            on_mesh((1536, 8), split),
+            on_mesh((8, 256), PartitionSpec()),
+        )
+        text = step.compile().as_text()
+    assert "windowed_dot_general" not in text and " all-gather(" in text
