@@ -22,6 +22,7 @@ _CALLED = re.compile(
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _ALIASED = re.compile(r"\{(\d*)\}: \(\d+, \{\d*\}\)")
 _BEGUN, _ENDED = "async-collective-start", "async-collective-done"  # fusions of a collective that goes on in others
+_ALLOCATES = 'custom_call_target="AllocateBuffer"'  # and writes nothing
 _FREE = re.compile(  # neither runs nor moves data, or is counted where it starts
     r"parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|partition-id|replica-id"
     r"|opt-barrier|.*-done"
@@ -96,7 +97,7 @@ class Module:
         A slice reads its own size only, an update of a part writes that part only, in a fusion too. A collective that
         goes on in several fusions writes its result once, where it starts.
         """
-        if _FREE.fullmatch(op.kind) or op.name.startswith(_ENDED):
+        if _FREE.fullmatch(op.kind) or op.name.startswith(_ENDED) or _ALLOCATES in op.rest:
             return 0.0
         if op.kind in ("copy-start", "slice-start"):
             # ((source), destination, flag): both ends carry the data that move, a slice that of its destination.
@@ -107,22 +108,32 @@ class Module:
         if op.kind in ("dynamic-update-slice", "scatter"):
             update = op.operands[1] if op.kind == "dynamic-update-slice" else op.operands[-1]
             return 2.0 * hbm(self.shapes.get((where, update), ""))
-        outputs: float = hbm(op.shape)
         inputs: list[float] = [hbm(self.shapes.get((where, name), "")) for name in op.operands]
         if op.kind == "fusion" and op.called:
             body = self.computations.get(op.called[0], [])
             carried = _carried(op, body)
             inputs = [min(whole, _read(body, place, carried)) for place, whole in enumerate(inputs)]
-            outputs = min(outputs - _handed_on(op), self._written(op.called[0], body, outputs))
-        return float(outputs + sum(inputs))
+            return self._written(op, body) + sum(inputs)
+        return float(hbm(op.shape) + sum(inputs))
 
-    def _written(self, where: str, body: list[Op], whole: float) -> float:
-        root = next((op for op in body if op.root), None)
-        while root is not None and root.kind in ("bitcast", "convert") and root.operands:
-            root = next((op for op in body if op.name == root.operands[0]), None)
-        if root is None or root.kind != "dynamic-update-slice":
-            return whole
-        return hbm(self.shapes.get((where, root.operands[1]), ""), any_space=True)
+    def _written(self, op: Op, body: list[Op]) -> float:
+        """Bytes in HBM that a fusion writes: of an array that it updates in place the updated part."""
+        arrays, ops = _arrays(op.shape), {part.name: part for part in body}
+        root = next(part for part in body if part.root)
+        one_each = root.kind == "tuple" and len(root.operands) == len(arrays)
+        names = root.operands if one_each else [root.name] * len(arrays)
+        kept = _handed_on(op)
+        total = 0.0
+        for place, (array, name) in enumerate(zip(arrays, names, strict=True)):
+            if array.space != 0 or place in kept:
+                continue
+            maker = ops[name]
+            while maker.kind in ("bitcast", "convert") and maker.operands[0] in ops:
+                maker = ops[maker.operands[0]]
+            update = maker.kind == "dynamic-update-slice"
+            part = hbm(self.shapes.get((op.called[0], maker.operands[1]), ""), any_space=True) if update else math.inf
+            total += min(array.bytes, part)
+        return total
 
     def _visit(self, name: str, times: float) -> None:
         self.runs[name] += times
@@ -213,10 +224,9 @@ def _constant(op: Op | None) -> int | None:
     return int(op.raw_operands) if op is not None and op.kind == "constant" and op.raw_operands.isdigit() else None
 
 
-def _handed_on(op: Op) -> int:
-    """Bytes in HBM of the outputs that are operands as they came, or the result of a collective begun before."""
-    arrays, places = _arrays(op.shape), _ALIASED.findall(op.rest)
-    return sum(arrays[int(place or 0)].bytes for place in places if arrays[int(place or 0)].space == 0)
+def _handed_on(op: Op) -> set[int]:
+    """The outputs of a fusion that are operands as they came, or the result of a collective begun before."""
+    return {int(place or 0) for place in _ALIASED.findall(op.rest)}
 
 
 def _carried(op: Op, body: list[Op]) -> set[str]:

@@ -57,6 +57,39 @@ def test_a_loop_runs_its_bound_divided_by_its_step():
     assert Module(known).runs["body"] == 5
 
 
+def test_an_update_in_place_writes_its_part_beside_another_output():
+    stack = "bf16[4,8,16]{2,1,0}"
+    parts = TEXT.replace("ROOT %conv = ", "%conv = ").replace(
+        "dim_labels=bf_io->bf\n}",
+        """dim_labels=bf_io->bf
+  %kept = bf16[1,8,16]{2,1,0} bitcast(%flat)
+  %stack = STACK dynamic-update-slice(%p0, %kept, %p1, %zero, %zero)
+  %same = STACK bitcast(%stack)
+  ROOT %both = (STACK, bf16[8,32]{1,0:T(8,128)(2,1)}) tuple(%same, %conv)
+}""".replace("STACK", stack),
+    )
+    text = parts.replace(
+        "%y = bf16[8,32]{1,0:T(8,128)(2,1)} fusion", f"%y = ({stack}, bf16[8,32]{{1,0:T(8,128)(2,1)}}) fusion"
+    )
+    module = Module(text)
+    fusion = one(module, "body", "y")
+    # One slice of the stack is read and one written, beside the product and the index.
+    assert module.hbm_bytes("body", fusion) == 2 * (8 * 16 + 8 * 16 + 8 * 32) + 4
+    whole = Module(text.replace("tuple(%same, %conv)", "tuple(%p0, %conv)"))
+    assert whole.hbm_bytes("body", one(whole, "body", "y")) > 2 * 4 * 8 * 16
+
+
+def test_room_that_is_set_aside_is_not_written():
+    text = TEXT.replace(
+        "  %start = s32[]",
+        '  %room = bf16[4,8,16]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"\n  %start = s32[]',
+    )
+    module = Module(text)
+    assert module.hbm_bytes("main", one(module, "main", "room")) == 0
+    other = Module(text.replace("AllocateBuffer", "Sort"))
+    assert other.hbm_bytes("main", one(other, "main", "room")) == 2 * 4 * 8 * 16
+
+
 def test_a_fusion_has_the_products_and_the_bytes_of_its_parts():
     module = Module(TEXT)
     fusion = one(module, "body", "y")
