@@ -8,10 +8,11 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from cocoa_jax.attention.blockwise import LSE, OUT
-from cocoa_jax.models.low_rank import LowRank, TrainedRows
+from cocoa_jax.models.low_rank import PRODUCT, LowRank, TrainedRows
 from cocoa_jax.models.spread import over_rows
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -35,7 +36,7 @@ class Linear(nnx.Module):
             if self.adapter is not None:
                 y = self.adapter(rows, y, kernel)
             y = (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        return checkpoint_name(y, PRODUCT).reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nnx.Module):
@@ -119,11 +120,9 @@ def stacked(make: Callable[[nnx.Rngs], Module], layers: int, rngs: nnx.Rngs) -> 
     return nnx.vmap(make)(rngs.split(layers))
 
 
-# Of ``_products``: those of the linear maps have no batch dimension, those inside of attention do.
-_attention = jax.checkpoint_policies.save_only_these_names(OUT, LSE)
-_products = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _attention
-)
+# By name and not by operation: a product is summed in float32, and kept as it is rounded behind all that is added.
+ATTENTION = jax.checkpoint_policies.save_only_these_names(OUT, LSE)
+PRODUCTS = jax.checkpoint_policies.save_only_these_names(OUT, LSE, PRODUCT)
 
 
 def scan_layers(
@@ -152,8 +151,8 @@ def scan_layers(
     # A scan keeps the two passes apart by itself: the barriers that prevent_cse sets would only be in the way.
     policies = {
         "none": body,
-        "products": jax.checkpoint(body, policy=_products, prevent_cse=False),
-        "attention": jax.checkpoint(body, policy=_attention),
+        "products": jax.checkpoint(body, policy=PRODUCTS, prevent_cse=False),
+        "attention": jax.checkpoint(body, policy=ATTENTION),
         "full": jax.checkpoint(body),
     }
     if remat not in policies:

@@ -159,16 +159,33 @@ def adapted_graph(
 
 
 def _is_trained(keys: tuple[str, ...]) -> bool:
-    return keys[-2] == "adapter" and keys[-1] != "key"
+    return keys[-2] == "adapter" and keys[-1] not in ("key", "norm")
 
 
-def join(base: Params, adapter: Params, key: Array | None = None) -> Params:
+def column_norms(base: Params, adapter: Params, scale: float) -> Params:
+    """With DoRA, the lengths [(L,) O] of the columns of every adapted map, which are constants to the gradient.
+
+    They cost a pass over all frozen weights, whatever the batch: a step makes them once, outside of chunks and layers.
+    """
+    kernels, parts = flatten_dict(base), flatten_dict(adapter)
+
+    def of(place: tuple[str, ...]) -> Array:
+        return column_norm(kernels[(*place, "kernel")], parts[(*place, "a")], parts[(*place, "b")], scale)
+
+    places = [path[:-1] for path in parts if path[-1] == "magnitude"]
+    return jax.lax.stop_gradient(unflatten_dict({place: of(place) for place in places}))
+
+
+def join(base: Params, adapter: Params, norms: Params, key: Array | None = None) -> Params:
     """What ``bind`` takes for the structure of ``adapted_graph``: frozen weights, adapter and, in training, dropout.
 
     Args:
+        norms: of ``column_norms``.
         key: of this step; every map and every layer of it gets a key of its own. None where nothing is dropped.
     """
     leaves = flatten_dict(base)
+    for place, leaf in flatten_dict(norms).items():
+        leaves[(*place, "adapter", "norm")] = leaf
     for (*place, name), leaf in flatten_dict(adapter).items():
         leaves[(*place, "adapter", name)] = leaf
         if name == "a" and key is not None:

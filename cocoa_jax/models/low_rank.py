@@ -9,15 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
 from cocoa_jax.models.spread import whole
 
+PRODUCT = "linear_product"  # what a remat policy keeps so that no matrix is multiplied again
 SMALLEST = 1e-30  # of a squared norm: a column of zeros keeps a gain of 1 instead of 0 / 0
 
 
 class DropoutKey(nnx.Variable):
     """One random key per layer; an argument of every call like the parameters, never advanced in place."""
+
+
+class ColumnNorm(nnx.Variable):
+    """The norm of every column of a kernel and its update: an argument of every call, made once a step."""
 
 
 class LowRank(nnx.Module):
@@ -48,6 +54,7 @@ class LowRank(nnx.Module):
         self.a = nnx.Param(jnp.zeros((*stack, inputs, rank)))
         self.b = nnx.Param(jnp.zeros((*stack, rank, outputs)))
         self.magnitude = nnx.Param(jnp.zeros((*stack, outputs))) if dora else None
+        self.norm = ColumnNorm(jnp.zeros((*stack, outputs))) if dora else None
         self.key = DropoutKey(jnp.broadcast_to(jax.random.key(0), stack)) if rate else None
 
     def __call__(
@@ -64,14 +71,15 @@ class LowRank(nnx.Module):
         # round by round, in loops that stand where weights should be gathered beside products.
         inner = kept @ whole(a.astype(x.dtype))
         update = self.scale * jnp.matmul(inner, whole(b.astype(x.dtype)), preferred_element_type=y.dtype)
-        if self.magnitude is None:
+        if self.magnitude is None or self.norm is None:
             return y + update
-        gain = self.magnitude[...] / jax.lax.stop_gradient(column_norm(kernel, a, b, self.scale))
-        if self.key is None or not self.weight_too:
-            return gain * (y + update)
+        gain = self.magnitude[...] / self.norm[...]
         # As PEFT: the frozen map itself sees every input, what training adds to it sees the kept ones.
-        seen = jnp.matmul(kept, kernel.astype(x.dtype), preferred_element_type=y.dtype)
-        return y + update + (gain - 1) * (seen + update)
+        again = self.key is not None and self.weight_too
+        seen = jnp.matmul(kept, kernel.astype(x.dtype), preferred_element_type=y.dtype) if again else y
+        # Rounded, as it is kept for the gains' gradients; of what comes out it is the small part.
+        changed = checkpoint_name((seen + update).astype(x.dtype), PRODUCT)
+        return y + update + (gain - 1) * changed
 
 
 def dropped(x: Float[Array, "B I"], key: Array, rate: float) -> Float[Array, "B I"]:

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from cocoa_jax.config import TrainConfig
 from cocoa_jax.models.config import Qwen2VLConfig
-from cocoa_jax.models.lora import AdapterRecord, adapted_graph, init_adapter, join
+from cocoa_jax.models.lora import AdapterRecord, adapted_graph, column_norms, init_adapter, join
 from cocoa_jax.models.mae import decoder_graph, init_decoder
 from cocoa_jax.models.qwen2_vl import Params, Qwen2VL, abstract_params, bind, graph_of
 from cocoa_jax.objectives.bridge import bridge_loss, bridge_picture_loss
@@ -75,13 +75,18 @@ def _adapted(config: TrainConfig, backbone: Qwen2VLConfig, adapter: AdapterRecor
         key = jax.random.fold_in(jax.random.key(config.seed), batch["step"]) if dropout else None
         if key is not None and "chunk" in batch:
             key = jax.random.fold_in(key, batch["chunk"])
-        return bind(graph, join(params["backbone"], params["adapter"], key))
+        return bind(graph, join(params["backbone"], params["adapter"], params["norms"], key))
 
     def init(params: Params) -> Params:
         return init_adapter(params, adapter.config, adapter.rows, config.seed)
 
     program = _with_loss(config, backbone, model, {"backbone": frozen, "adapter": trained})
-    return dataclasses.replace(program, init_adapter=jax.jit(init), adapter=adapter)
+
+    def loss(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
+        norms = column_norms(params["backbone"], params["adapter"], adapter.config.scale)
+        return program.loss({**params, "norms": norms}, batch, progress)
+
+    return dataclasses.replace(program, loss=loss, init_adapter=jax.jit(init), adapter=adapter)
 
 
 def _with_loss(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shapes: Params) -> Program:

@@ -18,7 +18,7 @@ from cocoa_jax.checkpoints.huggingface import read_folder, write_folder
 from cocoa_jax.checkpoints.peft import load_adapter, save_adapter
 from cocoa_jax.models import low_rank
 from cocoa_jax.models.config import read_config
-from cocoa_jax.models.lora import AdapterRecord, adapted_graph, join, merge
+from cocoa_jax.models.lora import AdapterRecord, adapted_graph, column_norms, join, merge
 from cocoa_jax.models.qwen2_vl import Compute, abstract_params, bind, graph_of
 from cocoa_jax.objectives.masked_text import masked_text_loss
 
@@ -144,7 +144,7 @@ def adapted(sizes, record, mutation=""):
     graph, _ = adapted_graph(sizes, Compute(), record.config, record.rows)
 
     def loss(adapter, base, inputs, at, ids):
-        model = bind(graph, join(base, adapter))
+        model = bind(graph, join(base, adapter, column_norms(base, adapter, record.config.scale)))
         hidden = model(inputs)
         return masked_text_loss(model, hidden, at, ids)[0], (hidden, model.logits(hidden))
 
