@@ -35,6 +35,7 @@ FILLED = ("v5e:8x8", 1)  # what 1,024 pairs still fill: the last stage
 FEWER = ("v5e:1x1", "v5e:2x2", "v5e:2x4")  # the smallest of these that fits
 LARGE = (("v5e:16x16", 1), ("v5e:16x16", 2))  # multiplied batches, of two sizes of the same family
 SHARING = 16  # devices that share the parameters in configs/pods
+POLICIES = ("products", "full")  # of compute.remat, the faster first
 BEGIN, END = "<!-- cells: written by benchmarks/pods.py -->", "<!-- end of cells -->"
 
 
@@ -62,10 +63,10 @@ class Cell:
     def devices(self) -> int:
         return parse_topology(self.topology, self.slices)[1]
 
-    def settings(self) -> dict[str, Any]:
-        """What is changed in the stage's config: the backbone, and the batch where the paper's has too few rows."""
+    def settings(self, remat: str) -> dict[str, Any]:
+        """What is changed in the stage's config, beside the backbone the batch where the paper's has too few rows."""
         rows = load_config(TrainConfig, self.path).data.rows
-        found: dict[str, Any] = {"checkpoint": f"configs/backbones/{self.backbone}"}
+        found: dict[str, Any] = {"checkpoint": f"configs/backbones/{self.backbone}", "compute.remat": remat}
         times = -(-self.devices // rows.shapes[0][0])
         if times > 1:
             found["data.rows.batch_size"] = rows.batch_size * times
@@ -78,10 +79,9 @@ class Cell:
     def path(self) -> Path:
         return REPOSITORY / f"configs/pods/{self.stage}-{self.training}.yaml"
 
-    @property
-    def command(self) -> str:
+    def command(self, remat: str) -> str:
         words = " ".join(f"--{name}={json.dumps(value) if isinstance(value, tuple) else value}" for name, value in
-                         self.settings().items())  # fmt: skip
+                         self.settings(remat).items())  # fmt: skip
         more = f" --slices {self.slices}" if self.slices > 1 else ""
         return f"cocoa plan --config configs/pods/{self.path.name} --topology {self.topology}{more} {words}"
 
@@ -133,22 +133,26 @@ def made(cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
 
 
 def make(cell: Cell) -> None:
-    """Compile a cell and write its file."""
-    config = changed(load_config(TrainConfig, cell.path), cell.settings())
-    result = Cells(None).get(plan_spec(config, cell.topology, cell.slices))
+    """Compile a cell with the first remat policy that fits, and write its file."""
+    for remat in POLICIES:
+        config = changed(load_config(TrainConfig, cell.path), cell.settings(remat))
+        result = Cells(None).get(plan_spec(config, cell.topology, cell.slices))
+        if result["fits"]:
+            break
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     FOLDER.mkdir(parents=True, exist_ok=True)
     aside = FOLDER / f"{cell.name}.partial"
-    aside.write_text(json.dumps({"command": cell.command, "versions": versions, "result": result}, indent=1) + "\n")
+    found = {"command": cell.command(remat), "remat": remat, "versions": versions, "result": result}
+    aside.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(aside, cell.file)
 
 
 def table(cells: list[Cell]) -> str:
     """The cells that are there, and the number of those that are not."""
     lines = [
-        "| backbone | stage | trained | slice | mesh | batch | memory, GiB | MXU, ms | chip, ms | sent, ms "
+        "| backbone | stage | trained | slice | mesh | remat | batch | memory, GiB | MXU, ms | chip, ms | sent, ms "
         "| at least, ms | to MXU | bound by |",
-        "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     there = list(made(cells))
     for cell, kept in there:
@@ -157,7 +161,7 @@ def table(cells: list[Cell]) -> str:
         where = f"{cell.slices} x {cell.topology}" if cell.slices > 1 else cell.topology
         name = f"[{cell.backbone}](pods/{cell.name}.json)"
         memory = f"{r['needed'] / GIB:.1f} of {r['capacity'] / GIB:.0f}"
-        first = [name, cell.stage, cell.training, where, mesh, f"{r['examples']:,}", memory]
+        first = [name, cell.stage, cell.training, where, mesh, kept["remat"], f"{r['examples']:,}", memory]
         if r["fits"]:
             sent = r["interconnect_seconds"] + r["network_seconds"]
             times = [r["mxu_seconds"], r["chip_seconds"], sent, r["step_seconds"]]
