@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Set
 
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f8e4m3fn": 1, "f8e5m2": 1, "f8e4m3b11fnuz": 1, "c64": 8}
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,<=]*)\](\{[^}]*\})?")
@@ -112,7 +113,7 @@ class Module:
         if op.kind == "fusion" and op.called:
             body = self.computations.get(op.called[0], [])
             carried = _carried(op, body)
-            inputs = [min(whole, _read(body, place, carried)) for place, whole in enumerate(inputs)]
+            inputs = [min(whole, self._read(body, place, carried)) for place, whole in enumerate(inputs)]
             return self._written(op, body) + sum(inputs)
         return float(hbm(op.shape) + sum(inputs))
 
@@ -133,6 +134,20 @@ class Module:
             update = maker.kind == "dynamic-update-slice"
             part = hbm(self.shapes.get((op.called[0], maker.operands[1]), ""), any_space=True) if update else math.inf
             total += min(array.bytes, part)
+        return total
+
+    def _read(self, body: list[Op], place: int, carried: Set[str] = frozenset()) -> float:
+        """Bytes that a fusion, or one inside of it, reads of its parameter number ``place``; infinite where all."""
+        name = next((op.name for op in body if op.kind == "parameter" and op.raw_operands == str(place)), None)
+        total = 0.0
+        for user in (op for op in body if name in op.operands and op.name not in carried):
+            if user.kind == "dynamic-slice" and user.operands[0] == name:
+                total += hbm(user.shape, any_space=True)
+            elif user.kind == "fusion" and user.called:
+                inner = self.computations.get(user.called[0], [])
+                total += sum(self._read(inner, i) for i, operand in enumerate(user.operands) if operand == name)
+            elif user.kind != "dynamic-update-slice" or user.operands[0] != name:
+                return math.inf
         return total
 
     def _visit(self, name: str, times: float) -> None:
@@ -234,19 +249,6 @@ def _carried(op: Op, body: list[Op]) -> set[str]:
     if op.starts or not _ALIASED.search(op.rest):
         return set()
     return {part.name for part in body if part.kind in COLLECTIVES or (part.root and part.kind == "tuple")}
-
-
-def _read(body: list[Op], place: int, carried: set[str]) -> float:
-    """Bytes that a fusion reads of its parameter number ``place``; infinite where it reads all of it."""
-    name = next((op.name for op in body if op.kind == "parameter" and op.raw_operands == str(place)), None)
-    users = [op for op in body if name in op.operands and op.name not in carried]
-    total = 0.0
-    for user in users:
-        if user.kind == "dynamic-slice" and user.operands[0] == name:
-            total += hbm(user.shape, any_space=True)
-        elif user.kind != "dynamic-update-slice" or user.operands[0] != name:
-            return math.inf
-    return total
 
 
 def _dot(op: Op, left: str, right: str) -> float:

@@ -98,6 +98,23 @@ def test_a_fusion_has_the_products_and_the_bytes_of_its_parts():
     assert module.hbm_bytes("body", fusion) == 2 * (8 * 16 + 8 * 32) + 4
 
 
+def test_a_slice_in_a_fusion_inside_of_a_fusion_is_all_that_it_reads():
+    taken = TEXT[TEXT.index("  %zero") : TEXT.index("  %p2")]
+    head, _, rest = TEXT.partition("%fused")
+    inner = f"""%inner (p0: bf16[4,8,16], p1: s32[]) -> bf16[8,16] {{
+  %p0 = bf16[4,8,16]{{2,1,0}} parameter(0)
+  %p1 = s32[]{{:T(128)}} parameter(1)
+{taken.replace("%flat", "ROOT %flat")}}}
+
+"""
+    call = "  %flat = bf16[8,16]{1,0} fusion(%p0, %p1), kind=kLoop, calls=%inner\n"
+    text = head + inner + "%fused" + rest.replace(taken, call)
+    module = Module(text)
+    assert module.hbm_bytes("body", one(module, "body", "y")) == 2 * (8 * 16 + 8 * 32) + 4
+    whole = Module(text.replace("dynamic-slice(%p0, %p1, %zero, %zero)", "negate(%p0)"))
+    assert whole.hbm_bytes("body", one(whole, "body", "y")) >= 2 * 4 * 8 * 16
+
+
 DILATED = "window={size=6 stride=5 lhs_dilate=6}, dim_labels=0bf_0io->0bf"
 REVERSED = "window={size=6 stride=6 pad=5_5 lhs_dilate=5 rhs_reversal=1}, dim_labels=0bf_0io->0bf"
 PLAIN = "lhs_batch_dims={0}, rhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_contracting_dims={1}"
