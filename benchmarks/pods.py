@@ -33,7 +33,8 @@ STAGES = ("1-warmup", "2-bridge", "3-contrastive")
 SMALL = (("v5e:4x4", 1), ("v5p:2x2x4", 1), ("v6e:4x4", 1))  # 16 chips: all cells
 FILLED = ("v5e:8x8", 1)  # what 1,024 pairs still fill: the last stage
 FEWER = ("v5e:1x1", "v5e:2x2", "v5e:2x4")  # the smallest of these that fits
-LARGE = (("v5e:16x16", 1), ("v5e:16x16", 2))  # multiplied batches, of two sizes of the same family
+LARGE = (("v5e:16x16", 1), ("v5e:16x16", 2))  # multiplied batches
+ENDS = (("qwen2-vl-2b", "lora"), ("qwen2-vl-7b", "full"))  # the least and the most to hold and send: there alone
 SHARING = 16  # devices that share the parameters in configs/pods
 POLICIES = ("products", "full")  # of compute.remat, the faster first
 BEGIN, END = "<!-- cells: written by benchmarks/pods.py -->", "<!-- end of cells -->"
@@ -92,15 +93,15 @@ def all_cells() -> list[Cell]:
     return [
         Cell(backbone, stage, how, *where)
         for where, how, backbone, stage in orders
-        if _is_planned(where, backbone, stage)
+        if _is_planned(where, how, backbone, stage)
     ]
 
 
-def _is_planned(where: tuple[str, int], backbone: str, stage: str) -> bool:
-    """Whether the table has this place for a stage: batches that leave chips idle, and a second family, add nothing."""
+def _is_planned(where: tuple[str, int], how: str, backbone: str, stage: str) -> bool:
+    """Whether the table has this place for a stage: not where its batch would leave chips idle."""
     if where in LARGE:
-        return backbone.startswith("qwen2-vl")
-    return where in SMALL or stage == STAGES[-1]
+        return (backbone, how) in ENDS
+    return where in SMALL or (stage == STAGES[-1] and how == "lora")
 
 
 def with_fewer(cells: list[Cell]) -> list[Cell]:
