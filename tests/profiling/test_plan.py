@@ -116,7 +116,9 @@ def test_nothing_is_said_to_help_that_does_not(stage3):
 @pytest.mark.parametrize(
     ("topology", "slices", "settings", "message"),
     [
-        ("v5e:4x4", 1, {"mesh.fsdp": 5}, "asks for 5 devices at least, there are 16: change mesh.data"),
+        ("v5e:4x4", 1, {"mesh.fsdp": 5}, "does not come to the 16 devices that there are: make mesh.fsdp a divisor"),
+        ("v5e:4x4", 1, {"mesh.slice": 2}, "mesh.slice is 2, the number of slices is 1: leave it at -1"),
+        ("v5e:4x4", 2, {"mesh.slice": 1}, "mesh.slice is 1, the number of slices is 2: leave it at -1"),
         ("v5e:4x4", 1, {"compute.chunk_rows": 5}, "compute.chunk_rows is 5, a device has 32 rows: choose a divisor"),
         ("v5e:16x16", 2, {}, "the 256 rows of (256, 1280, 4096) cannot be shared by 512 devices: change rows.shapes"),
         ("v5e:16x16", 0, {}, "0 slices of v5e:16x16: give 1 or more"),
@@ -127,6 +129,10 @@ def test_what_cannot_be_compiled_is_refused_before_a_process_is_started(stage3, 
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         plan_spec(changed(stage3, settings), topology, slices)
     assert "\n" not in str(caught.value)
+
+
+def test_slices_that_no_setting_names_are_planned_for(stage3):
+    assert plan_spec(stage3, "v5e:4x4", 2)["config"]["mesh"]["slice"] == -1
 
 
 def test_a_step_that_fits_is_no_failure(stage3):
