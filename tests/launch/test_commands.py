@@ -52,6 +52,7 @@ CASES = {
     "xpk-submit-reservation": f"xpk.sh submit {XPK} --tpu-type v5p-128 --reservation mine {IMAGE} {COMMAND}",
     "xpk-finish": f"xpk.sh finish {XPK}",
     "xpk-log": f"xpk.sh log {XPK}",
+    "xpk-stop": f"xpk.sh stop {XPK}",
     "xpk-delete": f"xpk.sh delete {XPK}",
     "stages": "stages.sh --base /data/model --run gs://bucket/run --configs /data/configs/",
     "stages-two": "stages.sh --base m --run out --stages 1-warmup,3-contrastive -- --loop.steps=3 --mesh.fsdp=4",
