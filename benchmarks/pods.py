@@ -12,6 +12,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,10 @@ class Cell:
         return REPOSITORY / f"configs/pods/{self.stage}-{self.training}.yaml"
 
     def command(self, remat: str) -> str:
-        words = " ".join(f"--{name}={json.dumps(value) if isinstance(value, tuple) else value}" for name, value in
-                         self.settings(remat).items())  # fmt: skip
+        words = shlex.join(
+            f"--{name}={json.dumps(value) if isinstance(value, tuple) else value}"
+            for name, value in self.settings(remat).items()
+        )
         more = f" --slices {self.slices}" if self.slices > 1 else ""
         return f"cocoa plan --config configs/pods/{self.path.name} --topology {self.topology}{more} {words}"
 
