@@ -164,7 +164,7 @@ def table(cells: list[Cell]) -> str:
         mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1)
         where = f"{cell.slices} x {cell.topology}" if cell.slices > 1 else cell.topology
         name = f"[{cell.backbone}](pods/{cell.name}.json)"
-        memory = f"{r['needed'] / GIB:.1f} of {r['capacity'] / GIB:.0f}"
+        memory = f"{r['needed'] / GIB:.1f} of {r['capacity'] / GIB:.2f}"
         first = [name, cell.stage, cell.training, where, mesh, kept["remat"], f"{r['examples']:,}", memory]
         if r["fits"]:
             sent = r["interconnect_seconds"] + r["network_seconds"]

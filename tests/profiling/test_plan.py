@@ -55,7 +55,7 @@ def test_a_step_that_does_not_fit_is_a_failure_with_a_remedy(small, tmp_path, ca
     shown, said = capsys.readouterr()
     assert stopped.value.code == 1 and "DOES NOT FIT" in shown
     last = said.strip().splitlines()[-1]
-    assert last.startswith("cocoa: stage contrastive needs ") and "of 16.00 GiB a device" in last
+    assert last.startswith("cocoa: stage contrastive needs ") and "of 15.75 GiB a device" in last
 
 
 # ----------------------------------------------------------------------------------------------- advice and search
