@@ -12,6 +12,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,10 @@ class Cell:
         return REPOSITORY / f"configs/pods/{self.stage}-{self.training}.yaml"
 
     def command(self, remat: str) -> str:
-        words = " ".join(f"--{name}={json.dumps(value) if isinstance(value, tuple) else value}" for name, value in
-                         self.settings(remat).items())  # fmt: skip
+        words = shlex.join(
+            f"--{name}={json.dumps(value) if isinstance(value, tuple) else value}"
+            for name, value in self.settings(remat).items()
+        )
         more = f" --slices {self.slices}" if self.slices > 1 else ""
         return f"cocoa plan --config configs/pods/{self.path.name} --topology {self.topology}{more} {words}"
 
@@ -161,7 +164,7 @@ def table(cells: list[Cell]) -> str:
         mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1)
         where = f"{cell.slices} x {cell.topology}" if cell.slices > 1 else cell.topology
         name = f"[{cell.backbone}](pods/{cell.name}.json)"
-        memory = f"{r['needed'] / GIB:.1f} of {r['capacity'] / GIB:.0f}"
+        memory = f"{r['needed'] / GIB:.1f} of {r['capacity'] / GIB:.2f}"
         first = [name, cell.stage, cell.training, where, mesh, kept["remat"], f"{r['examples']:,}", memory]
         if r["fits"]:
             sent = r["interconnect_seconds"] + r["network_seconds"]

@@ -25,7 +25,7 @@ class Chip:
         flops_per_cycle: of one TensorCore.
         cores: TensorCores that act as this one device.
         devices_per_chip: JAX devices that a chip counts for.
-        hbm_bytes: capacity.
+        hbm_gib: what the compiler lets a program take of its memory; it says so when it refuses a larger one.
         hbm_bandwidth: bytes a second.
         ici_bandwidth: bytes a second that one chip can send over all its links of the interconnect together.
         dcn_bandwidth: bytes a second that one chip's share of its host's network can send to other slices.
@@ -40,7 +40,7 @@ class Chip:
     flops_per_cycle: int
     cores: int
     devices_per_chip: int
-    hbm_bytes: float
+    hbm_gib: float
     hbm_bandwidth: float
     ici_bandwidth: float
     dcn_bandwidth: float
@@ -53,11 +53,14 @@ class Chip:
         """Cycles a second, see the head of this file."""
         return self.peak_flops / (self.flops_per_cycle * self.cores)
 
+    @property
+    def hbm_bytes(self) -> float:
+        return self.hbm_gib * 2**30
+
 
 _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _DOCS = "https://cloud.google.com/tpu/docs/"
-_GIB = 2.0**30
 
 # The pages give the interconnect of a chip in both directions together: a ring uses half of it to send. That of v4
 # is not on its page: six links of 45 GB/s, from https://jax-ml.github.io/scaling-book/tpus. Where a chip is two
@@ -66,16 +69,10 @@ _GIB = 2.0**30
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip(
-            "v4", "TPU v4", 137.5e12, MXU_128, 1, 2, 16 * _GIB, 600e9, 135e9, 1.5625e9, (2, 2, 1), _CUBE, _DOCS + "v4"
-        ),
-        Chip(
-            "v5e", "TPU v5 lite", 197e12, MXU_128, 1, 1, 16 * _GIB, 819e9, 200e9, 3.125e9, (2, 2), _PLANE, _DOCS + "v5e"
-        ),
-        Chip("v5p", "TPU v5", 459e12, MXU_128, 2, 1, 95 * _GIB, 2765e9, 600e9, 6.25e9, (2, 2, 1), _CUBE, _DOCS + "v5p"),
-        Chip(
-            "v6e", "TPU v6 lite", 918e12, MXU_256, 1, 1, 32 * _GIB, 1638e9, 400e9, 12.5e9, (2, 2), _PLANE, _DOCS + "v6e"
-        ),
+        Chip("v4", "TPU v4", 137.5e12, MXU_128, 1, 2, 15.25, 600e9, 135e9, 1.5625e9, (2, 2, 1), _CUBE, _DOCS + "v4"),
+        Chip("v5e", "TPU v5 lite", 197e12, MXU_128, 1, 1, 15.75, 819e9, 200e9, 3.125e9, (2, 2), _PLANE, _DOCS + "v5e"),
+        Chip("v5p", "TPU v5", 459e12, MXU_128, 2, 1, 95.74, 2765e9, 600e9, 6.25e9, (2, 2, 1), _CUBE, _DOCS + "v5p"),
+        Chip("v6e", "TPU v6 lite", 918e12, MXU_256, 1, 1, 31.25, 1638e9, 400e9, 12.5e9, (2, 2), _PLANE, _DOCS + "v6e"),
         Chip(
             "tpu7x",
             "TPU7x",
@@ -83,7 +80,7 @@ CHIPS: dict[str, Chip] = {
             MXU_256,
             1,
             2,
-            96 * _GIB,
+            94.75,
             3690e9,
             300e9,
             6.25e9,

@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", module="jax")
+    from cocoa_jax.training.hosts import PeerLost
     from cocoa_jax.training.loop import STOPPED, Stopped
 
     # Threads that save log what goes wrong, at length; the main one then raises it. absl sets its level anew by itself.
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, given = chosen(verbs, parsed)
     try:
         command.run(chosen(verbs, parser.instantiate(parsed))[1] if command.config else given)
-    except Stopped as stopped:
+    except (Stopped, PeerLost) as stopped:
         sys.stderr.write(f"cocoa: {stopped}\n")
         raise SystemExit(STOPPED) from None
     except KeyboardInterrupt:

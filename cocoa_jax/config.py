@@ -80,19 +80,20 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 on one of them takes what the others leave.
+    """Devices along each axis; -1 on one of the first three takes what the others leave.
 
     Args:
         data: rows of the batch are spread over them, parameters are whole on each.
         fsdp: rows and parameters are spread over them.
         tensor: heads, inner widths and the vocabulary are.
-        slice: TPU slices, joined by the data-centre network, over which rows are spread as over data.
+        slice: TPU slices, joined by the data-centre network, over which rows are spread as over data; -1 takes all
+            that there are.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    slice: int = 1
+    slice: int = -1
 
 
 @dataclasses.dataclass(frozen=True)

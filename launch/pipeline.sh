@@ -4,9 +4,10 @@
 #   pipeline.sh BACKEND --base DIR --run gs://PATH [--configs DIR] [--stages LIST] [--attempts N] \
 #               [options of launch/BACKEND.sh] [-- OPTION OF cocoa train...]
 #
-# BACKEND is queued, gke or xpk. With queued, slices that were taken away are asked for again and the stages continue;
-# where the slices are still there the stages are started again on them. GKE and xpk restart by themselves. When all is
-# finished, or has failed for good, what was made is deleted. The same command given again picks up where it was.
+# BACKEND is queued, gke or xpk. With queued, slices that were taken away, also before the stages run on them, are asked
+# for again and the stages continue; where the slices are still there the stages are started again on them. GKE and xpk
+# restart by themselves. When all is finished, or has failed for good (starting: five times in a row), what was made is
+# deleted. The same command given again picks up where it was.
 #
 #   --base DIR       the Hugging Face folder that the first stage starts from, as the container sees it: /data/...
 #   --run gs://PATH  where the stages are written
@@ -66,21 +67,33 @@ ended() {
 }
 
 queued() {
-  local attempt status
+  local attempt status unstarted=0
   for ((attempt = 1; attempt <= attempts; attempt++)); do
-    if [ -z "$exists" ]; then
-      call up -- "${command[@]}" # deletes what it made when it fails
-      exists=1
-    else
-      call start -- "${command[@]}"
-    fi
     status=0
-    call finish || status=$?
-    [ "$status" -ne 0 ] || return 0
-    retry "$status" || { say "the stages have failed with status $status: see the log above"; return "$status"; }
+    if [ -z "$exists" ]; then
+      call up -- "${command[@]}" || status=$? # deletes what it made when it fails
+      [ "$status" -ne 0 ] || exists=1
+    else
+      call start -- "${command[@]}" || status=$?
+    fi
+    if [ "$status" -eq 0 ]; then
+      unstarted=0
+      call finish || status=$?
+      [ "$status" -ne 0 ] || return 0
+      retry "$status" || { say "the stages have failed with status $status: see the log above"; return "$status"; }
+    else
+      # Slices may be taken away before anything runs on them; a wrong value (2), or a request that has failed (3), stays.
+      case $status in 2 | 3) return "$status" ;; esac
+      unstarted=$((unstarted + 1))
+      if [ "$unstarted" -ge 5 ]; then
+        say "the stages could not be started $unstarted times in a row: see the messages above"
+        return "$status"
+      fi
+      pause
+    fi
     say "attempt $attempt of $attempts ended with status $status: trying again"
     # Slices that were taken away stay in the list under their name until they are deleted.
-    if ! call wait >/dev/null; then
+    if [ -n "$exists" ] && ! call wait >/dev/null; then
       call delete
       exists=""
     fi

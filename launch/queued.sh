@@ -145,7 +145,8 @@ wait_active() {
     [ "$unanswered" -lt 5 ] || { say "the state of $name could not be read $unanswered times"; return 3; }
     case $now in
       ACTIVE) return ;;
-      FAILED | SUSPENDING | SUSPENDED | DELETING)
+      SUSPENDING | SUSPENDED | DELETING) say "$name is $now: the slices were taken away"; return 75 ;;
+      FAILED)
         say "$name is $now and will not become active: see gcloud compute tpus queued-resources describe $name"
         return 3 ;;
     esac

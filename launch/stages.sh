@@ -40,10 +40,10 @@ parse() {
   done
 }
 
-# A signal reaches the stage that is running, whose exit status then ends this script.
-child="" told=""
+# A signal reaches the stage that is running, whose exit status then ends this script; no stage begins after one.
+child="" told="" stop=""
 pass_on() {
-  told=1
+  told=1 stop=1
   [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
 }
 
@@ -54,8 +54,10 @@ train() {
     run "${command[@]}"
     return
   fi
+  [ -z "$stop" ] || { say "asked to stop before $2: the same command continues"; return 75; }
   "${command[@]}" &
   child=$!
+  [ -z "$stop" ] || pass_on # the signal came before there was anybody to pass it on to
   while true; do
     status=0
     told=""

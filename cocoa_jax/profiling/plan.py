@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import time
@@ -32,18 +31,12 @@ class PlanError(ValueError):
     """A step that does not fit; the message names the remedy."""
 
 
-def planned(config: TrainConfig, slices: int) -> TrainConfig:
-    """``config`` on so many slices: its mesh says so too."""
-    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=slices))
-
-
 def plan_spec(config: TrainConfig, topology: str, slices: int) -> dict[str, Any]:
     """What ``cells`` has to measure.
 
     Raises:
         TopologyError, ConfigError, ValueError: what cannot be compiled at all; see ``check_step``.
     """
-    config = planned(config, slices)
     check_step(config, topology, slices)
     values = to_dict(config)
     return {"program": "plan", "stage": config.stage, "topology": topology, "slices": slices, "config": values}

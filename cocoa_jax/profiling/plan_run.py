@@ -10,7 +10,6 @@ from cocoa_jax.profiling.cells import Cells
 from cocoa_jax.profiling.plan import PlanError, plan_spec
 from cocoa_jax.profiling.plan_report import plan_markdown, search_markdown
 from cocoa_jax.profiling.plan_search import Say, advise, candidates, ranked, try_settings
-from cocoa_jax.profiling.topology import parse_topology
 
 
 def plan(
@@ -35,11 +34,13 @@ def search(config: TrainConfig, topology: str, slices: int, limit: int, cells: C
 
     Raises:
         PlanError: none of those that were tried fits.
+        TopologyError, ConfigError, ValueError: nothing can be compiled at all.
     """
     if limit < 1:
         raise PlanError(f"--limit is {limit}: at least 1")
-    devices = parse_topology(topology, slices)[1] // slices
-    choices = list(itertools.islice(candidates(config, devices), limit))
+    choices = list(itertools.islice(candidates(config, topology, slices), limit))
+    if not choices:
+        plan_spec(config, topology, slices)  # says why
     tried = try_settings(config, topology, slices, choices, cells, say)
     found = ranked(tried)
     if not found:

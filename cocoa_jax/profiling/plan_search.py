@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cocoa_jax.config import SettingsError, TrainConfig
 from cocoa_jax.profiling.cells import Cells, MeasurementError
 from cocoa_jax.profiling.plan import plan_spec
+from cocoa_jax.profiling.step_cost import own_rows
 from cocoa_jax.profiling.topology import parse_topology
 
 Settings = Mapping[str, Any]
 """Values by their dotted names, such as ``compute.remat``."""
 Say = Callable[[str], None]
+POLICIES = ("products", "attention", "full", "none")  # of compute.remat, the likeliest to fit and be fast first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Tried:
     @property
     def words(self) -> str:
         """The settings as they are given on the command line."""
-        return " ".join(f"--{name}={value}" for name, value in self.settings.items()) or "as given"
+        shown = {name: "null" if value is None else value for name, value in self.settings.items()}
+        return " ".join(f"--{name}={value}" for name, value in shown.items()) or "as given"
 
 
 def changed(config: TrainConfig, settings: Settings) -> TrainConfig:
@@ -46,35 +50,92 @@ def _replaced(config: Any, path: Sequence[str], value: Any) -> Any:
     return dataclasses.replace(config, **{first: inner})
 
 
-def remedies(config: TrainConfig, devices: int) -> list[Settings]:
-    """Single knobs that need less memory, what costs least first."""
+def remedies(config: TrainConfig, topology: str, slices: int) -> list[Settings]:
+    """Single knobs that need less memory and can be compiled, what costs least first."""
     compute, mesh, found = config.compute, config.mesh, list[Settings]()
     if compute.remat != "full":
         found.append({"compute.remat": "full"})
-    rows = compute.chunk_rows or config.data.rows.widest.rows // devices
-    found += [{"compute.chunk_rows": rows // part} for part in (2, 4) if rows % part == 0 and rows >= part]
+    own = _own_rows(config, topology, slices)
+    rows = min(own, compute.chunk_rows or own)
+    found += [{"compute.chunk_rows": rows // part} for part in (2, 4) if rows % part == 0]
     if config.stage != "contrastive" and (compute.chunk_tokens is None or compute.chunk_tokens > 128):
         found.append({"compute.chunk_tokens": 128})
     if config.lora is not None and config.lora.base_dtype != "bfloat16":
         found.append({"lora.base_dtype": "bfloat16"})
-    found += [{"mesh.data": -1, "mesh.fsdp": mesh.fsdp * more} for more in (2, 4) if 0 < mesh.fsdp * more <= devices]
-    return found
+    found += [{"mesh.data": -1, "mesh.fsdp": mesh.fsdp * more} for more in (2, 4) if mesh.fsdp > 0]
+    return [choice for choice in found if _is_possible(changed(config, choice), topology, slices)]
 
 
-def candidates(config: TrainConfig, devices: int) -> Iterator[Settings]:
-    """Meshes, chunks and remat policies to try, the likeliest to be fast first: little recomputed, much whole."""
-    rows = config.data.rows.widest.rows
-    powers = [2**power for power in range(devices.bit_length()) if devices % 2**power == 0]
-    shards = [fsdp for fsdp in powers if fsdp in (1, 4, 8, 16, 32) or fsdp == devices]
-    chunks: list[Settings] = [{}]
+def _is_possible(config: TrainConfig, topology: str, slices: int) -> bool:
+    own = _own_rows(config, topology, slices)
+    return own > 0 and own % min(own, config.compute.chunk_rows or own) == 0
+
+
+def _own_rows(config: TrainConfig, topology: str, slices: int) -> int:
+    """Rows of a device; 0 for a mesh that is none of these devices, or that cannot share the rows."""
+    try:
+        return own_rows(config, topology, slices)
+    except ValueError:
+        return 0
+
+
+def candidates(config: TrainConfig, topology: str, slices: int) -> Iterator[Settings]:
+    """Meshes, remat policies and chunks to try, the config's own first.
+
+    Any few of the first hold several values of each: the next one is the likeliest to be fast among those whose
+    values have been tried together least.
+    """
+    remats: list[Settings] = [{"compute.remat": one} for one in dict.fromkeys((config.compute.remat, *POLICIES))]
+    left = [
+        (mesh, remat, chunk)
+        for mesh in _meshes(config, topology, slices)
+        for remat in remats
+        for chunk in _chunks(changed(config, mesh), topology, slices)
+    ]
+    tried = Counter[Any]()
+
+    def pairs(choice: Sequence[Settings]) -> list[Any]:
+        return list(itertools.combinations((tuple(part.items()) for part in choice), 2))
+
+    while left:
+        chosen = min(left, key=lambda choice: sum(tried[pair] for pair in pairs(choice)))
+        left.remove(chosen)
+        tried.update(pairs(chosen))
+        yield {name: value for part in chosen for name, value in part.items()}
+
+
+def _meshes(config: TrainConfig, topology: str, slices: int) -> list[Settings]:
+    """Meshes of these devices that can share the rows, the config's own first."""
+    mesh, devices = config.mesh, parse_topology(topology, slices)[1] // slices
+    own = devices // mesh.tensor if mesh.fsdp == -1 else mesh.fsdp
+    sizes = [
+        (own, mesh.tensor),
+        *((fsdp, 1) for fsdp in (16, 8, devices, 4, 32, 1)),
+        (16, 2),
+        (8, 2),
+        (devices // 2, 2),
+    ]
+    found: list[Settings] = [{"mesh.data": -1, "mesh.fsdp": F, "mesh.tensor": N} for F, N in dict.fromkeys(sizes)]
+    return [choice for choice in found if _own_rows(changed(config, choice), topology, slices)]
+
+
+def _chunks(config: TrainConfig, topology: str, slices: int) -> list[Settings]:
+    """Chunks that make different programs, the config's own first."""
+    compute, own = config.compute, own_rows(config, topology, slices)
+    rows = [size for size in _distinct((compute.chunk_rows, 8, 4, 2, 1, None), own) if own % (size or 1) == 0]
     if config.stage == "contrastive":
-        own = max(1, rows // devices)
-        chunks = [{"compute.chunk_rows": size} for size in (8, 4, 2, 1) if own % size == 0]
-    policies = ("attention", "full")
-    for chunk, remat, fsdp, tensor in itertools.product(chunks, policies, shards, (1, 2)):
-        if devices % (fsdp * tensor) == 0 and rows % (devices // tensor) == 0:
-            mesh = {"mesh.data": -1, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
-            yield {**mesh, "compute.remat": remat, **chunk}
+        return [{"compute.chunk_rows": size} for size in rows]
+    M, sizes = config.data.rows.masked_per_row, (compute.chunk_tokens, 256, 64, 1024, None)
+    return [
+        {"compute.chunk_rows": size, "compute.chunk_tokens": tokens}
+        for size in rows
+        for tokens in _distinct(sizes, M * (size or own))
+    ]
+
+
+def _distinct(sizes: Iterable[int | None], most: int) -> list[int | None]:
+    """Each once; what is no less than ``most`` is all of it, None."""
+    return list(dict.fromkeys(size if size and size < most else None for size in sizes))
 
 
 def try_settings(
@@ -98,8 +159,7 @@ def try_settings(
 
 def advise(config: TrainConfig, topology: str, slices: int, needed: float, cells: Cells, say: Say) -> str:
     """One line: which knobs would make a step fit that needs so many bytes, and what each saves."""
-    devices = parse_topology(topology, slices)[1]
-    tried = try_settings(config, topology, slices, remedies(config, devices // slices), cells, say)
+    tried = try_settings(config, topology, slices, remedies(config, topology, slices), cells, say)
     if not any(one.result["fits"] for one in tried) and tried:
         together = dict(item for one in tried for item in one.settings.items())
         tried += try_settings(config, topology, slices, [together], cells, say)

@@ -43,12 +43,21 @@ def check_step(config: TrainConfig, topology: str, slices: int) -> None:
         ConfigError: the backbone's folder holds no config.
         ValueError: a mesh, rows or chunks that do not fit.
     """
-    _, devices = parse_topology(topology, slices)
     read_backbone(config.checkpoint)
-    *shards, _ = mesh_sizes(config.mesh, devices, slices)
+    row_chunks(own_rows(config, topology, slices), config.compute.chunk_rows)
+
+
+def own_rows(config: TrainConfig, topology: str, slices: int) -> int:
+    """Rows of the widest shape that one device has.
+
+    Raises:
+        TopologyError: an unknown topology.
+        ValueError: a mesh that is not one of these devices, or rows that they cannot share.
+    """
+    *shards, _ = mesh_sizes(config.mesh, parse_topology(topology, slices)[1], slices)
     rows = config.data.rows
     rows.check_shared(math.prod(shards), "devices")
-    row_chunks(rows.widest.rows // math.prod(shards), config.compute.chunk_rows)
+    return rows.widest.rows // math.prod(shards)
 
 
 def model_step(spec: Mapping[str, Any], dump: Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -18,6 +19,12 @@ from cocoa_jax.config import DistributedConfig, SettingsError
 from cocoa_jax.training.mesh import batch_shards, rows_sharding
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# What is wrong with the program itself, and would be so again: all other errors can come from another process.
+OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+
+
+class PeerLost(Exception):
+    """Another process of the run, or a device, is gone; the same command goes on from the last checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +93,25 @@ def join(config: DistributedConfig) -> None:
         )
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise SettingsError(f"this is one of {jax.process_count()} hosts of a pod: give --distributed.mode=on")
+
+
+@contextmanager
+def with_peers() -> Iterator[None]:
+    """What a run of several processes computes together.
+
+    A collective that fails because a process died may end this one before the missing sign of life does.
+
+    Raises:
+        PeerLost: in place of an error of JAX's runtime that the program itself is not the cause of.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        code, _, _ = str(error).partition(":")
+        if jax.process_count() == 1 or code in OWN_ERRORS:
+            raise
+        what = str(error).strip().splitlines()[0]
+        raise PeerLost(f"another process or a device is gone ({what}): the same command continues") from error
 
 
 def is_first() -> bool:

@@ -32,7 +32,7 @@ from cocoa_jax.training.average import exchanged
 from cocoa_jax.training.compilation import kept_programs
 from cocoa_jax.training.divergence import Pending, check_finite
 from cocoa_jax.training.flops import StepFlops
-from cocoa_jax.training.hosts import ALONE, RowShare, first_alone, is_first, join, row_share, stop_agreed
+from cocoa_jax.training.hosts import ALONE, RowShare, first_alone, is_first, join, row_share, stop_agreed, with_peers
 from cocoa_jax.training.inputs import known_bad, open_sources
 from cocoa_jax.training.mesh import batch_shards, make_mesh
 from cocoa_jax.training.metrics import MetricsWriter, NoMetrics
@@ -56,7 +56,7 @@ _HOW = (
     "loop.compilation_cache",
     "loop.wandb",
 )
-STOPPED = 75  # the exit status of a run that was asked to stop and saved first: "try again" to launchers
+STOPPED = 75  # the exit status of a run that stopped and that the same command continues: "try again" to launchers
 
 
 class Stopped(Exception):
@@ -70,9 +70,10 @@ def train(config: TrainConfig) -> Path:
         SettingsError, PackingError: settings that contradict each other, the machine, or an earlier run in the folder.
         Diverged: the loss is NaN or infinite.
         Stopped: SIGTERM arrived, in any process of the run.
+        PeerLost: another process of the run died.
     """
     join(config.distributed)
-    with kept_programs(config.loop.compilation_cache):
+    with with_peers(), kept_programs(config.loop.compilation_cache):
         return _train(config)
 
 

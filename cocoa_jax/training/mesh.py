@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -15,39 +16,55 @@ AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = PartitionSpec(ROWS)  # rows are spread over all of these; parameters over fsdp and tensor
 
 
-def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, int, int, int]:
+def mesh_sizes(config: MeshConfig, devices: int, slices: int | None = None) -> tuple[int, int, int, int]:
     """Devices along each of ``AXES``, with -1 worked out.
 
     Args:
         devices: of all slices.
-        slices: how many slices there are; 1 where it is not known.
+        slices: how many slices there are; None where the platform knows of none.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices, or slices would be cut.
     """
-    sizes = [config.slice, config.data, config.fsdp, config.tensor]
-    fixed = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"mesh {config}: sizes are positive, and at most one is -1")
-    if -1 in sizes and devices % fixed == 0:
-        sizes[sizes.index(-1)] = devices // fixed
-    if math.prod(sizes) != devices:
-        raise ValueError(f"mesh {config} asks for {fixed} devices at least, there are {devices}: change mesh.data")
-    if slices > 1 and sizes[0] != slices:
-        raise ValueError(f"mesh {config} on {slices} slices: set mesh.slice to {slices}")
-    return sizes[0], sizes[1], sizes[2], sizes[3]
+    sizes = {axis: vars(config)[axis] for axis in AXES}
+    if sizes["slice"] == -1:
+        sizes["slice"] = slices or 1
+    if slices not in (None, sizes["slice"]):
+        raise ValueError(f"mesh.slice is {sizes['slice']}, the number of slices is {slices}: leave it at -1")
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"mesh.{axis} is {size}: give 1 or more, or -1 for what the other axes leave")
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        names = " and ".join(f"mesh.{axis}" for axis in open_axes)
+        raise ValueError(f"{names} are -1: one of them takes what the others leave, give the other a number")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if devices % fixed or (fixed != devices and not open_axes):
+        raise ValueError(_mismatch(sizes, devices))
+    found = [devices // fixed if size == -1 else size for size in sizes.values()]
+    return found[0], found[1], found[2], found[3]
+
+
+def _mismatch(sizes: Mapping[str, int], devices: int) -> str:
+    """Why these sizes do not come to so many devices, and which of them to change."""
+    given = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    total = math.prod(size for size in sizes.values() if size != -1)
+    opened = [axis for axis in AXES[1:] if -1 not in sizes.values() and devices % (total // sizes[axis]) == 0]
+    large = " x ".join(f"mesh.{axis}" for axis, size in sizes.items() if size > 1)
+    remedy = f"set mesh.{opened[0]} to -1" if opened else f"make {large} a divisor of {devices}"
+    return f"{given} does not come to the {devices} devices that there are: {remedy}"
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh over all devices of all hosts.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or slices would be cut.
     """
     slices = _slices()
-    sizes = mesh_sizes(config, jax.device_count(), len(slices))
+    sizes = mesh_sizes(config, jax.device_count(), len(slices) or None)
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    if len(slices) == 1:
+    if len(slices) < 2:
         return jax.make_mesh(sizes, AXES, axis_types=kinds)
     # Each slice is laid out on its own interconnect; only the first axis leaves it.
     parts = [jax.make_mesh((1, *sizes[1:]), AXES, kinds, devices=slices[number]).devices for number in sorted(slices)]
@@ -55,10 +72,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def _slices() -> dict[int, list[jax.Device]]:
-    """The devices of each slice; everything is one slice where the platform knows of none."""
+    """The devices of each slice; none where the platform knows of no slices."""
     found: dict[int, list[jax.Device]] = {}
     for device in jax.devices():
-        found.setdefault(device.slice_index if device.platform == "tpu" else 0, []).append(device)
+        if device.platform == "tpu":
+            found.setdefault(device.slice_index, []).append(device)
     return found
 
 

@@ -8,6 +8,7 @@ and succeeds.
 import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,10 @@ def main() -> int:
         if re.search(pattern, " ".join(words)):
             asked = sum(1 for line in before if re.search(pattern, line))
             status, text = answers[min(asked, len(answers) - 1)]
-            if text.startswith("sleep"):
+            if text == "stop the caller":
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                os.kill(os.getppid(), signal.SIGTERM)
+            elif text.startswith("sleep"):
                 time.sleep(float(text.split()[1]))
             elif text:
                 sys.stdout.write(text + "\n")

@@ -52,10 +52,14 @@ CASES = {
     "xpk-submit-reservation": f"xpk.sh submit {XPK} --tpu-type v5p-128 --reservation mine {IMAGE} {COMMAND}",
     "xpk-finish": f"xpk.sh finish {XPK}",
     "xpk-log": f"xpk.sh log {XPK}",
+    "xpk-stop": f"xpk.sh stop {XPK}",
     "xpk-delete": f"xpk.sh delete {XPK}",
     "stages": "stages.sh --base /data/model --run gs://bucket/run --configs /data/configs/",
     "stages-two": "stages.sh --base m --run out --stages 1-warmup,3-contrastive -- --loop.steps=3 --mesh.fsdp=4",
     "pipeline-queued": f"pipeline.sh queued {AT} --accelerator v5litepod-16 {V5E} --spot {IMAGE} {STAGES}",
+    "pipeline-queued-slices": (
+        f"pipeline.sh queued {AT} --accelerator v5litepod-256 {V5E} --slices 2 --reserved {IMAGE} {STAGES}"
+    ),
     "pipeline-gke": f"pipeline.sh gke --name cocoa --type v5p --topology 2x2x4 {IMAGE} {STAGES} -- --mesh.fsdp=16",
     "pipeline-xpk": f"pipeline.sh xpk {XPK} --tpu-type v5litepod-64 {IMAGE} {STAGES}",
 }

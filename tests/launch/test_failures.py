@@ -187,6 +187,49 @@ def test_a_pipeline_stops_at_an_error_that_stays_and_gives_back(desk):
     assert "MAY STILL BE RUNNING AND COST MONEY" in ended.errors
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"docker pull": [[1, "worker 3: connection closed"], [0, ""]], "describe": [[0, "ACTIVE"]]},
+        {"docker run": [[255, ""], [0, ""]], "describe": [[0, "ACTIVE"]]},
+        {"describe": [[0, "WAITING_FOR_RESOURCES"], [0, "SUSPENDED"], [0, "ACTIVE"]]},
+    ],
+    ids=["pull", "start", "wait"],
+)
+def test_slices_that_are_taken_away_before_the_stages_run_are_asked_for_again(desk, answers):
+    ended, done = pipeline(desk, {**answers, "inspect": [[0, "exited:0"]]})
+    assert ended.status == 0, ended.errors
+    assert [word for word in done if word in ("create", "delete")] == ["create", "delete", "create", "delete"]
+
+
+def test_slices_that_are_taken_away_before_the_stages_run_again_are_asked_for_again(desk):
+    answers = {
+        "docker run": [[0, ""], [255, ""], [0, ""]],
+        "worker=all.*inspect": [[0, "exited:75"]],
+        "inspect": [[0, "exited:75"], [0, "exited:75"], [0, "exited:0"]],
+        "describe": [[0, "ACTIVE"], [0, "ACTIVE"], [0, "SUSPENDED"], [0, "ACTIVE"]],
+    }
+    ended, done = pipeline(desk, answers)
+    assert ended.status == 0, ended.errors
+    assert sum("docker run" in line for line in done) == 3
+    assert [word for word in done if word in ("create", "delete")] == ["create", "delete", "create", "delete"]
+
+
+def test_a_pipeline_whose_stages_never_start_gives_up(desk):
+    ended, done = pipeline(desk, {**ACTIVE, "docker pull": [[1, "no such image"]]})
+    assert ended.status == 1 and done.count("create") == 5 and done[-1] == "delete"
+    assert "the stages could not be started 5 times in a row" in ended.errors
+
+
+@pytest.mark.parametrize(
+    ("answers", "status"),
+    [({"create": [[2, "wrong value"]]}, 2), ({"describe": [[0, "FAILED"]]}, 3)],  # as when --valid-until has passed
+)
+def test_a_request_that_stays_wrong_is_made_once(desk, answers, status):
+    ended, done = pipeline(desk, answers)
+    assert ended.status == status and done.count("create") == 1 and done[-1] == "delete"
+
+
 def test_a_pipeline_gives_up_after_its_attempts(desk):
     ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:75"]]}, "--attempts", "3")
     assert ended.status == 75 and sum("docker run" in line for line in done) == 3 and done[-1] == "delete"
@@ -232,3 +275,13 @@ def test_a_stage_is_told_to_stop_and_its_status_is_that_of_the_stages(desk):
     process.terminate()
     process.communicate(timeout=10)
     assert process.returncode == 143  # what the stand-in, which knows no SIGTERM, ends with
+
+
+def test_no_stage_begins_after_a_signal(desk):
+    """A stage that is through with its last step finishes all the same."""
+    words = shlex.split("--base m --run out --configs c")
+    ended = desk.run("stages.sh", *words, answers={"2-bridge.yaml": [[0, "stop the caller"]]})
+    assert ended.status == 75 and len(ended.calls) == 2, ended.errors
+    assert "asked to stop before out/3-contrastive: the same command continues" in ended.errors
+    ended = desk.run("stages.sh", *words, answers={"3-contrastive.yaml": [[0, "stop the caller"]]})
+    assert ended.status == 0 and len(ended.calls) == 3, ended.errors  # nothing is left to do

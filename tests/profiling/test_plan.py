@@ -1,6 +1,7 @@
 """Plans: a real compilation of a small stage, what is refused, and what is advised where a step does not fit."""
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from cocoa_jax.profiling.plan import PlanError, needed_bytes, plan_spec
 from cocoa_jax.profiling.plan_report import memory_kinds, plan_markdown, ratio, serial_seconds
 from cocoa_jax.profiling.plan_run import plan, search
 from cocoa_jax.profiling.plan_search import candidates, changed, remedies
+from cocoa_jax.profiling.step_cost import check_step
+from cocoa_jax.profiling.topology import parse_topology
 from cocoa_jax.training.mesh import mesh_sizes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -52,7 +55,7 @@ def test_a_step_that_does_not_fit_is_a_failure_with_a_remedy(small, tmp_path, ca
     shown, said = capsys.readouterr()
     assert stopped.value.code == 1 and "DOES NOT FIT" in shown
     last = said.strip().splitlines()[-1]
-    assert last.startswith("cocoa: stage contrastive needs ") and "of 16.00 GiB a device" in last
+    assert last.startswith("cocoa: stage contrastive needs ") and "of 15.75 GiB a device" in last
 
 
 # ----------------------------------------------------------------------------------------------- advice and search
@@ -116,7 +119,9 @@ def test_nothing_is_said_to_help_that_does_not(stage3):
 @pytest.mark.parametrize(
     ("topology", "slices", "settings", "message"),
     [
-        ("v5e:4x4", 1, {"mesh.fsdp": 5}, "asks for 5 devices at least, there are 16: change mesh.data"),
+        ("v5e:4x4", 1, {"mesh.fsdp": 5}, "does not come to the 16 devices that there are: make mesh.fsdp a divisor"),
+        ("v5e:4x4", 1, {"mesh.slice": 2}, "mesh.slice is 2, the number of slices is 1: leave it at -1"),
+        ("v5e:4x4", 2, {"mesh.slice": 1}, "mesh.slice is 1, the number of slices is 2: leave it at -1"),
         ("v5e:4x4", 1, {"compute.chunk_rows": 5}, "compute.chunk_rows is 5, a device has 32 rows: choose a divisor"),
         ("v5e:16x16", 2, {}, "the 256 rows of (256, 1280, 4096) cannot be shared by 512 devices: change rows.shapes"),
         ("v5e:16x16", 0, {}, "0 slices of v5e:16x16: give 1 or more"),
@@ -127,6 +132,10 @@ def test_what_cannot_be_compiled_is_refused_before_a_process_is_started(stage3, 
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         plan_spec(changed(stage3, settings), topology, slices)
     assert "\n" not in str(caught.value)
+
+
+def test_slices_that_no_setting_names_are_planned_for(stage3):
+    assert plan_spec(stage3, "v5e:4x4", 2)["config"]["mesh"]["slice"] == -1
 
 
 def test_a_step_that_fits_is_no_failure(stage3):
@@ -144,22 +153,69 @@ def test_a_search_ranks_what_fits_by_time(stage3):
         search(stage3, "v5e:4x4", 1, 3, Made(1), lambda _: None)
 
 
-@pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("devices", [16, 64])
-def test_what_is_tried_can_be_compiled(path, devices):
-    """Every candidate and remedy is a mesh of these devices whose rows and chunks come out even."""
+def on_pods(path, devices):
+    """A config of configs/pods with a batch that so many devices can share."""
     config = load_config(TrainConfig, path)
     times = -(-devices // config.data.rows.shapes[0][0])
-    shapes = tuple((count * times, *rest) for count, *rest in config.data.rows.shapes)
-    config = changed(config, {"data.rows.shapes": shapes})
-    tried = [*candidates(config, devices), *remedies(config, devices)]
+    return changed(
+        config, {"data.rows.shapes": tuple((rows * times, *rest) for rows, *rest in config.data.rows.shapes)}
+    )
+
+
+@pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("topology", "slices", "mesh"), [
+    ("v5e:4x4", 1, {}), ("v5e:8x8", 1, {}), ("v5e:4x4", 2, {}), ("v5e:4x4", 1, {"mesh.fsdp": 2, "mesh.tensor": 4}),
+    ("v5e:4x4", 2, {"mesh.slice": 2}),
+])  # fmt: skip
+def test_what_is_tried_can_be_compiled(path, topology, slices, mesh):
+    """Every candidate and remedy is a mesh of these devices whose rows and chunks come out even."""
+    devices = parse_topology(topology, slices)[1]
+    config = changed(on_pods(path, devices), mesh)
+    tried = [*candidates(config, topology, slices), *remedies(config, topology, slices)]
     assert len(tried) == len({str(choice) for choice in tried}) > 3
     for choice in tried:
         one = changed(config, choice)
-        slices, data, fsdp, _ = mesh_sizes(one.mesh, devices)
-        one.data.rows.check_shared(slices * data * fsdp, "devices")
-        if one.compute.chunk_rows:
-            assert one.data.rows.widest.rows // (slices * data * fsdp) % one.compute.chunk_rows == 0
+        check_step(one, topology, slices)
+        found, data, fsdp, tensor = mesh_sizes(one.mesh, devices, slices)
+        assert found == slices and found * data * fsdp * tensor == devices
+        own = one.data.rows.widest.rows // (slices * data * fsdp)
+        assert own % min(own, one.compute.chunk_rows or own) == 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "mesh", "own"),
+    [("v5e:4x4", 1, {}, 32), ("v5e:4x4", 2, {}, 16), ("v5e:4x4", 1, {"mesh.fsdp": 4, "mesh.tensor": 4}, 128)],
+)
+def test_remedies_begin_with_the_rows_that_a_device_has(stage3, topology, slices, mesh, own):
+    """512 rows over the devices of all slices, but for those that share the same rows."""
+    config = changed(stage3, {"compute.chunk_rows": None, **mesh})
+    name, found = "compute.chunk_rows", remedies(config, topology, slices)
+    assert [choice[name] for choice in found if name in choice] == [own // 2, own // 4]
+
+
+@pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("topology", "slices"), [("v5e:4x4", 1), ("v5e:8x8", 2)])
+def test_twelve_candidates_hold_several_of_everything(path, topology, slices):
+    config = on_pods(path, parse_topology(topology, slices)[1])
+    first = list(itertools.islice(candidates(config, topology, slices), 12))
+    names = {name for choice in first for name in choice}
+    values = {name: {choice[name] for choice in first} for name in names}
+    assert len(values["mesh.fsdp"]) >= 3 and values["compute.remat"] == {"products", "attention", "full", "none"}
+    chunks = {remat: set() for remat in values["compute.remat"]}
+    for choice in first:
+        chunks[choice["compute.remat"]].add((choice["compute.chunk_rows"], choice.get("compute.chunk_tokens")))
+    assert min(map(len, chunks.values())) >= 2  # every policy is tried with several chunk sizes
+    assert len(set.union(*chunks.values())) >= 3 and ("compute.chunk_tokens" in names) == (
+        config.stage != "contrastive"
+    )
+    given = changed(config, first[0])  # the config as it is, but for sizes that come to the same
+    assert (given.mesh, given.compute.remat) == (config.mesh, config.compute.remat)
+
+
+def test_a_search_of_what_cannot_be_compiled_says_why(stage3):
+    few = changed(stage3, {"data.rows.shapes": ((128, 1280, 4096),)})
+    with pytest.raises(ValueError, match=r"cannot be shared by 512 devices: change rows\.shapes"):
+        search(few, "v5e:16x16", 2, 3, Made(20), lambda _: None)
 
 
 # ------------------------------------------------------------------------------------------------------- the rest

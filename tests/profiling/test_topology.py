@@ -1,7 +1,10 @@
 """What is refused before anything is compiled, and the table of chips."""
 
 import importlib.util
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from cocoa_jax.chips import CHIPS, chip_of_kind, known_topologies
@@ -54,3 +57,14 @@ def test_clocks_follow_from_the_peak():
     assert chip_of_kind("TPU v5 lite") is CHIPS["v5e"]
     assert chip_of_kind("NVIDIA H200") is None
     assert all(name.partition(":")[0] in CHIPS for name in known_topologies())
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_a_chip_has_the_memory_that_the_compiler_gives_a_program(chip):
+    device = tpu_slice(f"{chip.name}:{chip.shapes[0]}").devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    large = jax.ShapeDtypeStruct((int(chip.hbm_bytes) // 4096, 1024), jnp.float32, sharding=place)
+    with pytest.raises(jax.errors.JaxRuntimeError) as refused:
+        jax.jit(lambda x: x + 1).lower(large).compile()
+    limit = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(refused.value))
+    assert limit is not None and float(limit[1]) == chip.hbm_gib

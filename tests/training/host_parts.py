@@ -14,6 +14,7 @@ from cocoa_jax.checkpoints.orbax import StageCheckpoints
 from cocoa_jax.config import DistributedConfig, MeshConfig
 from cocoa_jax.data.packing import share as rows_of
 from cocoa_jax.training import hosts
+from cocoa_jax.training.loop import STOPPED
 from cocoa_jax.training.mesh import AXES, make_mesh, rows_sharding
 from cocoa_jax.training.place import place
 
@@ -34,10 +35,11 @@ def die(victim: int) -> None:
     """Compute together for ever, but for one process, which is killed."""
     hosts.join(DistributedConfig(heartbeat=8))
     rows = place({"pool": np.ones((4, 1, 1)), "example": np.zeros(1, np.int32)}, make_mesh(MeshConfig()))["pool"]
-    for step in range(10**6):
-        float(jax.jit(jnp.sum)(rows))
-        if step == 3 and jax.process_index() == victim:
-            os.kill(os.getpid(), signal.SIGKILL)
+    with hosts.with_peers():
+        for step in range(10**6):
+            float(jax.jit(jnp.sum)(rows))
+            if step == 3 and jax.process_index() == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(folder: str) -> None:
@@ -64,4 +66,11 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    die(int(sys.argv[2])) if sys.argv[1] == "die" else main(sys.argv[1])
+    if sys.argv[1] != "die":
+        main(sys.argv[1])
+        sys.exit()
+    try:
+        die(int(sys.argv[2]))
+    except hosts.PeerLost as lost:
+        sys.stderr.write(f"{lost}\n")
+        sys.exit(STOPPED)

@@ -4,6 +4,7 @@ an adapter, on one device and on meshes of eight."""
 import dataclasses
 import json
 import sys
+from unittest import mock
 
 import jax
 from jax.sharding import Mesh
@@ -14,6 +15,7 @@ from cocoa_jax.data.pairs import picture_source
 from cocoa_jax.data.pipeline import stage_dataset
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.sources import load_pictures
+from cocoa_jax.training import mesh as module
 from cocoa_jax.training.mesh import AXES, MeshConfig, batch_shards, make_mesh
 from cocoa_jax.training.optimizer import make_optimizer
 from cocoa_jax.training.place import place
@@ -26,6 +28,13 @@ STEPS = 10
 
 def one_device() -> Mesh:
     return jax.make_mesh((1, 1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 4, devices=jax.devices()[:1])
+
+
+def two_slices() -> Mesh:
+    """As on a platform whose second four devices are another slice; no setting of the mesh says so."""
+    devices = jax.devices()
+    with mock.patch.object(module, "_slices", lambda: {1: devices[4:], 0: devices[:4]}):
+        return make_mesh(MeshConfig(fsdp=2))
 
 
 def losses(config: TrainConfig, mesh: Mesh) -> dict[str, object]:
@@ -50,28 +59,29 @@ def losses(config: TrainConfig, mesh: Mesh) -> dict[str, object]:
     if config.lora is not None:
         arrays["magnitude"] = state.params["adapter"]["text"]["layers"]["mlp"]["up_proj"]["magnitude"]
     shares = {name: len({str(shard.index) for shard in x.addressable_shards}) for name, x in arrays.items()}
-    return {"losses": found, "batch_shards": batch_shards(mesh), **shares}
+    return {"losses": found, "batch_shards": batch_shards(mesh), "slices": mesh.shape["slice"], **shares}
 
 
 def main(settings: str) -> None:
     assert jax.device_count() == 8
     results = {}
-    for name, values in json.loads(settings).items():
+    for name, (values, meshes) in json.loads(settings).items():
         config = parse(TrainConfig, values)
         found = {"one": losses(config, one_device())}
-        for mesh in ("cube",) if config.lora else MESHES:
+        for mesh in meshes:
             # Where every device has several rows, it takes them one by one. What is dropped depends on the chunk.
             rows = None if config.lora else 1
             compute = dataclasses.replace(config.compute, chunk_rows=rows, chunk_tokens=2, remat="attention")
-            found[mesh] = losses(dataclasses.replace(config, compute=compute), make_mesh(MESHES[mesh]))
+            found[mesh] = losses(dataclasses.replace(config, compute=compute), MESHES[mesh]())
         results[name] = found
     json.dump(results, sys.stdout)
 
 
 MESHES = {
-    "data": MeshConfig(),
-    "fsdp": MeshConfig(data=1, fsdp=8),
-    "cube": MeshConfig(fsdp=2, tensor=2),
+    "data": lambda: make_mesh(MeshConfig()),
+    "fsdp": lambda: make_mesh(MeshConfig(data=1, fsdp=8)),
+    "cube": lambda: make_mesh(MeshConfig(fsdp=2, tensor=2)),
+    "slices": two_slices,
 }
 
 if __name__ == "__main__":

@@ -40,12 +40,15 @@ def test_sizes(devices, n, asked, got):
 @pytest.mark.parametrize(
     ("n", "asked", "message"),
     [
-        (8, {"fsdp": 3}, "asks for 3 devices at least, there are 8"),
-        (8, {"data": 4}, "asks for 4 devices at least, there are 8"),
-        (8, {"data": 16}, "asks for 16 devices at least, there are 8"),
-        (8, {"fsdp": -1}, "at most one is -1"),
-        (8, {"fsdp": 0}, "sizes are positive"),
-        (8, {"tensor": -2}, "sizes are positive"),
+        (8, {"fsdp": 3}, "fsdp=3 x mesh.tensor=1 does not come to the 8 .*: make mesh.fsdp a divisor of 8$"),
+        (8, {"fsdp": 2, "tensor": 3}, "make mesh.fsdp x mesh.tensor a divisor of 8$"),
+        (8, {"data": 4}, "mesh.data=4 .* does not come to the 8 devices that there are: set mesh.data to -1$"),
+        (8, {"data": 16}, "set mesh.data to -1$"),
+        (8, {"data": 1, "fsdp": 16}, "set mesh.fsdp to -1$"),  # no size of mesh.data makes up for it
+        (8, {"data": 2, "fsdp": 3, "tensor": 5}, "make mesh.data x mesh.fsdp x mesh.tensor a divisor of 8$"),
+        (8, {"fsdp": -1}, "mesh.data and mesh.fsdp are -1: one of them takes .*, give the other a number"),
+        (8, {"fsdp": 0}, "mesh.fsdp is 0: give 1 or more, or -1"),
+        (8, {"tensor": -2}, "mesh.tensor is -2: give 1 or more, or -1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(devices, n, asked, message):
@@ -55,10 +58,34 @@ def test_sizes_that_do_not_fit_are_refused(devices, n, asked, message):
     assert "\n" not in str(caught.value)
 
 
-def test_slices_are_not_cut():
-    assert mesh_sizes(MeshConfig(slice=2, fsdp=16), 32, 2) == (2, 1, 16, 1)
-    with pytest.raises(ValueError, match=r"on 2 slices: set mesh\.slice to 2"):
-        mesh_sizes(MeshConfig(fsdp=32), 32, 2)
+@pytest.mark.parametrize(
+    ("slices", "asked", "got"),
+    [
+        (2, {}, (2, 16, 1, 1)),  # no setting says how many there are
+        (2, {"fsdp": 4, "tensor": 2}, (2, 2, 4, 2)),
+        (2, {"data": 1, "fsdp": -1}, (2, 1, 16, 1)),
+        (2, {"slice": 2, "data": 1, "fsdp": 16}, (2, 1, 16, 1)),
+        (1, {"slice": 1}, (1, 32, 1, 1)),
+        (None, {"slice": 2}, (2, 16, 1, 1)),  # a platform that knows of none
+        (None, {}, (1, 32, 1, 1)),
+    ],
+)
+def test_a_mesh_has_the_slices_that_there_are(slices, asked, got):
+    assert mesh_sizes(MeshConfig(**asked), 32, slices) == got
+
+
+@pytest.mark.parametrize(
+    ("slices", "asked", "message"),
+    [
+        (2, {"slice": 1}, "mesh.slice is 1, the number of slices is 2: leave it at -1"),
+        (1, {"slice": 2}, "mesh.slice is 2, the number of slices is 1: leave it at -1"),
+        (2, {"data": 1, "fsdp": 32}, "set mesh.fsdp to -1"),
+        (2, {"fsdp": 32}, "make mesh.slice x mesh.fsdp a divisor of 32"),
+    ],
+)
+def test_slices_are_not_cut(slices, asked, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_sizes(MeshConfig(**asked), 32, slices)
 
 
 def test_shardings_of_a_real_mesh():
