@@ -9,11 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cocoa_jax.config import InitConfig, SettingsError, TrainConfig, load_config, named_config, parse, to_dict
+from cocoa_jax.config import (
+    InitConfig,
+    MeshConfig,
+    SettingsError,
+    TrainConfig,
+    load_config,
+    named_config,
+    parse,
+    to_dict,
+)
 from cocoa_jax.recipe import Recipe, overlaid, read_recipe, stage_configs
 
 SEARCH_SPLITS, TEST_SPLITS = ("validation",), ("test_seen", "test_unseen")
 LAST = "3-contrastive"
+_ONE_DEVICE = MeshConfig(slice=1)  # in names of stages, for every mesh: how a run is spread changes nothing it makes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +179,7 @@ def chain(recipe: Recipe, folder: Path) -> tuple[Path, list[TrainConfig]]:
     backbone = folder / "backbones" / identity(made_of)
     configs, before = [], backbone
     for config in stage_configs(recipe):
-        made_of.append(to_dict(dataclasses.replace(config, checkpoint="", output="")))
+        made_of.append(to_dict(dataclasses.replace(config, checkpoint="", output="", mesh=_ONE_DEVICE)))
         output = folder / "stages" / f"{config.stage}-{identity(made_of)}"
         configs.append(dataclasses.replace(config, checkpoint=str(before), output=str(output)))
         before = output
