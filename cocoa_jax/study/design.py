@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,28 @@ def pieces(study: Study, only: tuple[str, ...] = (), seeds: int | None = None) -
     return found + sorted(places, key=lambda piece: places[piece])
 
 
+def arm_of(study: Study, piece: Piece) -> Arm:
+    """What a piece runs: of a try the bare recipe."""
+    return Arm(piece.arm) if piece.rate is not None else study.arms[piece.arm]
+
+
+def best_rate(rates: Iterable[float], means: Mapping[float, float]) -> float | None:
+    """The rate with the best mean, the first of equals; None where none was tried."""
+    return max((rate for rate in rates if rate in means), key=lambda rate: means[rate], default=None)
+
+
+def equal_steps(total: float, before: float, each: float) -> int:
+    """Steps of a last stage that spend, with what was spent before it, as many FLOPs as another arm in all.
+
+    Args:
+        total: FLOPs of the other arm; before: of the stages before the last; each: of a step of the last.
+    """
+    return max(1, round((total - before) / each))
+
+
 def recipe_of(study: Study, arm: Arm, seed: int, rate: float) -> Recipe:
     """The recipe that an arm is at a seed and a learning rate of its last stage; its folders are set elsewhere."""
-    recipe = read_recipe(named_config(f"recipes/pictures/{arm.recipe}.yaml"))
+    recipe = _recipe(arm.recipe)
     rated = {LAST: {"optimizer": {"learning_rate": rate * arm.rate}}}
     stages = {
         name: overlaid(
@@ -156,6 +176,11 @@ def recipe_of(study: Study, arm: Arm, seed: int, rate: float) -> Recipe:
     init = parse(InitConfig, overlaid(to_dict(recipe.init), {"backbone": overlaid(study.backbone, arm.backbone)}))
     backbone = dataclasses.replace(init.backbone, seed=init.backbone.seed + seed)
     return dataclasses.replace(recipe, stages=stages, init=InitConfig(backbone), seed=seed)
+
+
+@lru_cache
+def _recipe(name: str) -> Recipe:
+    return read_recipe(named_config(f"recipes/pictures/{name}.yaml"))
 
 
 def chain(recipe: Recipe, folder: Path) -> tuple[Path, list[TrainConfig]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from cocoa_jax.study.compare import Difference, Seeds, chance, difference, over_seeds
-from cocoa_jax.study.design import Question, Study
+from cocoa_jax.study.design import Question, Study, best_rate
 from cocoa_jax.study.pieces import Result, read_results, write_json
 from cocoa_jax.study.plots import draw_compute, draw_question
+from cocoa_jax.study.staleness import REMEDY, stale
 
 PAGE, FOLDER = "results.md", "study"
 BEGIN, END = "<!-- study: tables and plots, written by `cocoa study report` -->", "<!-- study: end -->"
@@ -78,7 +80,7 @@ def write_report(study: Study, run: Path, docs: Path) -> Path:
 def tables(study: Study, results: Mapping[str, Result], plots: Path) -> str:
     """All questions of which there is anything, and the rates that were found, as Markdown; draws the plots."""
     arms = by_arm(results)
-    parts = [_rates(study, results)]
+    parts = [_origin(study, results), _rates(study, results)]
     compared = {
         name: arm for q in study.questions.values() if q.wave == 0 for name in q.arms if (arm := arms.get(name))
     }
@@ -153,6 +155,18 @@ def _tasks(study: Study, arms: Mapping[str, Seeds]) -> str:
     return "### Task by task\n\np@1 in %, means over the seeds that are there.\n\n" + "\n".join(lines) + "\n"
 
 
+def _origin(study: Study, results: Mapping[str, Result]) -> str:
+    """Which versions of the program the pieces come from, and which are stale."""
+    versions = Counter(result.code for result in results.values())
+    made = ", ".join(f"`{code}` ({count})" for code, count in versions.most_common())
+    old = stale(study, results)
+    return f"{len(results)} pieces by the program's versions {made}; {len(old)} are stale{_which(old)}.\n"
+
+
+def _which(old: Sequence[str]) -> str:
+    return f" ({REMEDY}): {', '.join(old)}" if old else ""
+
+
 def _rates(study: Study, results: Mapping[str, Result]) -> str:
     tries = [result for result in results.values() if result.search]
     if not tries:
@@ -175,10 +189,9 @@ def _rates(study: Study, results: Mapping[str, Result]) -> str:
 
 def _chosen(means: Mapping[float, float], rates: Sequence[float]) -> str:
     """The rate that a recipe's arms are given, whether it is an edge, and tries that are not there."""
-    there = [rate for rate in rates if rate in means]
-    if not there:
+    best = best_rate(rates, means)
+    if best is None:
         return "none"
-    best = max(there, key=lambda rate: means[rate])  # the study's first of equals, as the planner takes it
     edges = {min(means): "the lowest tried", max(means): "the highest tried"} if len(means) > 1 else {}
     edge = f" (**{edges[best]}**)" if best in edges else ""
     missing = ", ".join(f"{rate:g}" for rate in rates if rate not in means)

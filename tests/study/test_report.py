@@ -38,6 +38,14 @@ def test_a_report_has_tables_and_plots(run, study, tmp_path):
     assert read_results(tmp_path / "docs" / "study").keys() == read_results(run).keys()
 
 
+def test_where_the_pieces_come_from_and_which_are_stale(run, study, tmp_path):
+    first = write_report(study, run, tmp_path / "docs").read_text().split(BEGIN)[1].strip().splitlines()[0]
+    assert first.startswith(
+        "8 pieces by the program's versions `111111111111` (8); 5 are stale (made with other settings"
+    )
+    assert first.endswith(": search-cocoa-0.001, search-cocoa-0.002, cocoa-0, cocoa-1, cut-0.")
+
+
 def test_every_task_is_on_one_side():
     assert sorted(name for names in SIDES.values() for name in names) == sorted(TASKS)
 

@@ -105,6 +105,22 @@ def test_a_killed_study_goes_on(lab, study, tmp_path, monkeypatch):
     assert f"{count} of {count} pieces done" in listing(study, tmp_path, ())
 
 
+def test_a_stale_piece_is_listed_and_made_again_when_its_file_is_removed(lab, study, tmp_path):
+    only = ("steps",)
+    run_study(dataclasses.replace(study, rates=(1e-3, 5e-4)), tmp_path, only, True, lambda line: None)
+    study = dataclasses.replace(study, rates=(1e-3, 5e-4, 2e-3))  # the last is the best
+    assert "stale" not in listing(study, tmp_path, only)
+    run_study(study, tmp_path, only, True, lambda line: None)
+    shown = listing(study, tmp_path, only)
+    assert "stale cocoa-0\nstale " in shown and "done  search-cocoa-0.001\n" in shown and "\n4 stale pieces: " in shown
+    for file in (tmp_path / "pieces").glob("cocoa-*"):
+        file.unlink()
+    assert "left  cocoa-0" in listing(study, tmp_path, only)
+    run_study(study, tmp_path, only, True, lambda line: None)
+    shown = listing(study, tmp_path, only)
+    assert "done  cocoa-0" in shown and "stale bare-0" in shown and "\n2 stale pieces: " in shown
+
+
 def test_checkpoints_go_when_no_piece_needs_them(lab, study, tmp_path):
     run_study(study, tmp_path, ("steps",), False, lambda line: None, 1)
     kept = {path.name for path in (tmp_path / "stages").iterdir()}  # what other questions and seeds begin from
