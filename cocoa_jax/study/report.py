@@ -175,7 +175,12 @@ def _rates(study: Study, results: Mapping[str, Result]) -> str:
     found: dict[str, dict[float, float]] = {}
     for result in tries:
         found.setdefault(result.recipe, {})[result.rate] = result.mean()
-    lines = [_row(["recipe", *(f"{rate:g}" for rate in rates), "chosen"]), _row(["---"] * (2 + len(rates)))]
+    guess = _percent(chance({0: tries[0]}))  # all are tried on the same tasks
+    lines = [
+        _row(["recipe", *(f"{rate:g}" for rate in rates), "chosen"]),
+        _row(["---"] * (2 + len(rates))),
+        _row(["chance", *[guess] * len(rates), ""]),
+    ]
     for recipe, means in found.items():
         best = max(means.values())
         cells = [_bold(_percent(means[rate]), means[rate] == best) if rate in means else "" for rate in rates]

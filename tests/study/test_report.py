@@ -30,6 +30,8 @@ def test_a_report_has_tables_and_plots(run, study, tmp_path):
     cocoa = next(line for line in text.splitlines() if line.startswith("| all three"))
     assert "**+" in cocoa and " ± " in cocoa  # 0.6 against 0.2: a clear difference
     assert "| cocoa | **" in text  # the better rate, in bold
+    rates = text.split("| recipe | 0.001 | 0.002 | chosen |")[1].splitlines()
+    assert rates[2] == "| chance | 2.0 | 2.0 |  |"
     sides = text.split("| less the first |")[1].splitlines()[2]
     assert sides.startswith("| all three | **+") and sides.count("**+") == 3  # no task is picture to picture
     assert "Not all of its 3 seeds are there for: cocoa, cut." in text
