@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from cocoa_jax.evaluation.tasks import TASKS
+from cocoa_jax.study import report
+from cocoa_jax.study.compare import difference
 from cocoa_jax.study.pieces import read_results, write_result
 from cocoa_jax.study.report import BEGIN, END, SIDES, write_report
 
@@ -46,6 +48,24 @@ def test_where_the_pieces_come_from_and_which_are_stale(run, study, tmp_path):
         "8 pieces by the program's versions `111111111111` (8); 5 are stale (made with other settings"
     )
     assert first.endswith(": search-cocoa-0.001, search-cocoa-0.002, cocoa-0, cocoa-1, cut-0.")
+
+
+def sides(text, question):
+    """The second table of a question: its cells by the name of the row and of the column."""
+    lines = text[text.index(f"### {question}") :].split("\n\n")[2].splitlines()
+    head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_a_column_leaves_small_tasks_out(run, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "LEAST", 17)
+    cell = sides(write_report(study, run, tmp_path).read_text(), "Equal steps")["all three"][
+        "tasks of 17 queries or more"
+    ]
+    arms = report.by_arm(read_results(run))
+    large, whole = (difference(arms["cocoa"], arms["bare"], least=least) for least in (17, 0))
+    assert cell.startswith(f"**{100 * large.mean:+.1f} ({100 * large.low:+.1f} to ")
+    assert large.mean != pytest.approx(whole.mean, abs=1e-3)
 
 
 def test_every_task_is_on_one_side():
