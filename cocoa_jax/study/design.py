@@ -45,12 +45,21 @@ class Question:
     """Arms that are compared with the first of them over so many seeds.
 
     Questions of an earlier ``wave`` are answered first; those of one wave together, seed by seed.
+
+    Args:
+        pairs: of its arms, the first less the second, where that says more than less the first of all.
     """
 
     about: str
     arms: tuple[str, ...]
     seeds: int
     wave: int = 0
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        others = sorted({arm for pair in self.pairs for arm in pair} - set(self.arms))
+        if others:
+            raise SettingsError(f"pairs name {others}, not among the arms {list(self.arms)}: add them to the arms")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,24 +128,29 @@ def _question(study: Study, name: str, question: Question, arms: Mapping[str, Se
     missing = [arm for arm in question.arms if len(arms.get(arm, ())) < question.seeds]
     note = f"\nNot all of its {question.seeds} seeds are there for: {', '.join(missing)}.\n" if missing else ""
     plot = f"![{question.about}]({FOLDER}/{name}.svg)"
-    sides = _sides(study, {arm: there[arm] for arm in against if arm != first}, arms.get(first, {}))
+    sides = _sides(
+        _names(study, there), arms, [*((arm, first) for arm in there if arm != first), *question.pairs], first
+    )
     return f"### {question.about}\n\n" + "\n".join(lines) + f"\n{note}{sides}\n{plot}\n"
 
 
-def _sides(study: Study, arms: Mapping[str, Seeds], first: Seeds) -> str:
-    """Where the differences from the first arm come from."""
+def _sides(names: Mapping[str, str], arms: Mapping[str, Seeds], pairs: Sequence[tuple[str, str]], first: str) -> str:
+    """Where the differences of pairs come from: from the first arm, or of two that the question names."""
     lines = []
-    for name, arm in arms.items():
+    for pair in pairs:
+        arm, other = (arms.get(name, {}) for name in pair)
         found = [
-            *(difference(arm, first, tasks) for tasks in SIDES.values()),
-            difference(arm, first, least=LEAST),
-            difference(arm, first, by_query=True),
+            difference(arm, other),
+            *(difference(arm, other, tasks) for tasks in SIDES.values()),
+            difference(arm, other, least=LEAST),
+            difference(arm, other, by_query=True),
         ]
         if any(found):
-            lines.append(_row([study.arms[name].about or name, *map(_gain, found)]))
+            less = "" if pair[1] == first else f" **less** {names[pair[1]]}"
+            lines.append(_row([f"{names[pair[0]]}{less}", *map(_gain, found)]))
     if not lines:
         return ""
-    head = ["less the first", *SIDES, f"tasks of {LEAST} queries or more", "every query alike"]
+    head = ["less the first", "all", *SIDES, f"tasks of {LEAST} queries or more", "every query alike"]
     return "\n" + "\n".join([_row(head), _row(["---"] * len(head)), *lines]) + "\n"
 
 

@@ -87,6 +87,13 @@ def test_arms_must_be_described():
         Study({}, {}, (1e-3,), {"a": Arm("cocoa", compute="c")}, {"q": Question("", ("a", "b"), 1)})
 
 
+def test_pairs_are_of_the_arms_of_their_question():
+    with pytest.raises(SettingsError, match=r"\['c'\], not among the arms \['a', 'b'\]"):
+        Question("", ("a", "b"), 1, pairs=(("a", "c"),))
+    pairs = load_study("pictures").questions["labelled-3"].pairs
+    assert ("labelled-3-long", "labelled-3-only-long") in pairs  # equal compute
+
+
 @pytest.mark.parametrize("name", ["pictures", "pictures-small"])
 def test_every_arm_of_the_studies_is_a_run(name, tmp_path):
     study = load_study(name)
