@@ -4,13 +4,17 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cocoa_jax.config import TrainConfig, parse
+from cocoa_jax.embedder import Embedder
+from cocoa_jax.evaluation.scorer import TIE
 from cocoa_jax.study import planning, run
-from cocoa_jax.study.design import Piece, pieces
+from cocoa_jax.study.design import Arm, Piece, pieces
 from cocoa_jax.study.pieces import claimed, read_results, write_result
-from cocoa_jax.study.planning import Planner
-from cocoa_jax.study.run import listing, run_study
+from cocoa_jax.study.planning import Planner, Work
+from cocoa_jax.study.run import listing, run_study, score_tasks
 from cocoa_jax.training.divergence import Diverged
 
 PER_STEP = {"warmup": 2e9, "bridge": 1e9, "contrastive": 4e9}
@@ -103,6 +107,36 @@ def test_a_killed_study_goes_on(lab, study, tmp_path, monkeypatch):
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())  # what was done stays as it was
     count = len(pieces(study))
     assert f"{count} of {count} pieces done" in listing(study, tmp_path, ())
+
+
+def test_scores_are_those_of_the_arms_width_and_of_tokens_compared_apart(
+    backbone, stage_settings, leave_stage, tmp_path
+):
+    settings = stage_settings("contrastive", backbone, tmp_path / "stage", contrastive={"tokens": "max_sim"})
+    settings["data"]["processor"]["bridge_tokens"] = ["<|im_end|>", "Ā"]
+    stage = parse(TrainConfig, settings)
+    embedder = Embedder.load(leave_stage(settings))
+    piece, width, queries = Piece("cocoa", 0, 1e-3), 3, 12
+    work = Work(piece, Arm("cocoa", width=width), 1e-3, None, backbone, (stage,), ())
+    found = score_tasks(work, queries)
+    tasks = run._tasks("validation")
+    assert found.keys() == {task.name for task in tasks}
+
+    def tokens(contents):
+        rows = embedder.embed_contents(contents).reshape(len(contents), 2, -1)[..., :width]
+        return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+    for task in tasks:
+        # By a loop: the mean over a query's tokens of the nearest of the candidate's, each cut by itself.
+        right = [sorted(some) for some in task.relevant[:queries]]
+        kept = sorted({index for some in right for index in some})
+        asked, shown = tokens(task.queries[:queries]), tokens([task.candidates[index] for index in kept])
+        near = np.array([[np.max(q @ c.T, axis=1).mean() for c in shown] for q in asked])
+        is_right = np.array([[index in some for index in kept] for some in right])
+        hits = np.where(is_right, near, -2).max(axis=1) > np.where(is_right, -2, near).max(axis=1) + TIE
+        assert found[task.name].hits.tolist() == hits.tolist()
+        assert found[task.name].chance == pytest.approx(is_right.mean())
+        assert (found[task.name].candidates, found[task.name].split) == (len(kept), "validation")
 
 
 def test_a_stale_piece_is_listed_and_made_again_when_its_file_is_removed(lab, study, tmp_path):
