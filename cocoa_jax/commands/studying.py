@@ -29,8 +29,13 @@ def _study(given: Namespace) -> None:
     if given.list:
         sys.stdout.write(listing(study, given.output, only, given.seeds))
         return
-    run_study(study, given.output, only, given.keep, lambda line: sys.stdout.write(f"{line}\n"), given.seeds)
+    run_study(study, given.output, only, given.keep, _tell, given.seeds)
     sys.stdout.write(f"report: {write_report(study, Path(given.output), Path(given.output) / 'report')}\n")
+
+
+def _tell(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()  # a study goes on for hours: whoever follows its log must not wait for a full buffer
 
 
 def _report_options(parser: ArgumentParser) -> None:

@@ -49,7 +49,7 @@ def run_study(
     Args:
         only, seeds: which pieces; see ``pieces``.
         keep: whether checkpoints stay that no piece of the whole study needs any more.
-        tell: gets a line when a piece is done.
+        tell: gets a line when a piece is done, with the time that is left.
 
     Raises:
         SettingsError: a question that there is not; whatever training and scoring raise.
@@ -66,7 +66,7 @@ def run_study(
             if made is None:
                 time.sleep(_WAIT)
                 continue
-            tell(made)
+            tell(f"{made} ({_progress(planner, planned)})")
             jax.clear_caches()  # a study has hundreds of programs; those on disk are read again
             if not keep:
                 _remove_spent(planner, whole)

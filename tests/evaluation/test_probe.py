@@ -38,7 +38,7 @@ def parts(trained):
 
 def run(parts, records, others) -> Rebuilt:
     processor, params, settings, _, look = parts
-    return rebuild(records, others, processor, params, settings.rows, settings.visibility, look)
+    return rebuild(records, others, processor, params, settings.rows, settings.visibility, look, True)
 
 
 def test_every_word_is_hidden_and_counted_once(parts):
@@ -145,8 +145,9 @@ def test_uniformity_against_a_loop():
 def test_the_command_writes_figures_and_a_plot(backbone, trained, tmp_path, capsys):
     arguments = ["--output", str(tmp_path / "probe"), "--examples", "10"]
     cli.main(["probe", "--checkpoints", f"{backbone},{trained}", *arguments])
-    said = capsys.readouterr().out
+    said, bar = capsys.readouterr()
     assert "backbone" in said and "3-contrastive" in said
+    assert "3-contrastive: 100%" in bar and " 80/80 " in bar  # all of both, twice rebuilt and two sides
     found = json.loads((tmp_path / "probe" / "probe.json").read_text())
     one, two = found["stages"].values()
     assert one == two  # the same weights
