@@ -69,16 +69,16 @@ def stage_settings() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def leave_stage(backbone: Path) -> Callable[[dict[str, Any]], Path]:
+def leave_stage() -> Callable[[dict[str, Any]], Path]:
     """Leaves the folder of a stage with these settings as training does, with the weights that it began with."""
     from cocoa_jax.checkpoints.backbone import open_backbone
     from cocoa_jax.checkpoints.orbax import StageCheckpoints, carry_backbone
     from cocoa_jax.config import TrainConfig, parse, to_dict
 
     def leave(settings: dict[str, Any]) -> Path:
-        folder, origin = Path(settings["output"]), open_backbone(backbone)
+        folder, origin = Path(settings["output"]), open_backbone(settings["checkpoint"])
         config = to_dict(parse(TrainConfig, settings))
-        carry_backbone(backbone, folder)
+        carry_backbone(origin.side_files, folder)
         metadata = {"stage": settings["stage"], "config": config, "parent": origin.origin()}
         state: dict[str, Any] = {"params": origin.load(), "head": {}, "optimizer": {}, "loop": {"step": 1}}
         with StageCheckpoints(folder, keep=1) as checkpoints:

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import EvaluateConfig, to_dict
 from cocoa_jax.data.masking import Purpose, example_rng
 from cocoa_jax.data.pairs import picture_source
@@ -22,6 +23,7 @@ from cocoa_jax.embedder import Embedder, default_settings
 from cocoa_jax.evaluation.geometry import alignment, effective_rank, uniformity
 from cocoa_jax.evaluation.probe_plot import draw_probe
 from cocoa_jax.evaluation.rebuilding import Rebuilt, looker, partners, rebuild
+from cocoa_jax.evaluation.sets import code_version
 from cocoa_jax.evaluation.statistics import interval, resampled
 
 RESULTS, PLOT = "probe.json", "probe.svg"
@@ -65,7 +67,7 @@ def probe(
             found[name] = {**rebuilt, "embeddings": _geometry(folder, settings, sides, bar.update)}
     results = {
         "stages": found,
-        "config": {"split": split, "examples": len(shown), "seed": seed, **to_dict(settings)},
+        "config": {"split": split, "examples": len(shown), "seed": seed, "code": code_version(), **to_dict(settings)},
     }
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,12 +103,29 @@ def _rebuilding(
 ) -> dict[str, Any]:
     backbone = open_backbone(folder)
     processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
-    params, look = backbone.load(), looker(backbone.config, settings.compute)
+    params, look, shift = backbone.load(), looker(backbone.config, settings.compute), is_shifted(folder)
     own, other = (
-        rebuild(records, others, processor, params, settings.rows, settings.visibility, look, True, tick)
+        rebuild(records, others, processor, params, settings.rows, settings.visibility, look, shift, tick)
         for others in (range(len(records)), partners(records, seed))
     )
-    return compared(own, other, len(records))
+    return {"weights": backbone.fingerprint(), "shifted": shift, **compared(own, other, len(records))}
+
+
+def is_shifted(folder: str | Path) -> bool:
+    """Whether words are predicted from the state before them, as the last stage that hid words was trained to do.
+
+    So it is, as in the paper, where no stage did, or where the stage before is not there any more.
+    """
+    path = Path(folder)
+    while path.is_dir() and open_backbone(path).trained:
+        metadata = read_metadata(path)
+        masking = metadata["config"] and metadata["config"]["data"]["masking"]
+        if masking:
+            return bool(masking["shift"])
+        if metadata["parent"] is None:
+            break
+        path = Path(metadata["parent"]["path"])
+    return True
 
 
 def compared(own: Rebuilt, other: Rebuilt, examples: int) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Rebuilt:
 
     Args:
         example: whose token it is.
-        first: whether it is the first of its block B, predicted from the bridge itself.
+        first: whether it is the first of its block B, with a shift predicted from the bridge itself.
         bits: of surprise at the true token, log2.
         right: whether it was guessed.
         mass: [L, queries, keys] of ``KINDS``: where the attention of each kind goes, by layer; sums to 1 over keys.
