@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cocoa_jax.config import InitConfig, SettingsError, TrainConfig, load_config, named_config, parse, to_dict
-from cocoa_jax.recipe import Recipe, overlaid, read_recipe, stage_configs
+from cocoa_jax.config import InitConfig, SettingsError, TrainConfig, named_config, parse, to_dict
+from cocoa_jax.recipe import Recipe, merged_file, overlaid, read_recipe, stage_configs
 
 SEARCH_SPLITS, TEST_SPLITS = ("validation",), ("test_seen", "test_unseen")
 LAST = "3-contrastive"
@@ -116,12 +116,12 @@ class Piece:
 
 
 def load_study(name: str) -> Study:
-    """The study of this name, such as ``pictures``.
+    """The study of this name, such as ``pictures``, its file over the one that it names as its ``base``.
 
     Raises:
         SettingsError: there is none, or it is no study.
     """
-    return load_config(Study, named_config(f"study/{name}.yaml"))
+    return parse(Study, merged_file(named_config(f"study/{name}.yaml")))
 
 
 def pieces(study: Study, only: tuple[str, ...] = (), seeds: int | None = None) -> list[Piece]:

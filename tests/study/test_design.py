@@ -94,9 +94,25 @@ def test_pairs_are_of_the_arms_of_their_question():
     assert ("labelled-3-long", "labelled-3-only-long") in pairs  # equal compute
 
 
-@pytest.mark.parametrize("name", ["pictures", "pictures-small"])
+@pytest.mark.parametrize("name", ["pictures", "pictures-small", "pictures-large"])
 def test_every_arm_of_the_studies_is_a_run(name, tmp_path):
     study = load_study(name)
     assert len(study.rates) > 1 and {Piece(arm, 0) for arm in study.arms} <= set(pieces(study))
     for arm in study.arms:
         assert chain(recipe_of(study, study.arms[arm], 0, 1e-3), tmp_path)[1][-1].stage == "contrastive"
+
+
+def test_the_large_study_is_the_same_with_four_times_the_rows_and_twice_the_steps(tmp_path):
+    study, large = load_study("pictures"), load_study("pictures-large")
+    assert pieces(large) == pieces(study)
+    assert large.backbone.keys() == study.backbone.keys() and large.backbone["width"] == 192
+    for name, arm in study.arms.items():
+        for one, other in zip(
+            *(chain(recipe_of(s, s.arms[name], 0, 1e-3), tmp_path)[1] for s in (study, large)), strict=True
+        ):
+            assert other.batches().rows.batch_size == 4 * one.batches().rows.batch_size
+            grown = tuple((4 * rows, *others) for rows, *others in one.data.rows.shapes)
+            assert other.data.rows.shapes == grown, name
+            assert other.loop.steps == 2 * one.loop.steps and other.compute.dtype == "bfloat16", name
+        ratios = {key: large.arms[name].backbone[key] / large.backbone[key] for key in arm.backbone}
+        assert all(ratio == 2 for ratio in ratios.values() if ratio != 1), name
