@@ -83,8 +83,12 @@ class Study:
     def __post_init__(self) -> None:
         used = {name for question in self.questions.values() for name in question.arms}
         unknown = sorted((used | {arm.compute for arm in self.arms.values() if arm.compute}) - set(self.arms))
-        if unknown or not self.rates or not used:
-            raise SettingsError(f"arms {unknown} are not described, rates {self.rates}: describe each, give a rate")
+        if unknown:
+            raise SettingsError(f"arms {unknown} are not described: describe them among arms, or do not name them")
+        if not self.rates:
+            raise SettingsError("rates is empty: give one learning rate or more")
+        if not used:
+            raise SettingsError("questions name no arm: give a question with one arm at least")
 
     @property
     def recipes(self) -> tuple[str, ...]:
@@ -180,7 +184,11 @@ def recipe_of(study: Study, arm: Arm, seed: int, rate: float) -> Recipe:
         for name, own in recipe.stages.items()
     }
     if unknown := sorted(set(arm.stages) - set(recipe.stages)):
-        raise SettingsError(f"an arm of the recipe {arm.recipe} changes {unknown}, which it has not")
+        names = [name for name, one in study.arms.items() if one == arm]
+        raise SettingsError(
+            f"arms {names} change the stages {unknown}, which the recipe {arm.recipe} has not: choose among "
+            f"{', '.join(recipe.stages)}"
+        )
     assert recipe.init is not None  # the pictures' recipes begin from scratch
     init = parse(InitConfig, overlaid(to_dict(recipe.init), {"backbone": overlaid(study.backbone, arm.backbone)}))
     backbone = dataclasses.replace(init.backbone, seed=init.backbone.seed + seed)

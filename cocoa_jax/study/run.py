@@ -22,7 +22,7 @@ from cocoa_jax.evaluation.tasks import Task, picture_tasks
 from cocoa_jax.recipe import is_done
 from cocoa_jax.study.design import Piece, Study, pieces
 from cocoa_jax.study.pieces import PIECES, Result, TaskHits, claimed, read_results, write_result
-from cocoa_jax.study.planning import Planner, Work, make_backbone_once
+from cocoa_jax.study.planning import LEFT_OUT, Planner, Work, make_backbone_once
 from cocoa_jax.study.staleness import REMEDY, stale
 from cocoa_jax.training.divergence import Diverged
 from cocoa_jax.training.loop import train
@@ -35,7 +35,8 @@ class PieceError(RuntimeError):
 
     def __init__(self, piece: Piece, error: Exception):
         self.piece = piece
-        super().__init__(f"{piece.name} left out: {error}")
+        again = f"remove {LEFT_OUT}/{piece.name} in the study's folder to have it tried again"
+        super().__init__(f"{piece.name} left out: {error}; {again}")
 
 
 _WAIT = 2.0  # seconds between looks at what other processes have finished

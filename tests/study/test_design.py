@@ -68,8 +68,12 @@ def test_an_arm_lays_its_changes_over_the_studys_over_the_recipes(study):
     assert recipe.stages["2-bridge"]["masking" if "masking" in recipe.stages["2-bridge"] else "data"]
     assert recipe.stages["3-contrastive"]["optimizer"]["learning_rate"] == 5e-4
     assert recipe.init.backbone.width == 96 and recipe.init.backbone.seed == 2 and recipe.seed == 2
-    with pytest.raises(SettingsError, match="1-warmup"):
-        recipe_of(study, Arm("bidirectional", stages={"1-warmup": {}}), 0, 1e-3)
+    wrong = Arm("bidirectional", stages={"1-warmup": {}})
+    study = dataclasses.replace(study, arms={**study.arms, "wrong": wrong})
+    with pytest.raises(
+        SettingsError, match=r"arms \['wrong'\] change .*1-warmup.*bidirectional.*: choose among 3-contr"
+    ):
+        recipe_of(study, wrong, 0, 1e-3)
 
 
 def test_an_arm_with_a_backbone_of_its_own_shares_nothing_and_changes_no_other(study, tmp_path):
@@ -85,6 +89,10 @@ def test_an_arm_with_a_backbone_of_its_own_shares_nothing_and_changes_no_other(s
 def test_arms_must_be_described():
     with pytest.raises(SettingsError, match=r"\['b', 'c'\] are not described"):
         Study({}, {}, (1e-3,), {"a": Arm("cocoa", compute="c")}, {"q": Question("", ("a", "b"), 1)})
+    with pytest.raises(SettingsError, match="rates is empty: give one"):
+        Study({}, {}, (), {"a": Arm("cocoa")}, {"q": Question("", ("a",), 1)})
+    with pytest.raises(SettingsError, match="questions name no arm: give a question"):
+        Study({}, {}, (1e-3,), {"a": Arm("cocoa")}, {})
 
 
 def test_pairs_are_of_the_arms_of_their_question():

@@ -184,7 +184,8 @@ def test_an_arm_that_diverges_is_left_out_and_named(lab, study, tmp_path, monkey
     monkeypatch.setattr(run, "train", train)
     run_study(study, tmp_path, ("compute",), False, told.append)
     for piece in ("longer-0", "longer-1"):
-        assert any(line.startswith(f"{piece} left out: loss is nan") for line in told)
+        assert any(line.startswith(f"{piece} left out: loss is nan; remove left_out/{piece} in") for line in told)
+        assert (tmp_path / "left_out" / piece).is_file()
     assert {"cocoa-0", "cocoa-1"} <= read_results(tmp_path).keys()
     assert "out   longer-0" in listing(study, tmp_path, ("compute",))
 
