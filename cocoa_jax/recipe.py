@@ -76,7 +76,7 @@ def read_recipe(path: str | Path) -> Recipe:
     Raises:
         SettingsError: a file is missing, is no YAML, or holds unknown keys or values of the wrong type.
     """
-    values = _merged_file(find_config(str(path)))
+    values = merged_file(find_config(str(path)))
     stages = {name: _stage(stage) for name, stage in (values.get("stages") or {}).items() if stage is not None}
     init = values.get("init")
     return parse(Recipe, {**values, "stages": stages, **({"init": _stage(init)} if init else {})})
@@ -200,13 +200,17 @@ def _stage(settings: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _merged_file(path: Path) -> dict[str, Any]:
-    """A file over its bases, with the files that stages come from named in full."""
+def merged_file(path: Path) -> dict[str, Any]:
+    """A file over those that it names as its ``base``, with the files that stages come from named in full.
+
+    Raises:
+        SettingsError: a file is missing, is no YAML, or holds no settings.
+    """
     own = read_settings(path)
     bases = own.pop(_BASE, [])
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        merged = overlaid(merged, _merged_file(path.parent / base))
+        merged = overlaid(merged, merged_file(path.parent / base))
     for part in [*(own.get("stages") or {}).values(), own.get("init")]:
         if isinstance(part, dict) and _FROM in part:
             part[_FROM] = str(path.parent / part[_FROM])

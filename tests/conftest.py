@@ -69,19 +69,32 @@ def stage_settings() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def trained(
-    backbone: Path, stage_settings: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The folder of a stage 3 as training leaves it, with the weights that it began with; not to be written to."""
+def leave_stage() -> Callable[[dict[str, Any]], Path]:
+    """Leaves the folder of a stage with these settings as training does, with the weights that it began with."""
     from cocoa_jax.checkpoints.backbone import open_backbone
     from cocoa_jax.checkpoints.orbax import StageCheckpoints, carry_backbone
     from cocoa_jax.config import TrainConfig, parse, to_dict
 
+    def leave(settings: dict[str, Any]) -> Path:
+        folder, origin = Path(settings["output"]), open_backbone(settings["checkpoint"])
+        config = to_dict(parse(TrainConfig, settings))
+        carry_backbone(origin.side_files, folder)
+        metadata = {"stage": settings["stage"], "config": config, "parent": origin.origin()}
+        state: dict[str, Any] = {"params": origin.load(), "head": {}, "optimizer": {}, "loop": {"step": 1}}
+        with StageCheckpoints(folder, keep=1) as checkpoints:
+            checkpoints.save(1, **state, metadata=metadata, wait=True)
+        return folder
+
+    return leave
+
+
+@pytest.fixture(scope="session")
+def trained(
+    backbone: Path,
+    stage_settings: Callable[..., dict[str, Any]],
+    leave_stage: Callable[[dict[str, Any]], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder of a stage 3; not to be written to."""
     folder = tmp_path_factory.mktemp("trained") / "3-contrastive"
-    origin = open_backbone(backbone)
-    config = to_dict(parse(TrainConfig, stage_settings("contrastive", backbone, folder)))
-    carry_backbone(backbone, folder)
-    metadata = {"stage": "contrastive", "config": config, "parent": origin.origin()}
-    with StageCheckpoints(folder, keep=1) as checkpoints:
-        checkpoints.save(1, params=origin.load(), head={}, optimizer={}, loop={"step": 1}, metadata=metadata, wait=True)
-    return folder
+    return leave_stage(stage_settings("contrastive", backbone, folder))

@@ -12,12 +12,13 @@ from cocoa_jax.study.design import load_study
 from cocoa_jax.study.report import write_report
 from cocoa_jax.study.run import listing, run_study
 
-SCALES = {"full": "pictures", "small": "pictures-small"}
+SCALES = {"full": "pictures", "small": "pictures-small", "large": "pictures-large"}
 
 
 def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/study", help="folder of everything; several processes may share it")
-    parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="small: a few steps, to try the study")
+    scale = "small: a few steps, to try the study; large: larger models and batches, for a GPU"
+    parser.add_argument("--scale", choices=tuple(SCALES), default="full", help=scale)
     parser.add_argument("--only", default="", help="names of questions, by commas")
     parser.add_argument("--seeds", type=int, default=None, help="at most so many seeds of a question")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints that no piece of the study needs")
@@ -29,8 +30,13 @@ def _study(given: Namespace) -> None:
     if given.list:
         sys.stdout.write(listing(study, given.output, only, given.seeds))
         return
-    run_study(study, given.output, only, given.keep, lambda line: sys.stdout.write(f"{line}\n"), given.seeds)
+    run_study(study, given.output, only, given.keep, _tell, given.seeds)
     sys.stdout.write(f"report: {write_report(study, Path(given.output), Path(given.output) / 'report')}\n")
+
+
+def _tell(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()  # a study goes on for hours: whoever follows its log must not wait for a full buffer
 
 
 def _report_options(parser: ArgumentParser) -> None:

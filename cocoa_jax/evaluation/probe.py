@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import EvaluateConfig, to_dict
 from cocoa_jax.data.masking import Purpose, example_rng
 from cocoa_jax.data.pairs import picture_source
@@ -21,6 +23,7 @@ from cocoa_jax.embedder import Embedder, default_settings
 from cocoa_jax.evaluation.geometry import alignment, effective_rank, uniformity
 from cocoa_jax.evaluation.probe_plot import draw_probe
 from cocoa_jax.evaluation.rebuilding import Rebuilt, looker, partners, rebuild
+from cocoa_jax.evaluation.sets import code_version
 from cocoa_jax.evaluation.statistics import interval, resampled
 
 RESULTS, PLOT = "probe.json", "probe.svg"
@@ -55,13 +58,16 @@ def probe(
     source = picture_source("bridge", shown)
     records = [source.record(i, example_rng(seed, 0, i, Purpose.RECORD)) for i in range(len(shown))]
     sides = [Content(instruct("picture"), (p.image,)) for p in shown], [Content(plain(p.caption)) for p in shown]
-    found = {
-        name: {**_rebuilding(folder, settings, records, seed), "embeddings": _geometry(folder, settings, sides)}
-        for name, folder in _named(checkpoints).items()
-    }
+    named, found = _named(checkpoints), {}
+    # Each is rebuilt twice, from its own bridge and from another's, and both of its sides are embedded.
+    with tqdm(total=4 * len(shown) * len(named), unit="item", dynamic_ncols=True) as bar:
+        for name, folder in named.items():
+            bar.set_description(name)
+            rebuilt = _rebuilding(folder, settings, records, seed, bar.update)
+            found[name] = {**rebuilt, "embeddings": _geometry(folder, settings, sides, bar.update)}
     results = {
         "stages": found,
-        "config": {"split": split, "examples": len(shown), "seed": seed, **to_dict(settings)},
+        "config": {"split": split, "examples": len(shown), "seed": seed, "code": code_version(), **to_dict(settings)},
     }
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,15 +98,34 @@ def _named(checkpoints: Sequence[str | Path]) -> dict[str, Path]:
     return {path.name if [p.name for p in paths].count(path.name) == 1 else str(path): path for path in paths}
 
 
-def _rebuilding(folder: Path, settings: EvaluateConfig, records: Sequence[Record], seed: int) -> dict[str, Any]:
+def _rebuilding(
+    folder: Path, settings: EvaluateConfig, records: Sequence[Record], seed: int, tick: Callable[[int], object]
+) -> dict[str, Any]:
     backbone = open_backbone(folder)
     processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
-    params, look = backbone.load(), looker(backbone.config, settings.compute)
+    params, look, shift = backbone.load(), looker(backbone.config, settings.compute), is_shifted(folder)
     own, other = (
-        rebuild(records, others, processor, params, settings.rows, settings.visibility, look)
+        rebuild(records, others, processor, params, settings.rows, settings.visibility, look, shift, tick)
         for others in (range(len(records)), partners(records, seed))
     )
-    return compared(own, other, len(records))
+    return {"weights": backbone.fingerprint(), "shifted": shift, **compared(own, other, len(records))}
+
+
+def is_shifted(folder: str | Path) -> bool:
+    """Whether words are predicted from the state before them, as the last stage that hid words was trained to do.
+
+    So it is, as in the paper, where no stage did, or where the stage before is not there any more.
+    """
+    path = Path(folder)
+    while path.is_dir() and open_backbone(path).trained:
+        metadata = read_metadata(path)
+        masking = metadata["config"] and metadata["config"]["data"]["masking"]
+        if masking:
+            return bool(masking["shift"])
+        if metadata["parent"] is None:
+            break
+        path = Path(metadata["parent"]["path"])
+    return True
 
 
 def compared(own: Rebuilt, other: Rebuilt, examples: int) -> dict[str, Any]:
@@ -136,10 +161,13 @@ def _per_example(rebuilt: Rebuilt, examples: int) -> np.ndarray:
 
 
 def _geometry(
-    folder: Path, settings: EvaluateConfig, sides: tuple[Sequence[Content], Sequence[Content]]
+    folder: Path,
+    settings: EvaluateConfig,
+    sides: tuple[Sequence[Content], Sequence[Content]],
+    tick: Callable[[int], object],
 ) -> dict[str, float]:
     embedder = Embedder(folder, settings)
-    pictures, words = (embedder.embed_contents(side) for side in sides)
+    pictures, words = (embedder.embed_contents(side, tick=tick) for side in sides)
     both = np.concatenate([pictures, words])
     return {
         "effective_rank": effective_rank(both),

@@ -38,7 +38,7 @@ class Rebuilt:
 
     Args:
         example: whose token it is.
-        first: whether it is the first of its block B, predicted from the bridge itself.
+        first: whether it is the first of its block B, with a shift predicted from the bridge itself.
         bits: of surprise at the true token, log2.
         right: whether it was guessed.
         mass: [L, queries, keys] of ``KINDS``: where the attention of each kind goes, by layer; sums to 1 over keys.
@@ -78,7 +78,8 @@ def rebuild(
     rows: RowsConfig,
     visibility: VisibilityConfig,
     look: Look,
-    shift: bool = True,
+    shift: bool,
+    tick: Callable[[int], object] = lambda count: None,
 ) -> Rebuilt:
     """Hides all of each record's words and predicts them.
 
@@ -87,6 +88,7 @@ def rebuild(
         rows: gives the shape; rows hold as many hidden tokens as fit.
         look: of `looker`.
         shift: whether a token is predicted from the state before it.
+        tick: told how many more examples are done, for a bar of one's own.
     """
     room = rows.widest.tokens
     examples = {i: processor.bridge(records[others[i]].query, records[i].target, room) for i in range(len(records))}
@@ -97,6 +99,7 @@ def rebuild(
         used = owner >= 0
         found.append((owner[used], first[used], bits[used], right[used]))
         masses.append(mass)
+        tick(int(first.sum()))
     parts = [np.concatenate(part) for part in zip(*found, strict=True)]
     total = np.sum(masses, axis=0)
     mass = total / np.maximum(total.sum(axis=-1, keepdims=True), 1e-12)

@@ -160,7 +160,8 @@ def _checked(
         bad = int((~np.isfinite(rows).all(axis=1)).sum())
         if bad:
             raise EmbeddingError(
-                f"{bad} of {len(rows)} {name} are not finite: the model diverged or its input was broken"
+                f"{bad} of {len(rows)} {name} are not finite: the model diverged (see metrics.jsonl of its stage; "
+                "train it at a lower learning rate) or its weights are broken (convert or fetch them again)"
             )
         length = np.linalg.norm(rows, axis=1)
         bad = int((np.abs(length - 1) > UNIT_TOLERANCE).sum())

@@ -48,7 +48,12 @@ def chance(arm: Seeds, split: str | None = None, meta_task: str | None = None) -
 
 
 def difference(
-    arm: Seeds, baseline: Seeds, tasks: Collection[str] | None = None, by_query: bool = False, seed: int = 0
+    arm: Seeds,
+    baseline: Seeds,
+    tasks: Collection[str] | None = None,
+    by_query: bool = False,
+    least: int = 0,
+    seed: int = 0,
 ) -> Difference | None:
     """An arm against its baseline; None where they have no seed or none of the tasks in common.
 
@@ -58,11 +63,12 @@ def difference(
     Args:
         tasks: names of tasks, without their split; None for all.
         by_query: whether every query counts alike, and not every task.
+        least: queries that a task must have to count.
 
     Raises:
         ValueError: pieces that were scored on other queries.
     """
-    gains = [_gains(arm[one], baseline[one], tasks) for one in sorted(arm.keys() & baseline.keys())]
+    gains = [_gains(arm[one], baseline[one], tasks, least) for one in sorted(arm.keys() & baseline.keys())]
     if not gains or not gains[0]:
         return None
     queries = {name: len(gain) if by_query else 1 for name, gain in gains[0].items()}
@@ -79,10 +85,12 @@ def difference(
     return Difference(mean, low, high, len(gains), error)
 
 
-def _gains(arm: Result, baseline: Result, tasks: Collection[str] | None) -> dict[str, Float[np.ndarray, " Q"]]:
+def _gains(
+    arm: Result, baseline: Result, tasks: Collection[str] | None, least: int
+) -> dict[str, Float[np.ndarray, " Q"]]:
     gains = {}
     for name, task in arm.tasks.items():
-        if tasks is not None and name.split("/")[0] not in tasks:
+        if len(task.hits) < least or (tasks is not None and name.split("/")[0] not in tasks):
             continue
         other = baseline.tasks.get(name)
         if other is None or len(other.hits) != len(task.hits):

@@ -5,21 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cocoa_jax.config import (
-    InitConfig,
-    MeshConfig,
-    SettingsError,
-    TrainConfig,
-    load_config,
-    named_config,
-    parse,
-    to_dict,
-)
-from cocoa_jax.recipe import Recipe, overlaid, read_recipe, stage_configs
+from cocoa_jax.config import InitConfig, MeshConfig, SettingsError, TrainConfig, named_config, parse, to_dict
+from cocoa_jax.recipe import Recipe, merged_file, overlaid, read_recipe, stage_configs
 
 SEARCH_SPLITS, TEST_SPLITS = ("validation",), ("test_seen", "test_unseen")
 LAST = "3-contrastive"
@@ -54,12 +46,21 @@ class Question:
     """Arms that are compared with the first of them over so many seeds.
 
     Questions of an earlier ``wave`` are answered first; those of one wave together, seed by seed.
+
+    Args:
+        pairs: of its arms, the first less the second, where that says more than less the first of all.
     """
 
     about: str
     arms: tuple[str, ...]
     seeds: int
     wave: int = 0
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        others = sorted({arm for pair in self.pairs for arm in pair} - set(self.arms))
+        if others:
+            raise SettingsError(f"pairs name {others}, not among the arms {list(self.arms)}: add them to the arms")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +84,12 @@ class Study:
     def __post_init__(self) -> None:
         used = {name for question in self.questions.values() for name in question.arms}
         unknown = sorted((used | {arm.compute for arm in self.arms.values() if arm.compute}) - set(self.arms))
-        if unknown or not self.rates or not used:
-            raise SettingsError(f"arms {unknown} are not described, rates {self.rates}: describe each, give a rate")
+        if unknown:
+            raise SettingsError(f"arms {unknown} are not described: describe them among arms, or do not name them")
+        if not self.rates:
+            raise SettingsError("rates is empty: give one learning rate or more")
+        if not used:
+            raise SettingsError("questions name no arm: give a question with one arm at least")
 
     @property
     def recipes(self) -> tuple[str, ...]:
@@ -116,12 +121,12 @@ class Piece:
 
 
 def load_study(name: str) -> Study:
-    """The study of this name, such as ``pictures``.
+    """The study of this name, such as ``pictures``, its file over the one that it names as its ``base``.
 
     Raises:
         SettingsError: there is none, or it is no study.
     """
-    return load_config(Study, named_config(f"study/{name}.yaml"))
+    return parse(Study, merged_file(named_config(f"study/{name}.yaml")))
 
 
 def pieces(study: Study, only: tuple[str, ...] = (), seeds: int | None = None) -> list[Piece]:
@@ -150,9 +155,28 @@ def pieces(study: Study, only: tuple[str, ...] = (), seeds: int | None = None) -
     return found + sorted(places, key=lambda piece: places[piece])
 
 
+def arm_of(study: Study, piece: Piece) -> Arm:
+    """What a piece runs: of a try the bare recipe."""
+    return Arm(piece.arm) if piece.rate is not None else study.arms[piece.arm]
+
+
+def best_rate(rates: Iterable[float], means: Mapping[float, float]) -> float | None:
+    """The rate with the best mean, the first of equals; None where none was tried."""
+    return max((rate for rate in rates if rate in means), key=lambda rate: means[rate], default=None)
+
+
+def equal_steps(total: float, before: float, each: float) -> int:
+    """Steps of a last stage that spend, with what was spent before it, as many FLOPs as another arm in all.
+
+    Args:
+        total: FLOPs of the other arm; before: of the stages before the last; each: of a step of the last.
+    """
+    return max(1, round((total - before) / each))
+
+
 def recipe_of(study: Study, arm: Arm, seed: int, rate: float) -> Recipe:
     """The recipe that an arm is at a seed and a learning rate of its last stage; its folders are set elsewhere."""
-    recipe = read_recipe(named_config(f"recipes/pictures/{arm.recipe}.yaml"))
+    recipe = _recipe(arm.recipe)
     rated = {LAST: {"optimizer": {"learning_rate": rate * arm.rate}}}
     stages = {
         name: overlaid(
@@ -161,11 +185,20 @@ def recipe_of(study: Study, arm: Arm, seed: int, rate: float) -> Recipe:
         for name, own in recipe.stages.items()
     }
     if unknown := sorted(set(arm.stages) - set(recipe.stages)):
-        raise SettingsError(f"an arm of the recipe {arm.recipe} changes {unknown}, which it has not")
+        names = [name for name, one in study.arms.items() if one == arm]
+        raise SettingsError(
+            f"arms {names} change the stages {unknown}, which the recipe {arm.recipe} has not: choose among "
+            f"{', '.join(recipe.stages)}"
+        )
     assert recipe.init is not None  # the pictures' recipes begin from scratch
     init = parse(InitConfig, overlaid(to_dict(recipe.init), {"backbone": overlaid(study.backbone, arm.backbone)}))
     backbone = dataclasses.replace(init.backbone, seed=init.backbone.seed + seed)
     return dataclasses.replace(recipe, stages=stages, init=InitConfig(backbone), seed=seed)
+
+
+@lru_cache
+def _recipe(name: str) -> Recipe:
+    return read_recipe(named_config(f"recipes/pictures/{name}.yaml"))
 
 
 def chain(recipe: Recipe, folder: Path) -> tuple[Path, list[TrainConfig]]:

@@ -12,9 +12,20 @@ from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.config import TrainConfig, to_dict
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.recipe import Recipe, is_done, make_picture_backbone
-from cocoa_jax.study.design import Arm, Piece, Study, chain, identity, recipe_of, with_steps
+from cocoa_jax.study.design import (
+    Arm,
+    Piece,
+    Study,
+    arm_of,
+    best_rate,
+    chain,
+    equal_steps,
+    identity,
+    recipe_of,
+    with_steps,
+)
 from cocoa_jax.study.flops import step_flops
-from cocoa_jax.study.pieces import PIECES, claimed, read_result
+from cocoa_jax.study.pieces import PIECES, Result, claimed, read_result
 
 COSTS, LEFT_OUT = "costs.json", "left_out"
 
@@ -59,7 +70,7 @@ class Planner:
         """Whether the piece came to numbers that are not finite, or every try of its recipe did."""
         if (self.folder / LEFT_OUT / piece.name).is_file():
             return True
-        recipe = self.arm(piece).recipe
+        recipe = arm_of(self.study, piece).recipe
         tries = [Piece(recipe, 0, rate) for rate in self.study.rates]
         searched = piece.rate is None and len(tries) > 1
         return searched and all((self.folder / LEFT_OUT / one.name).is_file() for one in tries)
@@ -76,19 +87,12 @@ class Planner:
         tries = [Piece(recipe, 0, rate) for rate in self.study.rates]
         if not all(self.is_done(one) or self.is_out(one) for one in tries):
             return None
-        tries = [one for one in tries if self.is_done(one)]
-        if not tries:
-            return None
-        means = [read_result(self.folder / PIECES / f"{one.name}.json").mean() for one in tries]
-        return tries[means.index(max(means))].rate
-
-    def arm(self, piece: Piece) -> Arm:
-        """What is run: of a try the bare recipe."""
-        return Arm(piece.arm) if piece.rate is not None else self.study.arms[piece.arm]
+        done = zip(self.study.rates, tries, strict=True)
+        return best_rate(self.study.rates, {rate: self._result(one).mean() for rate, one in done if self.is_done(one)})
 
     def work(self, piece: Piece) -> Work | None:
         """All that a piece takes; None while the rate of its recipe is not found."""
-        rate = piece.rate if piece.rate is not None else self.rate(self.arm(piece).recipe)
+        rate = piece.rate if piece.rate is not None else self.rate(arm_of(self.study, piece).recipe)
         return None if rate is None else self._work(piece, rate)
 
     def possible(self, piece: Piece) -> list[Work]:
@@ -102,7 +106,7 @@ class Planner:
 
     def seconds_left(self, pieces: Sequence[Piece], done: Sequence[Piece]) -> float | None:
         """For one process, by what was done so far; None before anything is."""
-        results = [read_result(self.folder / PIECES / f"{piece.name}.json") for piece in done]
+        results = [self._result(piece) for piece in done]
         stages = {stage["folder"]: stage for result in results for stage in result.stages}.values()
         flops = sum(stage["flops"] for stage in stages)
         if not flops:
@@ -117,13 +121,16 @@ class Planner:
         }
         return pace * sum(left.values()) + scoring * len(pieces)
 
+    def _result(self, piece: Piece) -> Result:
+        return read_result(self.folder / PIECES / f"{piece.name}.json")
+
     def _work(self, piece: Piece, rate: float) -> Work:
         if (piece, rate) not in self.known:
             self.known[piece, rate] = self._new_work(piece, rate)
         return self.known[piece, rate]
 
     def _new_work(self, piece: Piece, rate: float) -> Work:
-        arm = self.arm(piece)
+        arm = arm_of(self.study, piece)
         recipe = recipe_of(self.study, arm, piece.seed, rate)
         backbone, stages = chain(recipe, self.folder)
         flops = [self._step_flops(stage, recipe) * stage.loop.steps for stage in stages]
@@ -131,7 +138,7 @@ class Planner:
             other = Piece(arm.compute, piece.seed)
             total = sum(self._work(other, rate).flops)
             each = flops[-1] / stages[-1].loop.steps
-            steps = max(1, round((total - sum(flops[:-1])) / each))
+            steps = equal_steps(total, sum(flops[:-1]), each)
             recipe = with_steps(recipe, steps)
             backbone, stages = chain(recipe, self.folder)
             flops[-1] = each * steps

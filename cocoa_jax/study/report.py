@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from cocoa_jax.study.compare import Difference, Seeds, chance, difference, over_seeds
-from cocoa_jax.study.design import Question, Study
+from cocoa_jax.study.design import Question, Study, best_rate
 from cocoa_jax.study.pieces import Result, read_results, write_json
 from cocoa_jax.study.plots import draw_compute, draw_question
+from cocoa_jax.study.staleness import REMEDY, stale
 
 PAGE, FOLDER = "results.md", "study"
 BEGIN, END = "<!-- study: tables and plots, written by `cocoa study report` -->", "<!-- study: end -->"
@@ -46,6 +48,9 @@ SIDES = {
 }
 """Tasks of the pictures by what their queries and candidates are."""
 
+LEAST = 100
+"""Queries of a task that counts where small ones do not: one of 17 moves a mean over tasks as much as 45 of 771."""
+
 
 def write_report(study: Study, run: Path, docs: Path) -> Path:
     """Write ``results.md`` and, in ``study``, plots and pieces; what stands around the marks stays.
@@ -78,7 +83,7 @@ def write_report(study: Study, run: Path, docs: Path) -> Path:
 def tables(study: Study, results: Mapping[str, Result], plots: Path) -> str:
     """All questions of which there is anything, and the rates that were found, as Markdown; draws the plots."""
     arms = by_arm(results)
-    parts = [_rates(study, results)]
+    parts = [_origin(study, results), _rates(study, results)]
     compared = {
         name: arm for q in study.questions.values() if q.wave == 0 for name in q.arms if (arm := arms.get(name))
     }
@@ -123,21 +128,30 @@ def _question(study: Study, name: str, question: Question, arms: Mapping[str, Se
     missing = [arm for arm in question.arms if len(arms.get(arm, ())) < question.seeds]
     note = f"\nNot all of its {question.seeds} seeds are there for: {', '.join(missing)}.\n" if missing else ""
     plot = f"![{question.about}]({FOLDER}/{name}.svg)"
-    sides = _sides(study, {arm: there[arm] for arm in against if arm != first}, arms.get(first, {}))
+    sides = _sides(
+        _names(study, there), arms, [*((arm, first) for arm in there if arm != first), *question.pairs], first
+    )
     return f"### {question.about}\n\n" + "\n".join(lines) + f"\n{note}{sides}\n{plot}\n"
 
 
-def _sides(study: Study, arms: Mapping[str, Seeds], first: Seeds) -> str:
-    """Where the differences from the first arm come from."""
+def _sides(names: Mapping[str, str], arms: Mapping[str, Seeds], pairs: Sequence[tuple[str, str]], first: str) -> str:
+    """Where the differences of pairs come from: from the first arm, or of two that the question names."""
     lines = []
-    for name, arm in arms.items():
-        found = [*(difference(arm, first, tasks) for tasks in SIDES.values()), difference(arm, first, by_query=True)]
+    for pair in pairs:
+        arm, other = (arms.get(name, {}) for name in pair)
+        found = [
+            difference(arm, other),
+            *(difference(arm, other, tasks) for tasks in SIDES.values()),
+            difference(arm, other, least=LEAST),
+            difference(arm, other, by_query=True),
+        ]
         if any(found):
-            lines.append(_row([study.arms[name].about or name, *map(_gain, found)]))
+            less = "" if pair[1] == first else f" **less** {names[pair[1]]}"
+            lines.append(_row([f"{names[pair[0]]}{less}", *map(_gain, found)]))
     if not lines:
         return ""
-    head = _row(["less the first", *SIDES, "every query alike"])
-    return "\n" + "\n".join([head, _row(["---"] * (2 + len(SIDES))), *lines]) + "\n"
+    head = ["less the first", "all", *SIDES, f"tasks of {LEAST} queries or more", "every query alike"]
+    return "\n" + "\n".join([_row(head), _row(["---"] * len(head)), *lines]) + "\n"
 
 
 def _tasks(study: Study, arms: Mapping[str, Seeds]) -> str:
@@ -153,6 +167,18 @@ def _tasks(study: Study, arms: Mapping[str, Seeds]) -> str:
     return "### Task by task\n\np@1 in %, means over the seeds that are there.\n\n" + "\n".join(lines) + "\n"
 
 
+def _origin(study: Study, results: Mapping[str, Result]) -> str:
+    """Which versions of the program the pieces come from, and which are stale."""
+    versions = Counter(result.code for result in results.values())
+    made = ", ".join(f"`{code}` ({count})" for code, count in versions.most_common())
+    old = stale(study, results)
+    return f"{len(results)} pieces by the program's versions {made}; {len(old)} are stale{_which(old)}.\n"
+
+
+def _which(old: Sequence[str]) -> str:
+    return f" ({REMEDY}): {', '.join(old)}" if old else ""
+
+
 def _rates(study: Study, results: Mapping[str, Result]) -> str:
     tries = [result for result in results.values() if result.search]
     if not tries:
@@ -161,7 +187,12 @@ def _rates(study: Study, results: Mapping[str, Result]) -> str:
     found: dict[str, dict[float, float]] = {}
     for result in tries:
         found.setdefault(result.recipe, {})[result.rate] = result.mean()
-    lines = [_row(["recipe", *(f"{rate:g}" for rate in rates), "chosen"]), _row(["---"] * (2 + len(rates)))]
+    guess = _percent(chance({0: tries[0]}))  # all are tried on the same tasks
+    lines = [
+        _row(["recipe", *(f"{rate:g}" for rate in rates), "chosen"]),
+        _row(["---"] * (2 + len(rates))),
+        _row(["chance", *[guess] * len(rates), ""]),
+    ]
     for recipe, means in found.items():
         best = max(means.values())
         cells = [_bold(_percent(means[rate]), means[rate] == best) if rate in means else "" for rate in rates]
@@ -175,10 +206,9 @@ def _rates(study: Study, results: Mapping[str, Result]) -> str:
 
 def _chosen(means: Mapping[float, float], rates: Sequence[float]) -> str:
     """The rate that a recipe's arms are given, whether it is an edge, and tries that are not there."""
-    there = [rate for rate in rates if rate in means]
-    if not there:
+    best = best_rate(rates, means)
+    if best is None:
         return "none"
-    best = max(there, key=lambda rate: means[rate])  # the study's first of equals, as the planner takes it
     edges = {min(means): "the lowest tried", max(means): "the highest tried"} if len(means) > 1 else {}
     edge = f" (**{edges[best]}**)" if best in edges else ""
     missing = ", ".join(f"{rate:g}" for rate in rates if rate not in means)

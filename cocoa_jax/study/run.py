@@ -21,8 +21,9 @@ from cocoa_jax.evaluation.sets import code_version
 from cocoa_jax.evaluation.tasks import Task, picture_tasks
 from cocoa_jax.recipe import is_done
 from cocoa_jax.study.design import Piece, Study, pieces
-from cocoa_jax.study.pieces import Result, TaskHits, claimed, write_result
-from cocoa_jax.study.planning import Planner, Work, make_backbone_once
+from cocoa_jax.study.pieces import PIECES, Result, TaskHits, claimed, read_results, write_result
+from cocoa_jax.study.planning import LEFT_OUT, Planner, Work, make_backbone_once
+from cocoa_jax.study.staleness import REMEDY, stale
 from cocoa_jax.training.divergence import Diverged
 from cocoa_jax.training.loop import train
 
@@ -34,7 +35,8 @@ class PieceError(RuntimeError):
 
     def __init__(self, piece: Piece, error: Exception):
         self.piece = piece
-        super().__init__(f"{piece.name} left out: {error}")
+        again = f"remove {LEFT_OUT}/{piece.name} in the study's folder to have it tried again"
+        super().__init__(f"{piece.name} left out: {error}; {again}")
 
 
 _WAIT = 2.0  # seconds between looks at what other processes have finished
@@ -48,7 +50,7 @@ def run_study(
     Args:
         only, seeds: which pieces; see ``pieces``.
         keep: whether checkpoints stay that no piece of the whole study needs any more.
-        tell: gets a line when a piece is done.
+        tell: gets a line when a piece is done, with the time that is left.
 
     Raises:
         SettingsError: a question that there is not; whatever training and scoring raise.
@@ -56,7 +58,7 @@ def run_study(
     planner = Planner(study, Path(folder))
     planned, whole = pieces(study, only, seeds), pieces(study)
     with _compiled_once(planner.folder):
-        while left := [piece for piece in planned if not (planner.is_done(piece) or planner.is_out(piece))]:
+        while left := [piece for piece in planned if _state(planner, piece) == "left"]:
             try:
                 made = _make_one(planner, left)
             except PieceError as error:  # one arm that cannot be trained must not keep the others from it
@@ -65,23 +67,33 @@ def run_study(
             if made is None:
                 time.sleep(_WAIT)
                 continue
-            tell(made)
+            tell(f"{made} ({_progress(planner, planned)})")
             jax.clear_caches()  # a study has hundreds of programs; those on disk are read again
             if not keep:
                 _remove_spent(planner, whole)
 
 
 def listing(study: Study, folder: str | Path, only: tuple[str, ...], seeds: int | None = None) -> str:
-    """What is done and what is left, one line a piece, and the time that is left."""
+    """What is done, stale and left, one line a piece, and the time that is left."""
     planner = Planner(study, Path(folder))
     planned = pieces(study, only, seeds)
-    done = [piece for piece in planned if planner.is_done(piece)]
-    left = [piece for piece in planned if not (planner.is_done(piece) or planner.is_out(piece))]
+    old = set(stale(study, read_results(planner.folder / PIECES))) & {piece.name for piece in planned}
+    lines = [f"{'stale' if piece.name in old else _state(planner, piece):5} {piece.name}" for piece in planned]
+    if old:
+        lines.append(f"{len(old)} stale pieces: {REMEDY}")
+    return "\n".join([*lines, _progress(planner, planned)]) + "\n"
+
+
+def _state(planner: Planner, piece: Piece) -> str:
+    return "done" if planner.is_done(piece) else "out" if planner.is_out(piece) else "left"
+
+
+def _progress(planner: Planner, planned: Sequence[Piece]) -> str:
+    """How many pieces are done, and the time that is left."""
+    done, left = ([piece for piece in planned if _state(planner, piece) == state] for state in ("done", "left"))
     seconds = planner.seconds_left(left, done)
-    states = ["done" if p in done else "left" if p in left else "out " for p in planned]
-    lines = [f"{state}  {piece.name}" for state, piece in zip(states, planned, strict=True)]
     time_left = "unknown before a piece is done" if seconds is None else f"{seconds / 60:.0f} minutes of one process"
-    return "\n".join([*lines, f"{len(done)} of {len(planned)} pieces done; time left: {time_left}"]) + "\n"
+    return f"{len(done)} of {len(planned)} pieces done; time left: {time_left}"
 
 
 def _make_one(planner: Planner, left: Sequence[Piece]) -> str | None:
@@ -178,7 +190,7 @@ def _seconds(stage: TrainConfig) -> float:
 
 def _remove_spent(planner: Planner, planned: Sequence[Piece]) -> None:
     """Removes stages that no unfinished piece needs; only when all rates are found, which some of them depend on."""
-    left = [piece for piece in planned if not (planner.is_done(piece) or planner.is_out(piece))]
+    left = [piece for piece in planned if _state(planner, piece) == "left"]
     if any(piece.rate is not None for piece in left):
         return
     needed = planner.needed(left)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,12 @@ from cocoa_jax.data.pairs import picture_source
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.sources import Content, Record, load_pictures
 from cocoa_jax.embedder import default_settings
+from cocoa_jax.evaluation import probe as probing
 from cocoa_jax.evaluation import rebuilding
 from cocoa_jax.evaluation.geometry import alignment, effective_rank, uniformity
-from cocoa_jax.evaluation.probe import compared
+from cocoa_jax.evaluation.probe import compared, is_shifted
 from cocoa_jax.evaluation.rebuilding import Rebuilt, looker, partners, rebuild
+from cocoa_jax.evaluation.sets import code_version
 from cocoa_jax.models.qwen2_vl import bind, graph_of
 
 
@@ -38,7 +41,7 @@ def parts(trained):
 
 def run(parts, records, others) -> Rebuilt:
     processor, params, settings, _, look = parts
-    return rebuild(records, others, processor, params, settings.rows, settings.visibility, look)
+    return rebuild(records, others, processor, params, settings.rows, settings.visibility, look, True)
 
 
 def test_every_word_is_hidden_and_counted_once(parts):
@@ -69,6 +72,25 @@ def test_another_bridge_moves_what_is_predicted(parts):
     own = run(parts, records, range(12))
     moved = run(parts, records, partners(records, 0))
     assert np.abs(own.bits - moved.bits).max() > 1e-4
+
+
+def test_words_are_asked_for_where_the_stage_was_trained_to_say_them(
+    backbone, parts, stage_settings, leave_stage, tmp_path, monkeypatch
+):
+    assert is_shifted(backbone)
+    settings = stage_settings("warmup", backbone, tmp_path / "1")
+    settings["data"]["masking"]["shift"] = False
+    plain = leave_stage(settings)  # a plain masked language model
+    assert not is_shifted(plain)
+    assert is_shifted(leave_stage(stage_settings("bridge", plain, tmp_path / "2")))
+    last = leave_stage(stage_settings("contrastive", plain, tmp_path / "3"))
+    assert not is_shifted(last)  # it hides nothing itself
+    shifted = []
+    monkeypatch.setattr(probing, "rebuild", lambda *given: shifted.append(given[7]) or rebuild(*given))
+    found = probing._rebuilding(plain, parts[2], parts[3], 0, lambda count: None)
+    assert shifted == [False, False] and not found["shifted"]
+    shutil.rmtree(plain)
+    assert is_shifted(last)  # nobody knows any more
 
 
 def test_attention_is_shared_out_and_words_see_no_block_a(parts):
@@ -145,11 +167,16 @@ def test_uniformity_against_a_loop():
 def test_the_command_writes_figures_and_a_plot(backbone, trained, tmp_path, capsys):
     arguments = ["--output", str(tmp_path / "probe"), "--examples", "10"]
     cli.main(["probe", "--checkpoints", f"{backbone},{trained}", *arguments])
-    said = capsys.readouterr().out
+    said, bar = capsys.readouterr()
     assert "backbone" in said and "3-contrastive" in said
+    assert "3-contrastive: 100%" in bar and " 80/80 " in bar  # all of both, twice rebuilt and two sides
     found = json.loads((tmp_path / "probe" / "probe.json").read_text())
     one, two = found["stages"].values()
-    assert one == two  # the same weights
+    assert [stage.pop("weights") for stage in (one, two)] == [
+        open_backbone(f).fingerprint() for f in (backbone, trained)
+    ]
+    assert one == two and one["shifted"]  # the same weights
+    assert found["config"]["code"] == code_version()
     assert found["config"]["examples"] == 10 and len(one["attention"]["words_to_bridge"]) == 2
     assert 1 <= one["embeddings"]["effective_rank"] <= 20
     assert (tmp_path / "probe" / "probe.svg").read_text().count("<svg") == 1

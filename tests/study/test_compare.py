@@ -34,6 +34,8 @@ def test_a_difference_of_some_tasks_and_of_all_queries_alike(made):
     assert alike.mean == pytest.approx(np.concatenate([*gains.values()]).mean())
     assert alike.mean != pytest.approx(difference(arm, bare).mean, abs=1e-3)  # tasks have unequal numbers of queries
     assert alike.low < alike.mean < alike.high
+    large = np.mean([gain.mean() for gain in gains.values() if len(gain) > 16])
+    assert difference(arm, bare, least=17).mean == pytest.approx(large) != pytest.approx(difference(arm, bare).mean)
     assert difference(arm, bare, ("flat-to-3d",)) is None
 
 

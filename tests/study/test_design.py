@@ -68,8 +68,12 @@ def test_an_arm_lays_its_changes_over_the_studys_over_the_recipes(study):
     assert recipe.stages["2-bridge"]["masking" if "masking" in recipe.stages["2-bridge"] else "data"]
     assert recipe.stages["3-contrastive"]["optimizer"]["learning_rate"] == 5e-4
     assert recipe.init.backbone.width == 96 and recipe.init.backbone.seed == 2 and recipe.seed == 2
-    with pytest.raises(SettingsError, match="1-warmup"):
-        recipe_of(study, Arm("bidirectional", stages={"1-warmup": {}}), 0, 1e-3)
+    wrong = Arm("bidirectional", stages={"1-warmup": {}})
+    study = dataclasses.replace(study, arms={**study.arms, "wrong": wrong})
+    with pytest.raises(
+        SettingsError, match=r"arms \['wrong'\] change .*1-warmup.*bidirectional.*: choose among 3-contr"
+    ):
+        recipe_of(study, wrong, 0, 1e-3)
 
 
 def test_an_arm_with_a_backbone_of_its_own_shares_nothing_and_changes_no_other(study, tmp_path):
@@ -85,11 +89,38 @@ def test_an_arm_with_a_backbone_of_its_own_shares_nothing_and_changes_no_other(s
 def test_arms_must_be_described():
     with pytest.raises(SettingsError, match=r"\['b', 'c'\] are not described"):
         Study({}, {}, (1e-3,), {"a": Arm("cocoa", compute="c")}, {"q": Question("", ("a", "b"), 1)})
+    with pytest.raises(SettingsError, match="rates is empty: give one"):
+        Study({}, {}, (), {"a": Arm("cocoa")}, {"q": Question("", ("a",), 1)})
+    with pytest.raises(SettingsError, match="questions name no arm: give a question"):
+        Study({}, {}, (1e-3,), {"a": Arm("cocoa")}, {})
 
 
-@pytest.mark.parametrize("name", ["pictures", "pictures-small"])
+def test_pairs_are_of_the_arms_of_their_question():
+    with pytest.raises(SettingsError, match=r"\['c'\], not among the arms \['a', 'b'\]"):
+        Question("", ("a", "b"), 1, pairs=(("a", "c"),))
+    pairs = load_study("pictures").questions["labelled-3"].pairs
+    assert ("labelled-3-long", "labelled-3-only-long") in pairs  # equal compute
+
+
+@pytest.mark.parametrize("name", ["pictures", "pictures-small", "pictures-large"])
 def test_every_arm_of_the_studies_is_a_run(name, tmp_path):
     study = load_study(name)
     assert len(study.rates) > 1 and {Piece(arm, 0) for arm in study.arms} <= set(pieces(study))
     for arm in study.arms:
         assert chain(recipe_of(study, study.arms[arm], 0, 1e-3), tmp_path)[1][-1].stage == "contrastive"
+
+
+def test_the_large_study_is_the_same_with_four_times_the_rows_and_twice_the_steps(tmp_path):
+    study, large = load_study("pictures"), load_study("pictures-large")
+    assert pieces(large) == pieces(study)
+    assert large.backbone.keys() == study.backbone.keys() and large.backbone["width"] == 192
+    for name, arm in study.arms.items():
+        for one, other in zip(
+            *(chain(recipe_of(s, s.arms[name], 0, 1e-3), tmp_path)[1] for s in (study, large)), strict=True
+        ):
+            assert other.batches().rows.batch_size == 4 * one.batches().rows.batch_size
+            grown = tuple((4 * rows, *others) for rows, *others in one.data.rows.shapes)
+            assert other.data.rows.shapes == grown, name
+            assert other.loop.steps == 2 * one.loop.steps and other.compute.dtype == "bfloat16", name
+        ratios = {key: large.arms[name].backbone[key] / large.backbone[key] for key in arm.backbone}
+        assert all(ratio == 2 for ratio in ratios.values() if ratio != 1), name

@@ -5,6 +5,9 @@ import dataclasses
 import pytest
 
 from cocoa_jax.evaluation.tasks import TASKS
+from cocoa_jax.study import report
+from cocoa_jax.study.compare import difference
+from cocoa_jax.study.design import Question
 from cocoa_jax.study.pieces import read_results, write_result
 from cocoa_jax.study.report import BEGIN, END, SIDES, write_report
 
@@ -30,12 +33,54 @@ def test_a_report_has_tables_and_plots(run, study, tmp_path):
     cocoa = next(line for line in text.splitlines() if line.startswith("| all three"))
     assert "**+" in cocoa and " ± " in cocoa  # 0.6 against 0.2: a clear difference
     assert "| cocoa | **" in text  # the better rate, in bold
+    rates = text.split("| recipe | 0.001 | 0.002 | chosen |")[1].splitlines()
+    assert rates[2] == "| chance | 2.0 | 2.0 |  |"
     sides = text.split("| less the first |")[1].splitlines()[2]
-    assert sides.startswith("| all three | **+") and sides.count("**+") == 3  # no task is picture to picture
+    assert sides.startswith("| all three | **+") and sides.count("**+") == 4  # no task is picture to picture
     assert "Not all of its 3 seeds are there for: cocoa, cut." in text
     for plot in ("steps", "compute", "late", "against-compute"):
         assert f"study/{plot}.svg" in text and (tmp_path / "docs" / "study" / f"{plot}.svg").stat().st_size > 5000
     assert read_results(tmp_path / "docs" / "study").keys() == read_results(run).keys()
+
+
+def test_where_the_pieces_come_from_and_which_are_stale(run, study, tmp_path):
+    first = write_report(study, run, tmp_path / "docs").read_text().split(BEGIN)[1].strip().splitlines()[0]
+    assert first.startswith(
+        "8 pieces by the program's versions `111111111111` (8); 5 are stale (made with other settings"
+    )
+    assert first.endswith(": search-cocoa-0.001, search-cocoa-0.002, cocoa-0, cocoa-1, cut-0.")
+
+
+def sides(text, question):
+    """The second table of a question: its cells by the name of the row and of the column."""
+    lines = text[text.index("| less the first", text.index(f"### {question}")) :].split("\n\n")[0].splitlines()
+    head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_a_column_leaves_small_tasks_out(run, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "LEAST", 17)
+    cell = sides(write_report(study, run, tmp_path).read_text(), "Equal steps")["all three"][
+        "tasks of 17 queries or more"
+    ]
+    arms = report.by_arm(read_results(run))
+    large, whole = (difference(arms["cocoa"], arms["bare"], least=least) for least in (17, 0))
+    assert cell.startswith(f"**{100 * large.mean:+.1f} ({100 * large.low:+.1f} to ")
+    assert large.mean != pytest.approx(whole.mean, abs=1e-3)
+
+
+def test_pairs_that_a_question_names_are_compared(run, study, tmp_path):
+    pairs = (("cocoa", "longer"), ("bare", "cocoa"))
+    questions = {"all": Question("All", ("bare", "cocoa", "longer"), 1, pairs=pairs)}
+    rows = sides(write_report(dataclasses.replace(study, questions=questions), run, tmp_path).read_text(), "All")
+    assert list(rows) == ["all three", "longer", "all three **less** longer", "bare **less** all three"]
+    arms = report.by_arm(read_results(run))
+    for (one, other), row in zip(pairs, list(rows.values())[2:], strict=True):
+        found = difference(arms[one], arms[other])
+        assert f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f}" in row["all"]
+    (run / "pieces" / "longer-0.json").unlink()  # not made yet
+    rows = sides(write_report(dataclasses.replace(study, questions=questions), run, tmp_path).read_text(), "All")
+    assert list(rows) == ["all three", "bare **less** all three"]
 
 
 def test_every_task_is_on_one_side():

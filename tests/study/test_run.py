@@ -4,13 +4,17 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cocoa_jax.config import TrainConfig, parse
+from cocoa_jax.embedder import Embedder
+from cocoa_jax.evaluation.scorer import TIE
 from cocoa_jax.study import planning, run
-from cocoa_jax.study.design import Piece, pieces
+from cocoa_jax.study.design import Arm, Piece, pieces
 from cocoa_jax.study.pieces import claimed, read_results, write_result
-from cocoa_jax.study.planning import Planner
-from cocoa_jax.study.run import listing, run_study
+from cocoa_jax.study.planning import Planner, Work
+from cocoa_jax.study.run import listing, run_study, score_tasks
 from cocoa_jax.training.divergence import Diverged
 
 PER_STEP = {"warmup": 2e9, "bridge": 1e9, "contrastive": 4e9}
@@ -53,6 +57,8 @@ def test_every_piece_is_made_and_no_stage_twice(lab, study, tmp_path):
     run_study(study, tmp_path, (), True, told.append)
     results = read_results(tmp_path)
     assert results.keys() == {piece.name for piece in pieces(study)} and len(told) == len(results)
+    told_done = [f"({done} of {len(results)} pieces done; time left: " in line for done, line in enumerate(told, 1)]
+    assert all(told_done) and told[-1].endswith("time left: 0 minutes of one process)")
     assert len(lab) == len(set(lab))
     # Two rates for two recipes at seed 0, and what follows from the better one; two reconstruction stages a seed.
     assert sum(name.startswith("warmup") for name in lab) == 3 and sum(name.startswith("bridge") for name in lab) == 3
@@ -105,6 +111,52 @@ def test_a_killed_study_goes_on(lab, study, tmp_path, monkeypatch):
     assert f"{count} of {count} pieces done" in listing(study, tmp_path, ())
 
 
+def test_scores_are_those_of_the_arms_width_and_of_tokens_compared_apart(
+    backbone, stage_settings, leave_stage, tmp_path
+):
+    settings = stage_settings("contrastive", backbone, tmp_path / "stage", contrastive={"tokens": "max_sim"})
+    settings["data"]["processor"]["bridge_tokens"] = ["<|im_end|>", "Ā"]
+    stage = parse(TrainConfig, settings)
+    embedder = Embedder.load(leave_stage(settings))
+    piece, width, queries = Piece("cocoa", 0, 1e-3), 3, 12
+    work = Work(piece, Arm("cocoa", width=width), 1e-3, None, backbone, (stage,), ())
+    found = score_tasks(work, queries)
+    tasks = run._tasks("validation")
+    assert found.keys() == {task.name for task in tasks}
+
+    def tokens(contents):
+        rows = embedder.embed_contents(contents).reshape(len(contents), 2, -1)[..., :width]
+        return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+    for task in tasks:
+        # By a loop: the mean over a query's tokens of the nearest of the candidate's, each cut by itself.
+        right = [sorted(some) for some in task.relevant[:queries]]
+        kept = sorted({index for some in right for index in some})
+        asked, shown = tokens(task.queries[:queries]), tokens([task.candidates[index] for index in kept])
+        near = np.array([[np.max(q @ c.T, axis=1).mean() for c in shown] for q in asked])
+        is_right = np.array([[index in some for index in kept] for some in right])
+        hits = np.where(is_right, near, -2).max(axis=1) > np.where(is_right, -2, near).max(axis=1) + TIE
+        assert found[task.name].hits.tolist() == hits.tolist()
+        assert found[task.name].chance == pytest.approx(is_right.mean())
+        assert (found[task.name].candidates, found[task.name].split) == (len(kept), "validation")
+
+
+def test_a_stale_piece_is_listed_and_made_again_when_its_file_is_removed(lab, study, tmp_path):
+    only = ("steps",)
+    run_study(dataclasses.replace(study, rates=(1e-3, 5e-4)), tmp_path, only, True, lambda line: None)
+    study = dataclasses.replace(study, rates=(1e-3, 5e-4, 2e-3))  # the last is the best
+    assert "stale" not in listing(study, tmp_path, only)
+    run_study(study, tmp_path, only, True, lambda line: None)
+    shown = listing(study, tmp_path, only)
+    assert "stale cocoa-0\nstale " in shown and "done  search-cocoa-0.001\n" in shown and "\n4 stale pieces: " in shown
+    for file in (tmp_path / "pieces").glob("cocoa-*"):
+        file.unlink()
+    assert "left  cocoa-0" in listing(study, tmp_path, only)
+    run_study(study, tmp_path, only, True, lambda line: None)
+    shown = listing(study, tmp_path, only)
+    assert "done  cocoa-0" in shown and "stale bare-0" in shown and "\n2 stale pieces: " in shown
+
+
 def test_checkpoints_go_when_no_piece_needs_them(lab, study, tmp_path):
     run_study(study, tmp_path, ("steps",), False, lambda line: None, 1)
     kept = {path.name for path in (tmp_path / "stages").iterdir()}  # what other questions and seeds begin from
@@ -131,7 +183,9 @@ def test_an_arm_that_diverges_is_left_out_and_named(lab, study, tmp_path, monkey
 
     monkeypatch.setattr(run, "train", train)
     run_study(study, tmp_path, ("compute",), False, told.append)
-    assert "longer-0 left out: loss is nan" in told and "longer-1 left out: loss is nan" in told
+    for piece in ("longer-0", "longer-1"):
+        assert any(line.startswith(f"{piece} left out: loss is nan; remove left_out/{piece} in") for line in told)
+        assert (tmp_path / "left_out" / piece).is_file()
     assert {"cocoa-0", "cocoa-1"} <= read_results(tmp_path).keys()
     assert "out   longer-0" in listing(study, tmp_path, ("compute",))
 
