@@ -115,15 +115,15 @@ def _question(study: Study, name: str, question: Question, arms: Mapping[str, Se
     guess = next(iter(there.values()))
     head = [column for column, _, _ in _COLUMNS]
     lines = [
-        _row(["", *head, "steps", "TFLOPs", "seeds", "all, less the first"]),
-        _row(["---"] * (len(head) + 5)),
-        _row(["chance", *(_percent(chance(guess, s, m)) for _, s, m in _COLUMNS), "", "", "", ""]),
+        _row(["", *head, "steps", "TFLOPs", "seeds"]),
+        _row(["---"] * (len(head) + 4)),
+        _row(["chance", *(_percent(chance(guess, s, m)) for _, s, m in _COLUMNS), "", "", ""]),
     ]
     for arm, seeds in there.items():
         result = next(iter(seeds.values()))
         steps = " + ".join(str(stage["steps"]) for stage in result.stages)
         scores = [_with_error(*over_seeds(seeds, split, meta)) for _, split, meta in _COLUMNS]
-        spent = [steps, f"{result.flops / 1e12:.3g}", str(len(seeds)), _gain(against[arm])]
+        spent = [steps, f"{result.flops / 1e12:.3g}", str(len(seeds))]
         lines.append(_row([study.arms[arm].about or arm, *scores, *spent]))
     missing = [arm for arm in question.arms if len(arms.get(arm, ())) < question.seeds]
     note = f"\nNot all of its {question.seeds} seeds are there for: {', '.join(missing)}.\n" if missing else ""

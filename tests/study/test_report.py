@@ -30,8 +30,9 @@ def test_a_report_has_tables_and_plots(run, study, tmp_path):
     text = page.read_text()
     assert "| chance | - | 2.0 | 2.0 | 2.0 | 2.0 | 2.0 | 2.0 |" in text  # the pieces hold no classification
     assert "### Equal steps" in text and "### Later" in text
-    cocoa = next(line for line in text.splitlines() if line.startswith("| all three"))
-    assert "**+" in cocoa and " ± " in cocoa  # 0.6 against 0.2: a clear difference
+    question = text.split("### Equal steps")[1].split("### ")[0]
+    scores, gains = (line for line in question.splitlines() if line.startswith("| all three"))
+    assert " ± " in scores and "**+" in gains  # 0.6 against 0.2: a clear difference
     assert "| cocoa | **" in text  # the better rate, in bold
     rates = text.split("| recipe | 0.001 | 0.002 | chosen |")[1].splitlines()
     assert rates[2] == "| chance | 2.0 | 2.0 |  |"
