@@ -31,6 +31,7 @@ from cocoa_jax.evaluation.collect import REPORT, build_report
 from cocoa_jax.evaluation.set_page import write_set_report
 from cocoa_jax.evaluation.sets import MMEB, Sets, evaluate_sets, named_sets
 from cocoa_jax.models.qwen2_vl import abstract_params
+from cocoa_jax.training.hosts import first_alone, join
 from cocoa_jax.training.loop import train
 
 PICTURES = "pictures"
@@ -126,8 +127,11 @@ def run_recipe(recipe: Recipe, steps: tuple[int, ...] | None = None) -> Path | N
         return build_report(folder, tuple(recipe.stages))
     if sets is None:
         return None
+    join(configs[-1].distributed)  # where no stage was left to train, which joins too
     results = evaluate_sets(configs[-1].output, folder / EVALUATION, sets)
-    return write_set_report(folder / EVALUATION / REPORT, {folder.name: results})
+    page = folder / EVALUATION / REPORT
+    first_alone("report", lambda: write_set_report(page, {folder.name: results}))
+    return page
 
 
 def scored_sets(recipe: Recipe) -> Sets | None:

@@ -38,6 +38,16 @@ def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, 
     return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
+def mesh_here(config: MeshConfig) -> MeshConfig:
+    """``config`` where it suits the devices that are here; else parameters and rows shared by all of them."""
+    slices = len(_slices())
+    try:
+        mesh_sizes(config, jax.device_count(), slices)
+    except ValueError:
+        return MeshConfig(data=1, fsdp=-1, slice=slices)
+    return config
+
+
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh over all devices of all hosts.
 
