@@ -118,13 +118,13 @@ def check_shared(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         mark.write_text(number)
 
-    first_alone(f"{folder.name} is marked", write)
+    first_alone("the output is marked", write)
     try:
         seen = mark.read_text() == number
     except OSError:
         seen = False
     blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(seen)))
-    first_alone(f"{folder.name} was looked at", mark.unlink)
+    first_alone("the output was looked at", mark.unlink)
     if len(blind):
         raise SettingsError(
             f"processes {blind.tolist()} do not see what process 0 writes in {folder}: give an output on a disk that "

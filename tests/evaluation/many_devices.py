@@ -10,21 +10,18 @@ from cocoa_jax.config import MeshConfig
 from cocoa_jax.embedder import Embedder, default_settings
 from cocoa_jax.training.mesh import mesh_here
 
-MESHES = {"fsdp": MeshConfig(data=1, fsdp=8), "cube": MeshConfig(data=2, fsdp=2, tensor=2)}
+MESH = MeshConfig(data=1, fsdp=8)
 
 
 def main(checkpoint: str, items: str) -> None:
     assert jax.device_count() == 8
-    found = {}
+    assert mesh_here(MESH) == MESH
     settings = default_settings(checkpoint)
-    for name, mesh in MESHES.items():
-        assert mesh_here(mesh) == mesh
-        compute = dataclasses.replace(settings.compute, chunk_rows=1 if name == "cube" else None)
-        embedder = Embedder(checkpoint, dataclasses.replace(settings, mesh=mesh, compute=compute))
-        table = embedder._params["text"]["embed"]["table"]
-        shares = len({str(shard.index) for shard in table.addressable_shards})
-        found[name] = {"rows": embedder.embed(json.loads(items)).tolist(), "shares": shares}
-    json.dump(found, sys.stdout)
+    compute = dataclasses.replace(settings.compute, chunk_rows=1)  # a device has two
+    embedder = Embedder(checkpoint, dataclasses.replace(settings, mesh=MESH, compute=compute))
+    table = embedder._params["text"]["embed"]["table"]
+    shares = len({str(shard.index) for shard in table.addressable_shards})
+    json.dump({"rows": embedder.embed(json.loads(items)).tolist(), "shares": shares}, sys.stdout)
 
 
 if __name__ == "__main__":

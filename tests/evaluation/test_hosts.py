@@ -27,9 +27,8 @@ def test_eight_devices_that_share_the_weights_give_the_embeddings_of_one(trained
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     found, want = json.loads(ended.stdout), Embedder.load(trained).embed(items)
-    assert {name: one["shares"] for name, one in found.items()} == {"fsdp": 8, "cube": 4}
-    for name, one in found.items():
-        np.testing.assert_allclose(one["rows"], want, atol=2e-6, err_msg=name)  # float32 sums in another order
+    assert found["shares"] == 8
+    np.testing.assert_allclose(found["rows"], want, atol=2e-6)  # float32 sums in another order
 
 
 def start(number: int, address: str, *words: object) -> subprocess.Popen:
@@ -56,7 +55,7 @@ def test_two_processes_score_as_one_and_only_the_first_writes(trained, own_sets,
     words = ("--checkpoint", trained, "--tasks", own_sets, "--output")
     first, second = run_two((*words, tmp_path / "two"), (*words, tmp_path / "two"))
     assert first[0] == second[0] == 0, (first[2], second[2])
-    assert "report: " in first[1] and not second[1]
+    assert "report: " in first[1] and "report: " not in second[1]
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     alone = evaluate_sets(trained, tmp_path / "one", named_sets(str(own_sets), None))
     for name, one in alone["sets"].items():
