@@ -47,7 +47,7 @@ class DataConfig:
         rows: shapes of a batch.
         visibility: what tokens see.
         masking: what is hidden in stages 1 and 2; null in stage 3.
-        negatives: hard negatives of each record in stage 3.
+        negatives: hard negatives of each record in stage 3, or as many as it has: one that it lacks is no negative.
         interleave: in how many equal parts a batch of stage 3 is drawn, each from one data set.
         bad: what happens to records that cannot be used.
         decoded_mib: MiB of memory in which pictures stay decoded, for data that is seen many times and fits.
@@ -244,6 +244,10 @@ class EvaluateConfig:
         """How many tokens stand side by side in an embedding."""
         return tokens_of(self.pooling, self.tokens, len(self.processor.bridge_tokens))
 
+    def identity(self) -> dict[str, Any]:
+        """Plain values of all that an embedding depends on; over which devices the work is spread is no part of it."""
+        return {name: value for name, value in to_dict(self).items() if name != "mesh"}
+
     @property
     def compared_apart(self) -> int:
         """How many tokens of an embedding are compared one by one rather than as one row."""
@@ -258,12 +262,15 @@ class InitConfig:
 
 
 def evaluate_config_of(trained: Mapping[str, Any]) -> EvaluateConfig:
-    """How a stage that was trained with these settings (``to_dict``) is to be read: the same pixels and visibility."""
+    """How a stage that was trained with these settings (``to_dict``) is to be read: the same pixels and visibility.
+
+    Weights lie on the devices as in training: where they did not fit one device, they do not now.
+    """
     data = trained["data"]
     fields = {"processor": data["processor"], "rows": data["rows"], "visibility": data["visibility"]}
     # Stages that were trained before there was a choice have none of these.
     chosen = {name: trained["contrastive"][name] for name in ("pooling", "tokens") if name in trained["contrastive"]}
-    return parse(EvaluateConfig, {**fields, "compute": trained["compute"], **chosen})
+    return parse(EvaluateConfig, {**fields, "compute": trained["compute"], "mesh": trained["mesh"], **chosen})
 
 
 def parse(kind: type[Config], values: Mapping[str, Any]) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
-from cocoa_jax.config import EvaluateConfig, evaluate_config_of
+from cocoa_jax.config import EvaluateConfig, MeshConfig, evaluate_config_of
 from cocoa_jax.data.packing import RowsConfig
 from cocoa_jax.data.pipeline import embedding_rows
 from cocoa_jax.data.pixels import ImageError, decode, open_image
@@ -25,9 +26,10 @@ from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.data.sources import Content, Image
 from cocoa_jax.models.qwen2_vl import Params, bind, graph_of
-from cocoa_jax.objectives.embedding import embed_examples
+from cocoa_jax.objectives.embedding import embed_in_chunks
 from cocoa_jax.objectives.similarity import truncated
-from cocoa_jax.training.mesh import batch_shards, make_mesh, replicated
+from cocoa_jax.training.hosts import row_share
+from cocoa_jax.training.mesh import batch_shards, make_mesh, mesh_here, replicated
 from cocoa_jax.training.place import place
 from cocoa_jax.training.sharding import param_shardings
 
@@ -48,8 +50,9 @@ class Embedder:
         backbone = open_backbone(folder)
         self.settings = settings
         self._mesh = make_mesh(settings.mesh)
-        # Shared evenly by the devices that are here, whatever the config was written for.
-        self._rows = settings.rows.divisible_by(batch_shards(self._mesh))
+        # Shared evenly by the devices that are here, and by their chunks, whatever the config was written for.
+        chunk = settings.compute.chunk_rows
+        self._rows = settings.rows.divisible_by(batch_shards(self._mesh) * (chunk or 1))
         self._processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
         graph, shapes = graph_of(backbone.config, settings.compute)
         shardings = param_shardings({"backbone": shapes}, self._mesh)["backbone"]
@@ -58,8 +61,11 @@ class Embedder:
         kept, width = settings.kept_tokens, settings.width
 
         def embed(params: Params, batch: Mapping[str, Array]) -> Array:
-            rows = embed_examples(bind(graph, params), batch, settings.pooling, settings.tokens)
-            return rows if width is None else truncated(rows, width, kept)
+            # The model asks the mesh in use how rows and heads are shared.
+            with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+                model = bind(graph, params)
+                rows, _ = embed_in_chunks(lambda _: model, batch, chunk, settings.pooling, settings.tokens)
+                return rows if width is None else truncated(rows, width, kept)
 
         self.width = kept * (backbone.config.text.width if width is None else width)
         self._embed: Callable[..., Any] = jax.jit(embed, out_shardings=replicated(self._mesh))
@@ -94,8 +100,8 @@ class Embedder:
             tick: told how many more are done, for a bar of one's own.
         """
         out = np.zeros((len(contents), self.width), np.float32)
-        processes = jax.process_index(), jax.process_count()
-        rows = embedding_rows(contents, self._processor, self._rows, self.settings.visibility, *processes)
+        share, visibility = row_share(self._mesh), self.settings.visibility
+        rows = embedding_rows(contents, self._processor, self._rows, visibility, share.index, share.count)
         with tqdm(total=len(contents), desc="embed", unit="item", disable=not progress, leave=False) as bar:
             for batch, held in rows:
                 batch["example"] = np.arange(held.size, dtype=np.int32)
@@ -109,10 +115,14 @@ class Embedder:
 
 
 def default_settings(folder: str | Path) -> EvaluateConfig:
-    """How a folder wants to be read: as it was trained, or by the checkpoint's own limits."""
+    """How a folder wants to be read: as it was trained, or, where that was not here, at the size of the method.
+
+    Parameters lie on the devices as in training where those that are here allow it, else they are shared by all.
+    """
     backbone = open_backbone(folder)
     if backbone.trained and (trained_with := read_metadata(folder)["config"]) is not None:
-        return evaluate_config_of(trained_with)
+        settings = evaluate_config_of(trained_with)
+        return dataclasses.replace(settings, mesh=mesh_here(settings.mesh))
     # Pictures of up to 448 x 448 pixels, as the method trains on; dense attention over larger rows needs gigabytes.
     units = 256
     rows = RowsConfig(
@@ -122,7 +132,7 @@ def default_settings(folder: str | Path) -> EvaluateConfig:
         masked_per_row=16,
     )
     side = 28
-    return EvaluateConfig(ProcessorConfig(None, units * side**2, units - 8), rows)
+    return EvaluateConfig(ProcessorConfig(None, units * side**2, units - 8), rows, mesh=MeshConfig(data=1, fsdp=-1))
 
 
 def read_item(item: Item, name: str) -> Content:

@@ -29,8 +29,9 @@ from cocoa_jax.data.prompts import INSTRUCTIONS, plain
 from cocoa_jax.data.sources import load_pictures
 from cocoa_jax.evaluation.collect import REPORT, build_report
 from cocoa_jax.evaluation.set_page import write_set_report
-from cocoa_jax.evaluation.sets import evaluate_sets, named_sets
+from cocoa_jax.evaluation.sets import MMEB, Sets, evaluate_sets, named_sets
 from cocoa_jax.models.qwen2_vl import abstract_params
+from cocoa_jax.training.hosts import first_alone, join
 from cocoa_jax.training.loop import train
 
 PICTURES = "pictures"
@@ -86,7 +87,7 @@ def stage_configs(recipe: Recipe, steps: tuple[int, ...] | None = None) -> list[
     """The settings of every stage with its folders.
 
     Args:
-        steps: of each stage, in place of its own; warm-up then takes half of them at most.
+        steps: of each stage, in place of its own (no epochs are counted); warm-up then takes half of them at most.
 
     Raises:
         SettingsError: settings that are unknown or contradict each other.
@@ -96,14 +97,13 @@ def stage_configs(recipe: Recipe, steps: tuple[int, ...] | None = None) -> list[
         raise SettingsError(f"{len(steps)} numbers of steps for {len(recipe.stages)} stages: give one a stage")
     for number, (name, settings) in enumerate(recipe.stages.items()):
         output = str(Path(recipe.output) / name)
-        config = _stage_config(recipe, {**settings, "checkpoint": before, "output": output})
+        settings = {**settings, "checkpoint": before, "output": output}
+        if steps is not None:
+            settings = {**settings, "loop": {**settings.get("loop", {}), "steps": steps[number]}, _EPOCHS: None}
+        config = _stage_config(recipe, settings)
         if steps is not None:
             warmup = min(config.optimizer.warmup_steps, steps[number] // 2)
-            config = dataclasses.replace(
-                config,
-                loop=dataclasses.replace(config.loop, steps=steps[number]),
-                optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup),
-            )
+            config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup))
         configs.append(dataclasses.replace(config, seed=config.seed + 1000 * recipe.seed))
         before = output
     return configs
@@ -115,7 +115,7 @@ def run_recipe(recipe: Recipe, steps: tuple[int, ...] | None = None) -> Path | N
     Raises:
         SettingsError: a folder that was made with other settings; whatever training and scoring raise.
     """
-    configs = stage_configs(recipe, steps)
+    configs, sets = stage_configs(recipe, steps), scored_sets(recipe)
     folder = Path(recipe.output)
     if recipe.init is not None and not (folder / "backbone").is_dir():
         settings = recipe.init.backbone
@@ -123,15 +123,35 @@ def run_recipe(recipe: Recipe, steps: tuple[int, ...] | None = None) -> Path | N
     for config in configs:
         if not is_done(config):
             train(config)
-    if recipe.tasks is None:
-        return None
     if recipe.tasks == PICTURES:
         return build_report(folder, tuple(recipe.stages))
-    if recipe.evaluation_data is None:
+    if sets is None:
         return None
-    last = configs[-1].output
-    results = evaluate_sets(last, folder / EVALUATION, named_sets(recipe.tasks, recipe.evaluation_data))
-    return write_set_report(folder / EVALUATION / REPORT, {folder.name: results})
+    join(configs[-1].distributed)  # where no stage was left to train, which joins too
+    results = evaluate_sets(configs[-1].output, folder / EVALUATION, sets)
+    page = folder / EVALUATION / REPORT
+    first_alone("report", lambda: write_set_report(page, {folder.name: results}))
+    return page
+
+
+def scored_sets(recipe: Recipe) -> Sets | None:
+    """The sets that the last stage is scored on; None where that is nothing, or the embedded pictures.
+
+    Raises:
+        SettingsError: sets that are not there.
+    """
+    if recipe.tasks in (None, PICTURES) or (recipe.tasks == MMEB and recipe.evaluation_data is None):
+        return None
+    return named_sets(str(recipe.tasks), recipe.evaluation_data)
+
+
+def write_stages(recipe: Recipe, folder: str | Path, steps: tuple[int, ...] | None = None) -> list[Path]:
+    """The settings of every stage as a file for `cocoa train` and `cocoa plan`; nothing is run."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = [Path(folder) / f"{name}.yaml" for name in recipe.stages]
+    for path, config in zip(paths, stage_configs(recipe, steps), strict=True):
+        path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    return paths
 
 
 def is_done(config: TrainConfig) -> bool:

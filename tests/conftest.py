@@ -26,6 +26,22 @@ def golden() -> Path:
     return Path(__file__).parent / "golden"
 
 
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """call(*arguments) -> exit status of `cocoa`, what went to stdout, what went to stderr."""
+    from cocoa_jax import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = 0
+        try:
+            cli.main([str(part) for part in arguments])
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2-VL of 75 thousand parameters in Hugging Face form; not to be written to."""

@@ -21,21 +21,6 @@ def names(verbs, before=()):
 COMMANDS = list(names(cli.commands()))
 
 
-@pytest.fixture
-def call(capsys):
-    """call(*arguments) -> exit status, what went to stdout, what went to stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        status = 0
-        try:
-            cli.main([str(part) for part in arguments])
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def assert_one_line(outcome: tuple[int, str, str], *words: str) -> None:
     status, said, told = outcome
     assert status not in (0, None) and not said

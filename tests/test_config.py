@@ -9,6 +9,7 @@ import yaml
 
 from cocoa_jax.config import (
     InitConfig,
+    MeshConfig,
     SettingsError,
     TrainConfig,
     differences,
@@ -95,13 +96,14 @@ def test_a_file_that_is_no_settings_is_refused(tmp_path, text):
 
 
 def test_a_trained_stage_is_read_as_it_was_trained(values):
-    config = parse(TrainConfig, values)
+    config = parse(TrainConfig, {**values, "mesh": {"data": 1, "fsdp": 8}})
     read = evaluate_config_of(json.loads(json.dumps(to_dict(config))))
-    assert (read.processor, read.rows, read.visibility, read.compute) == (
+    assert (read.processor, read.rows, read.visibility, read.compute, read.mesh) == (
         config.data.processor,
         config.data.rows,
         config.data.visibility,
         config.compute,
+        MeshConfig(data=1, fsdp=8),
     )
 
 

@@ -18,7 +18,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
     return [part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("cocoa ")]
 
 

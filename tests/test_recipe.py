@@ -14,6 +14,7 @@ import yaml
 from cocoa_jax import cli, recipe
 from cocoa_jax.config import SettingsError, TrainConfig, load_config, named_config, to_dict
 from cocoa_jax.recipe import Recipe, is_done, read_recipe, run_recipe, stage_configs
+from cocoa_jax.training.mesh import mesh_sizes
 
 RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
 PICTURES = sorted(path.stem for path in (RECIPES / "pictures").glob("*.yaml"))
@@ -52,30 +53,101 @@ def test_a_recipe_is_a_chain_of_stages(name, no_data):
     for config in configs:
         assert config.checkpoint == before and config.batches().stage == config.stage
         before = config.output
-    last = configs[-1]
-    assert last.data.visibility.attention == ("causal" if kind == "causal" else "bidirectional")
-    if kind == "moca":
-        first = configs[0]
-        assert (first.data.masking.text_ratio, first.data.masking.shift) == (0.4, False)
-        assert (first.warmup.mae_weight, first.warmup.noise, last.contrastive.temperature) == (0.1, "shared", 0.03)
-    elif configs[0].stage == "warmup":
-        assert configs[0].data.masking.shift and configs[0].warmup.noise == "unit"
 
 
-@pytest.mark.parametrize("backbone", ["qwen2_vl_2b", "qwen2_5_vl_3b", "qwen2_5_vl_7b"])
-def test_the_method_has_the_papers_hyper_parameters(backbone, no_data):
-    one, two, three = stage_configs(read_recipe(RECIPES / f"cocoa_{backbone}.yaml"))
-    assert [c.loop.steps for c in (one, two, three)] == [3000, 200, 2000]  # two epochs of 6,400 records by 64
-    assert [c.data.rows.batch_size for c in (one, two, three)] == [128, 64, 1024]
-    assert [c.optimizer.warmup_steps for c in (one, two, three)] == [100, 100, 200]
-    assert {
-        (c.optimizer.learning_rate, c.optimizer.schedule, c.lora.rank, c.lora.alpha) for c in (one, two, three)
-    } == {(2e-5, "linear", 8, 64)}
-    side = 448 if backbone == "qwen2_vl_2b" else 336
-    sizes = [c.data.processor.resolution for c in (one, two, three)]
-    assert sizes == [f"square:{side}", "square:448", "square:672"]
-    assert (one.data.masking.text_ratio, one.data.masking.image_ratio, one.warmup.mae_weight) == (0.2, 0.5, 0.5)
-    assert two.data.masking.text_ratio == 0.7 and three.contrastive.temperature == 0.02
+EVERYWHERE = {
+    "data.visibility.attention": "bidirectional", "data.visibility.strict_bridge": False, "data.interleave": 1,
+    "data.processor.positions": "mrope", "data.processor.mask_token": "<|mask|>",
+    "data.processor.bridge_tokens": ["<|im_end|>"], "optimizer.learning_rate": 2e-5, "optimizer.schedule": "linear",
+    "optimizer.b1": 0.9, "optimizer.b2": 0.999, "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.0,
+    "optimizer.clip": 1.0, "optimizer.head_rate": 1.0, "optimizer.ema": None,
+    "lora.rank": 8, "lora.alpha": 64.0, "lora.dropout": 0.1, "lora.dora": True, "lora.dora_dropout": "peft",
+    "lora.tokens": True, "lora.targets": [
+        r"text\.layers\.attention\.[qkvo]_proj", r"text\.layers\.mlp\.(gate|up|down)_proj",
+        r"vision\.layers\.attention\.qkv", r"vision\.layers\.mlp\.(fc1|fc2|gate_proj|up_proj|down_proj)",
+    ],
+}  # fmt: skip
+PAPER = {
+    "warmup": {
+        "loop.steps": 3000, "data.rows.batch_size": 128, "optimizer.warmup_steps": 100, "data.masking.shift": True,
+        "data.masking.text_ratio": 0.2, "data.masking.image_ratio": 0.5, "data.masking.final_text_ratio": None,
+        "data.masking.final_image_ratio": None, "warmup.mae_weight": 0.5, "warmup.noise": "unit", "data.negatives": 0,
+    },
+    "bridge": {  # two epochs of 6,400 records by 64
+        "loop.steps": 200, "data.rows.batch_size": 64, "optimizer.warmup_steps": 100, "data.masking.shift": True,
+        "data.masking.text_ratio": 0.7, "data.masking.image_ratio": 0.0, "data.masking.final_text_ratio": None,
+        "data.masking.final_image_ratio": None, "data.processor.resolution": "square:448", "data.negatives": 0,
+    },
+    "contrastive": {
+        "loop.steps": 2000, "data.rows.batch_size": 1024, "optimizer.warmup_steps": 200, "data.masking": None,
+        "data.processor.resolution": "square:672", "contrastive.temperature": 0.02, "data.negatives": 0,
+        "contrastive.first_temperature": None, "contrastive.symmetric": False, "contrastive.pooling": "bridge",
+        "contrastive.tokens": "concatenated", "contrastive.widths": [], "contrastive.hardness": 0.0,
+        "contrastive.false_negatives": False,
+    },
+}  # fmt: skip
+FIRST_RESOLUTION = {"qwen2_vl_2b": "square:448", "qwen2_5_vl_3b": "square:336", "qwen2_5_vl_7b": "square:336"}
+OTHERWISE = {
+    ("causal", "contrastive"): {"data.visibility.attention": "causal"},
+    ("moca", "warmup"): {
+        "data.masking.text_ratio": 0.4, "data.masking.shift": False, "warmup.mae_weight": 0.1, "warmup.noise": "shared",
+        "optimizer.learning_rate": 2e-6,
+    },
+    ("moca", "contrastive"): {
+        "contrastive.temperature": 0.03, "data.negatives": 2, "optimizer.learning_rate": 2e-6,
+    },
+}  # fmt: skip
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    """Every setting by its whole name, groups of them too."""
+    found = {prefix + name: value for name, value in values.items()}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
+    return found
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_has_the_published_hyper_parameters(name, no_data):
+    kind, backbone = name.split("_qwen")[0], "qwen" + name.split("_qwen")[1]
+    for config in stage_configs(read_recipe(RECIPES / f"{name}.yaml")):
+        wanted = EVERYWHERE | PAPER[config.stage] | OTHERWISE.get((kind, config.stage), {})
+        if config.stage == "warmup":
+            wanted["data.processor.resolution"] = FIRST_RESOLUTION[backbone]
+        if kind == "moca":  # all weights are trained
+            wanted = {key: value for key, value in wanted.items() if not key.startswith("lora.")} | {"lora": None}
+        have = flat(to_dict(config))
+        assert {key: have[key] for key in wanted} == wanted
+
+
+# What a recipe has otherwise than the planned stage, of all that decides memory and time.
+TALLER = [[32, 1280, 4096], [48, 1280, 4096]], [[32, 1280, 2304], [48, 1280, 2304]]
+UNPLANNED = {
+    # Texts of up to 512 tokens in place of 60: more rows where they are long, more hidden tokens in one of them.
+    "warmup": {"data.rows.shapes": TALLER[0], "data.rows.masked_per_row": 256},
+    "bridge": {"compute.chunk_rows": 1},  # nothing on 16 devices but where long texts take more rows
+    # 672 x 672 pixels in place of 448 x 448: two pictures a row in place of four.
+    "contrastive": {"data.rows.shapes": [[512, 1280, 4608], [768, 1280, 4608], [1024, 1280, 4608]]},
+    "moca": {"data.rows.shapes": [[512, 1280, 4608], [1024, 1280, 4608], [2048, 1280, 4608]], "data.negatives": 2},
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_stage_is_computed_as_it_was_planned(name, no_data):
+    """Against configs/pods, on the 16 devices of a v5e:4x4."""
+    kind, larger = name.split("_qwen")[0], "qwen2_5" in name
+    read = read_recipe(RECIPES / f"{name}.yaml")
+    for folder, config in zip(read.stages, stage_configs(read), strict=True):
+        pods = load_config(TrainConfig, named_config(f"pods/{folder}-{'lora' if config.lora else 'full'}.yaml"))
+        have, planned = flat(to_dict(config)), flat(to_dict(pods))
+        parts = [key for key in have if key.startswith(("compute.", "lora.", "data.rows.")) or key in (
+            "lora", "data.threads", "data.workers", "data.decoded_mib", "data.negatives", "optimizer.ema")]  # fmt: skip
+        wanted = dict(UNPLANNED["moca" if (kind, config.stage) == ("moca", "contrastive") else config.stage])
+        if larger:  # no room for the products of all layers; stage 1 shows pictures of 336 x 336 pixels
+            wanted["compute.remat"] = "full"
+            wanted |= {"data.rows.shapes": TALLER[1]} if config.stage == "warmup" else {}
+        assert {key: have[key] for key in parts if have[key] != planned[key]} == wanted
+        assert mesh_sizes(config.mesh, 16) == mesh_sizes(pods.mesh, 16)
 
 
 def test_the_demo_is_the_first_recipe_with_the_settings_of_its_files():
@@ -89,6 +161,36 @@ def test_the_demo_is_the_first_recipe_with_the_settings_of_its_files():
         before = name
     shorter = stage_configs(read_recipe(RECIPES / "pictures" / "cocoa.yaml"), (10, 10, 80))
     assert [(c.loop.steps, c.optimizer.warmup_steps) for c in shorter] == [(10, 5), (10, 5), (80, 15)]
+
+
+def test_the_stages_of_a_recipe_are_files(tmp_path, call):
+    """For `cocoa train` and `cocoa plan`; where steps are given, no data are counted, nor needed."""
+    name = RECIPES / "cocoa_qwen2_vl_2b.yaml"
+    status, said, _ = call("run", name, "--write", tmp_path, "--steps", "3000,9375,2000")
+    stages = stage_configs(read_recipe(name), (3000, 9375, 2000))
+    assert status == 0 and len(stages) == 3
+    assert [load_config(TrainConfig, path) for path in said.split()] == stages
+    assert [stage.loop.steps for stage in stages] == [3000, 9375, 2000] and not Path(stages[0].output).exists()
+
+
+@pytest.mark.parametrize("steps", ["10,x", "10,0", "", "3,-1", "1.5"])
+def test_steps_that_are_none_are_one_line(steps, call):
+    status, _, told = call("run", RECIPES / "pictures" / "no_bridge.yaml", "--steps", steps)
+    assert (status, told) == (1, f"cocoa: --steps is {steps!r}: give a whole number from 1 for each stage, by commas\n")
+
+
+def test_what_it_is_scored_on_is_looked_for_before_it_is_trained(tiny, monkeypatch, call, tmp_path):
+    trained = []
+    monkeypatch.setattr(recipe, "train", trained.append)
+    values = yaml.safe_load(tiny.read_text())
+    tiny.write_text(yaml.safe_dump({**values, "tasks": "mmeb-v1"}, sort_keys=False))
+    status, _, told = call("run", tiny, "--evaluation_data", tmp_path / "nowhere")
+    assert status == 1 and "36 of 36 sets are not in" in told and not trained
+    status, said, told = call("run", tiny)
+    assert status == 0 and said.startswith("done: ") and len(trained) == 2
+    assert told == "cocoa: this run will not be scored: give --evaluation_data, the data of mmeb-v1\n"
+    (tmp_path / "sets.yaml").write_text("sets: {a: {format: classes, path: a}}\n")
+    assert recipe.scored_sets(dataclasses.replace(read_recipe(tiny), tasks=str(tmp_path / "sets.yaml"))).keys() == {"a"}
 
 
 @pytest.fixture

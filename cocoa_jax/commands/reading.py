@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from cocoa_jax.commands.command import Command
-from cocoa_jax.config import EvaluateConfig, SettingsError, load_config
+from cocoa_jax.config import DistributedConfig, EvaluateConfig, SettingsError, load_config
 from cocoa_jax.demo import STAGES
 from cocoa_jax.embedder import embed_file
 from cocoa_jax.evaluation.collect import REPORT as PAGE
@@ -17,8 +17,10 @@ from cocoa_jax.evaluation.run import evaluate, summary
 from cocoa_jax.evaluation.set_page import read_runs, write_set_report
 from cocoa_jax.evaluation.set_tables import markdown
 from cocoa_jax.evaluation.sets import MMEB, evaluate_sets, named_sets
+from cocoa_jax.training.hosts import is_first, join
 
 PICTURES = "pictures"
+SPLITS = "test_seen,test_unseen"
 CHECKPOINT_HELP = "a trained stage or a Hugging Face folder"
 
 
@@ -29,22 +31,28 @@ def _evaluate_options(parser: ArgumentParser) -> None:
     parser.add_argument("--data", default=None, help="folder of MMEB-eval, or where the paths of the YAML begin")
     parser.add_argument("--sets", default="", help="only these of the tasks, by commas")
     parser.add_argument("--settings", default=None, help="YAML of how to read pixels and text; default: as in training")
-    parser.add_argument("--splits", default="test_seen,test_unseen", help="of validation, test_seen, test_unseen")
+    parser.add_argument("--splits", default=None, help=f"of validation, test_seen, test_unseen; default: {SPLITS}")
     parser.add_argument("--untrained", default=None, help="model to compare with; default: where training began")
+    parser.add_class_arguments(DistributedConfig, "distributed", help="the processes of one evaluation, one a host")
 
 
 def _evaluate(given: Namespace) -> None:
+    join(DistributedConfig(**vars(given.distributed)))
     settings = load_config(EvaluateConfig, given.settings) if given.settings else None
     if given.tasks == PICTURES:
         if given.sets or given.data:
             raise SettingsError("--sets and --data are not for the embedded pictures: name other tasks by --tasks")
-        done = evaluate(given.checkpoint, given.output, given.splits.split(","), given.untrained, settings)
-        sys.stdout.write(summary(done.results) + "\n")
+        done = evaluate(given.checkpoint, given.output, (given.splits or SPLITS).split(","), given.untrained, settings)
+        if is_first():
+            sys.stdout.write(summary(done.results) + "\n")
         return
+    if given.splits is not None or given.untrained is not None:
+        raise SettingsError("--splits and --untrained are for the embedded pictures alone: leave them out")
     sets = named_sets(given.tasks, given.data, [name for name in given.sets.split(",") if name])
     results = evaluate_sets(given.checkpoint, given.output, sets, settings)
-    page = write_set_report(Path(given.output) / PAGE, {str(given.checkpoint): results})
-    sys.stdout.write(f"{markdown({str(given.checkpoint): results})}\nreport: {page}\n")
+    if is_first():
+        page = write_set_report(Path(given.output) / PAGE, {str(given.checkpoint): results})
+        sys.stdout.write(f"{markdown({str(given.checkpoint): results})}\nreport: {page}\n")
 
 
 def _embed_options(parser: ArgumentParser) -> None:

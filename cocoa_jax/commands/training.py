@@ -7,10 +7,18 @@ import sys
 from jsonargparse import ArgumentParser, Namespace
 
 from cocoa_jax.commands.command import Command, fields
-from cocoa_jax.config import InitConfig, TrainConfig
+from cocoa_jax.config import InitConfig, SettingsError, TrainConfig
 from cocoa_jax.demo import SCALES, run_demo
 from cocoa_jax.evaluation.run import read_results, summary
-from cocoa_jax.recipe import Recipe, make_picture_backbone, read_recipe, run_recipe
+from cocoa_jax.recipe import (
+    PICTURES,
+    Recipe,
+    make_picture_backbone,
+    read_recipe,
+    run_recipe,
+    scored_sets,
+    write_stages,
+)
 from cocoa_jax.training.loop import train
 
 
@@ -33,6 +41,9 @@ def _run_options(parser: ArgumentParser) -> None:
     parser.add_argument("--evaluation_data", default=None, help="a clone of MMEB-eval; without it nothing is scored")
     parser.add_argument("--seed", type=int, default=None, help="added to the seeds of the backbone and the stages")
     parser.add_argument("--steps", default=None, help="of each stage, by commas, to try a recipe")
+    parser.add_argument(
+        "--write", default=None, help="folder for a file of each stage, for train and plan; runs nothing"
+    )
 
 
 def _run(given: Namespace) -> None:
@@ -41,10 +52,22 @@ def _run(given: Namespace) -> None:
     values = {**vars(recipe), **{name: given[name] for name in names if given[name] is not None}}
     if given.checkpoint is not None:
         values["init"] = None
-    steps = given.steps and tuple(int(number) for number in given.steps.split(","))
+    steps = None if given.steps is None else _steps(given.steps)
     recipe = Recipe(**values)
+    if given.write is not None:
+        sys.stdout.write("".join(f"{path}\n" for path in write_stages(recipe, given.write, steps)))
+        return
+    if recipe.tasks not in (None, PICTURES) and scored_sets(recipe) is None:
+        sys.stderr.write(f"cocoa: this run will not be scored: give --evaluation_data, the data of {recipe.tasks}\n")
     report = run_recipe(recipe, steps)
     sys.stdout.write(f"{f'report: {report}' if report else f'done: {recipe.output}'}\n")
+
+
+def _steps(given: str) -> tuple[int, ...]:
+    numbers = given.split(",")
+    if not all(number.strip().isdecimal() and int(number) for number in numbers):
+        raise SettingsError(f"--steps is {given!r}: give a whole number from 1 for each stage, by commas")
+    return tuple(map(int, numbers))
 
 
 def _init_options(parser: ArgumentParser) -> None:

@@ -19,7 +19,7 @@ class BatchConfig:
 
     Args:
         masking: what to hide; None in stage 3.
-        negatives: hard negatives taken from each record of stage 3.
+        negatives: hard negatives taken from each record of stage 3, fewer from one that has fewer.
         interleave: stage 3, in how many equal parts a batch is drawn, each from one source.
         bad: what happens to records that cannot be used.
         steps: length of the run, over which mask ratios may move.

@@ -74,9 +74,10 @@ class BatchBuilder:
         slots = config.rows.examples_per_row
         batch = write_rows(examples, local, self.processor, shape, slots, config.visibility, truncated=bridge)
         hide(batch, config, self.processor, examples, local, hidden, self.seed, step)
-        batch["example"] = flat_index(rows, len(examples), slots)
+        held = held_places([len(one.examples) - 2 for one in taken], config.negatives)
+        batch["example"] = in_places(flat_index(rows, len(examples), slots), held)
         if config.stage == "contrastive":
-            batch |= _keys(taken, config.negatives)
+            batch |= _keys(taken, held)
         kind = int(draws[0, 0]) if config.stage == "contrastive" and config.interleave == 1 else -1
         extra = 0 if shape in config.rows.shapes else shape.rows - config.rows.widest.rows
         tokens, patches, _ = lengths.sum(axis=0)
@@ -150,21 +151,38 @@ def flat_index(rows: Sequence[Sequence[int]], total: int, per_row: int) -> Int32
     return flat
 
 
-def numbered_keys(targets: np.ndarray, shown: np.ndarray, nothing: object, records: int) -> Arrays:
+def held_places(counts: Sequence[int], negatives: int) -> Bool[np.ndarray, "N K"]:
+    """Which of the ``negatives`` K places of each record hold a hard negative, by how many there are of each."""
+    return np.arange(negatives) < np.asarray(counts)[:, None]
+
+
+def in_places(values: Int32[np.ndarray, " x"], held: Bool[np.ndarray, "N K"]) -> Int32[np.ndarray, " X"]:
+    """What examples have, those of the hard negatives last, with -1 in the places that hold none.
+
+    So the number of examples of a batch is that of its settings, however many negatives its records have.
+    """
+    first = len(values) - int(held.sum())
+    places = np.full(held.size, -1, np.int32)
+    places[held.ravel()] = values[first:]
+    return np.concatenate([values[:first], places])
+
+
+def numbered_keys(targets: np.ndarray, shown: np.ndarray, nothing: object, held: Bool[np.ndarray, "N K"]) -> Arrays:
     """Numbers in place of keys, equal where the keys are, for the loss to know who is no negative of whom.
 
     Args:
         targets: keys of the targets of all records, then those of wrong targets.
         shown: keys of the queries' pictures, ``nothing`` for none.
+        held: see ``held_places``.
     """
-    numbers = np.unique(targets, return_inverse=True)[1].astype(np.int32)
+    numbers = in_places(np.unique(targets, return_inverse=True)[1].astype(np.int32), held)
     pictures = np.where(shown == nothing, -1, np.unique(shown, return_inverse=True)[1]).astype(np.int32)
-    keys = {"target_key": numbers[:records], "image_key": pictures}
-    return keys | {"negative_key": numbers[records:]} if len(targets) > records else keys
+    keys = {"target_key": numbers[: len(held)], "image_key": pictures}
+    return keys | {"negative_key": numbers[len(held) :]} if held.size else keys
 
 
-def _keys(taken: Sequence[Taken], negatives: int) -> Arrays:
+def _keys(taken: Sequence[Taken], held: Bool[np.ndarray, "N K"]) -> Arrays:
     records = [one.record for one in taken]
-    wrong = [content_key(content) for record in records for content in record.negatives[:negatives]]
+    wrong = [content_key(content) for record in records for content in record.negatives[: held.shape[1]]]
     targets = np.array([*(record.target_key for record in records), *wrong])
-    return numbered_keys(targets, np.array([record.image_key for record in records]), "", len(records))
+    return numbered_keys(targets, np.array([record.image_key for record in records]), "", held)

@@ -107,7 +107,9 @@ def arranged(taken: Sequence[Taken]) -> dict[int, Example]:
 
 
 def examples_of(record: Record, config: BatchConfig, processor: Processor) -> tuple[Example, ...]:
-    """The examples of a record: one to reconstruct, or query, target and negatives; nothing is decoded.
+    """The examples of a record: one to reconstruct, or query, target and up to so many negatives.
+
+    Nothing is decoded.
 
     Raises:
         ExampleError, ImageError, PackingError: naming the record that cannot become an example.
@@ -118,11 +120,6 @@ def examples_of(record: Record, config: BatchConfig, processor: Processor) -> tu
     if config.stage == "bridge":
         build = partial(processor.bridge, pictures=config.rebuilds_pictures)
         return (_checked(record, rows, build, record.query, record.target),)
-    if len(record.negatives) < config.negatives:
-        raise ExampleError(
-            f"{record.dataset} {record.id}: {len(record.negatives)} hard negatives, negatives is "
-            f"{config.negatives}: lower it or leave the record out"
-        )
     contents = (record.query, record.target, *record.negatives[: config.negatives])
     return tuple(_checked(record, rows, processor.embedding, content) for content in contents)
 

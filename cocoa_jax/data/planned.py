@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
-from cocoa_jax.data.batches import choose, flat_index, hide, numbered_keys
+from cocoa_jax.data.batches import choose, flat_index, held_places, hide, in_places, numbered_keys
 from cocoa_jax.data.masking import Purpose
 from cocoa_jax.data.mixture import CappedSource, NamedSource
 from cocoa_jax.data.packing import PackingError, plan_batch, share
@@ -87,8 +88,8 @@ class PlannedBuilder:
         config = self.config
         window, turn = divmod(step, config.rows.window)
         draws, table, replaced = self._useful(draws, window)
-        owner, part = _arrangement(*table.shape[:2])
-        parts = table[owner, part]
+        owner, part = _arrangement([len(found) for found in table])
+        parts = np.stack([table[record][place] for record, place in zip(owner, part, strict=True)])
         allowed = {i: _allowed(*entry) for i, entry in enumerate(parts[:, [0, 2, 3]].tolist())}
         hidden, dropped = choose(config, allowed, self.seed, window)
         masked = [len(hidden.get(i, ())) for i in range(len(parts))]
@@ -102,11 +103,12 @@ class PlannedBuilder:
         batch = write_rows(examples, local, self.processor, shape, slots, config.visibility, truncated)
         hide(batch, config, self.processor, examples, local, hidden, self.seed, window)
         if config.rows.window == 1:
-            batch["example"] = flat_index(rows, len(parts), slots)
+            held = held_places([len(found) - 2 for found in table], config.negatives)
+            batch["example"] = in_places(flat_index(rows, len(parts), slots), held)
         else:  # their number varies and a batch must not; stages 1 and 2 never ask
             batch["example"] = np.full(shape.rows * slots, -1, np.int32)
         if config.stage == "contrastive":
-            batch |= self._keys(draws)
+            batch |= self._keys(draws, held)
         kind = int(draws[0, 0]) if config.stage == "contrastive" and config.interleave == 1 else -1
         extra = 0 if shape in config.rows.shapes else shape.rows - config.rows.widest.rows
         tokens, patches, _ = lengths[[i for row in plan for i in row]].sum(axis=0)
@@ -119,8 +121,8 @@ class PlannedBuilder:
         chosen = self._useful(draws, window)[0]
         return [self.intake.one(window, place, *map(int, draw)).record for place, draw in enumerate(chosen)]
 
-    def _useful(self, draws: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Draws and their stored lengths [N, x, 4]; others stand in for records of no use to the stage."""
+    def _useful(self, draws: np.ndarray, window: int) -> tuple[np.ndarray, list[np.ndarray], int]:
+        """Draws and the stored lengths [x, 4] of each; others stand in for records of no use to the stage."""
         config = self.config
         chosen, table, replaced = draws.copy(), [], 0
         for place, (kind, index) in enumerate(draws):
@@ -130,17 +132,17 @@ class PlannedBuilder:
                     rng = np.random.default_rng((self.seed, window, place, int(Purpose.RECORD), attempt))
                     index = int(rng.integers(len(self.intake.sources[kind])))
                 found = known.lengths.examples(known.stored(int(index)), config.stage, config.negatives)
-                if (found[:, 0] >= 0).all() and len(found) == (2 + config.negatives if config.masking is None else 1):
+                if (found[:, 0] >= 0).all():
                     break
                 replaced += 1
                 if config.bad.action == "stop" or attempt + 1 == _TRIES:
                     raise RecordError(
-                        f"{known.source.name} record {index} is of no use to stage {config.stage!r} (or has too few "
-                        "hard negatives): leave its data set out of the stage or set bad.action to skip"
+                        f"{known.source.name} record {index} is of no use to stage {config.stage!r}: "
+                        "leave its data set out of the stage or set bad.action to skip"
                     )
             chosen[place, 1] = index
             table.append(found)
-        return chosen, np.stack(table), replaced
+        return chosen, table, replaced
 
     def _read(
         self, draws: np.ndarray, window: int, wanted: list[tuple[int, int, int]], lengths: np.ndarray
@@ -162,24 +164,26 @@ class PlannedBuilder:
                 )
         return examples
 
-    def _keys(self, draws: np.ndarray) -> Arrays:
+    def _keys(self, draws: np.ndarray, held: Bool[np.ndarray, "N K"]) -> Arrays:
         targets, shown, wrong = [], [], []
-        for kind, index in draws:
+        for (kind, index), count in zip(draws, held.sum(axis=1), strict=True):
             known = self.lengths[kind]
             place, lengths = known.stored(int(index)), known.lengths
             first = int(lengths.first_negative[place])
             targets.append(lengths.keys[place, 0])
             shown.append(lengths.keys[place, 1])
-            wrong += lengths.negative_keys[first : first + self.config.negatives].tolist()
+            wrong += lengths.negative_keys[first : first + count].tolist()
         keys = np.array([*targets, *wrong], np.uint64)
-        return numbered_keys(keys, np.array(shown, np.uint64), np.uint64(0), len(draws))
+        return numbered_keys(keys, np.array(shown, np.uint64), np.uint64(0), held)
 
 
-def _arrangement(count: int, each: int) -> tuple[np.ndarray, np.ndarray]:
+def _arrangement(each: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Which record each example belongs to and which part it is of it: queries, targets, then wrong targets."""
-    first = min(each, 2)
-    owner = np.concatenate([np.tile(np.arange(count), first), np.repeat(np.arange(count), each - first)])
-    return owner, np.concatenate([np.repeat(np.arange(first), count), np.tile(np.arange(first, each), count)])
+    first = min(2, each[0])
+    order = [(record, part) for part in range(first) for record in range(len(each))]
+    order += [(record, part) for record, count in enumerate(each) for part in range(first, count)]
+    owner, part = np.array(order).T
+    return owner, part
 
 
 def _allowed(tokens: int, first: int, count: int) -> np.ndarray:

@@ -17,10 +17,12 @@ patch, E example slots, K bridge tokens, M hidden tokens at most; int32 unless s
                                        noise of each
     pool                        B E K  columns of each example's bridge tokens, -1 unused
     example                     X      place in the flat [B E] slots of all hosts' rows of each example of the global
-                                       batch; in stage 3 queries first, then their targets, then negatives
+                                       batch; in stage 3 queries first, then their targets, then as many places
+                                       for negatives of each record as the settings say, -1 where it has fewer
     target_key                  N      stage 3: equal numbers where two targets show the same thing
     image_key                   N      stage 3: equal numbers from 0 where two queries show the same pictures, -1 none
-    negative_key                X - 2N stage 3 with hard negatives: numbers that equal the target_key of the same thing
+    negative_key                X - 2N stage 3 with hard negatives: numbers that equal the target_key of the same thing,
+                                       -1 where there is none
     stats                       7      counts for the log, see ``pipeline.STATS``; not for the device
 """
 

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import numpy as np
 
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
-from cocoa_jax.config import EvaluateConfig, to_dict
+from cocoa_jax.config import EvaluateConfig
 from cocoa_jax.data.prompts import instructions_hash
 from cocoa_jax.data.sources import Content
 from cocoa_jax.embedder import Embedder, default_settings
 from cocoa_jax.evaluation.embeddings import Embeddings, load_embeddings, save_embeddings
 from cocoa_jax.evaluation.scorer import Score, score
 from cocoa_jax.evaluation.tasks import Task, picture_tasks
+from cocoa_jax.training.hosts import check_shared, first_alone
 
 RESULTS, EMBEDDINGS = "results.json", "embeddings.npz"
 
@@ -57,10 +59,12 @@ def evaluate(
         settings: how to read pixels and text; by default as in training.
 
     Raises:
-        ValueError: naming a split, folder or setting that does not exist, or embeddings that are not finite.
+        ValueError: naming a split, folder or setting that does not exist, embeddings that are not finite, or an output
+            that not all processes see.
     """
     began = time.perf_counter()
     output = Path(output)
+    check_shared(output)
     settings = default_settings(checkpoint) if settings is None else settings
     tasks = tuple(task for split in splits for task in picture_tasks(split))
     origin = first_ancestor(checkpoint) if untrained is None else Path(untrained)
@@ -70,12 +74,12 @@ def evaluate(
         "weights": [open_backbone(folder).fingerprint() for folder in (checkpoint, origin)],
         "splits": list(splits),
         "instructions": instructions_hash(),
-        **to_dict(settings),
+        **settings.identity(),
     }
     trained = load_embeddings(output / EMBEDDINGS, tasks, config)
     if trained is None:
         trained = embed_tasks(Embedder(checkpoint, settings), tasks)
-        save_embeddings(output / EMBEDDINGS, trained, config)
+        first_alone("embeddings", partial(save_embeddings, output / EMBEDDINGS, trained, config))
     elif (done := _read(output / RESULTS, config)) is not None:
         return Evaluation(tasks, trained, done, settings.compared_apart)
     first = trained if origin == Path(checkpoint) else embed_tasks(Embedder(origin, settings), tasks)
@@ -87,7 +91,7 @@ def evaluate(
         "seconds": round(time.perf_counter() - began, 1),
         "config": config,
     }
-    _write(output / RESULTS, results)
+    first_alone("results", partial(_write, output / RESULTS, results))
     return Evaluation(tasks, trained, results, tokens)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cocoa_jax.evaluation.mmeb_sets import GROUPS, META_TASKS, PAPER_ROWS, PEERS, PUBLISHED, REMARKS, SETS
+from cocoa_jax.evaluation.prompts_used import prompts_said
 from cocoa_jax.evaluation.statistics import group_means
 
 Results = Mapping[str, Any]
@@ -43,18 +44,30 @@ def said(results: Results) -> list[str]:
     """What a reader must know about a run beside its scores."""
     config, sets = results["config"], [result for result in results["sets"].values() if result]
     ties, codes = sum(result["ties"] for result in sets), sorted({result["code"] for result in sets})
-    trained = (
-        "as in training" if config["trained_here"] else "by the checkpoint's own limits, as it was not trained here"
-    )
-    read = f"pixels, text and visibility {trained}"
+    read = "read as in training" if config["trained_here"] else "not trained here"
     if config["read_otherwise"]:
-        read = f"read otherwise than trained ({'; '.join(config['read_otherwise'])})"
+        usual = "trained" if config["trained_here"] else "by default"
+        read = f"read otherwise than {usual} ({'; '.join(config['read_otherwise'])})"
     repeated = sum(result["repeated_right_candidates"] for result in sets)
     return [
         f"weights {config['weights']}, instructions {config['instructions']}, code {', '.join(codes)}; {read}.",
+        f"{how_read(config['settings'])}.",
+        *([prompts_said(config["prompts"])] if "prompts" in config else []),  # results of before have none
         f"{ties} ties between distinct contents, each a miss; {repeated} listed candidates show what the right one "
         "shows and are the right one.",
     ]
+
+
+def how_read(settings: Mapping[str, Any]) -> str:
+    """The limits of pixels and text, what tokens see, and what is embedded."""
+    processor = settings["processor"]
+    limits = [
+        f"at {side} {f'{processor[name]:,}' if processor[name] else 'as many as the checkpoint says'}"
+        for side, name in (("least", "min_pixels"), ("most", "max_pixels"))
+    ]
+    pixels = processor["resolution"] or f"of {' and '.join(limits)} pixels"
+    seen = f"{settings['visibility']['attention']} attention, pooling {settings['pooling']}"
+    return f"pictures {pixels}, texts of up to {processor['max_text_tokens']} tokens, {seen}"
 
 
 def percent(value: float | None) -> str:

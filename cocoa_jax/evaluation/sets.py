@@ -24,10 +24,12 @@ from cocoa_jax.embedder import Embedder, default_settings
 from cocoa_jax.evaluation import set_gallery
 from cocoa_jax.evaluation.distinct import Distinct, distinct
 from cocoa_jax.evaluation.mmeb_sets import SETS
+from cocoa_jax.evaluation.prompts_used import compared, trained_prompts
 from cocoa_jax.evaluation.row_store import RowStore
 from cocoa_jax.evaluation.scorer import EmbeddingError, rank
 from cocoa_jax.evaluation.set_tables import markdown, means
 from cocoa_jax.evaluation.statistics import histogram, summarise
+from cocoa_jax.training.hosts import check_shared, is_first
 
 RESULTS, TABLE = "results.json", "table.md"
 MMEB = "mmeb-v1"
@@ -53,6 +55,9 @@ def named_sets(tasks: str, data: str | None, wanted: Sequence[str] = ()) -> dict
     else:
         sets = dict(load_config(RankedFile, tasks).sets)
         root = Path(tasks).resolve().parent / (data or "")
+    paths = [name for name in sets if Path(name).name != name]
+    if paths:
+        raise SettingsError(f"sets {paths} of {tasks}: names become names of files, leave out slashes")
     unknown = sorted(set(wanted) - set(sets))
     if unknown:
         raise SettingsError(f"sets {unknown} are not in {tasks}: choose of {', '.join(sets)}")
@@ -75,18 +80,20 @@ def evaluate_sets(
 ) -> dict[str, Any]:
     """Scores every set that ``output`` does not hold yet with these weights, data and settings; returns all results.
 
-    Hosts of one run share ``output``. Each set leaves ``sets/NAME.json``, and all together ``results.json`` and
-    ``table.md``.
+    The processes of one run share ``output``, which they check. Each set leaves ``sets/NAME.json``, and all together
+    ``results.json`` and ``table.md``.
 
     Raises:
         SourceError: naming what cannot be read; EmbeddingError: a model whose embeddings are not finite.
+        SettingsError: an output that not all processes see.
     """
     folder = Path(output)
+    check_shared(folder)
     chosen = default_settings(checkpoint) if settings is None else settings
     made_with = {
         "weights": open_backbone(checkpoint).fingerprint(),
         "instructions": instructions_hash(),
-        "settings": to_dict(chosen),
+        "settings": chosen.identity(),
     }
     opened = {name: open_ranked(name, config, root) for name, (config, root) in sets.items()}
     done = {name: _read(folder / "sets" / f"{name}.json", _stamp(made_with, opened[name])) for name in opened}
@@ -95,15 +102,21 @@ def evaluate_sets(
         store = RowStore(folder / "embeddings", made_with)
         embedder = Embedder(checkpoint, chosen)
         _together("the sets to do are known")
-        total = sum(len(one.queries) + len(one.candidates) for one in left)
-        with tqdm(total=total, unit="item", dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
+        total = 2 * sum(len(one.queries) + len(one.candidates) for one in left)  # each is read, and embedded if new
+        with tqdm(total=total, unit="item", dynamic_ncols=True, disable=not is_first()) as bar:
             for number, one in enumerate(left, start=1):
                 bar.set_description(f"{one.name}, {number} of {len(left)} sets")
                 done[one.name] = _score(one, embedder, store, folder, made_with, bar)
     results = {
         "sets": done,
         "means": means({name: result["p_at_1"] for name, result in done.items() if result}),
-        "config": {"checkpoint": str(checkpoint), **made_with, "code": code_version(), **_reading(checkpoint, chosen)},
+        "config": {
+            "checkpoint": str(checkpoint),
+            **made_with,
+            "code": code_version(),
+            **_reading(checkpoint, chosen),
+            "prompts": compared(opened, trained_prompts(checkpoint)),
+        },
     }
     _write(folder / RESULTS, json.dumps(results, indent=1))
     _write(folder / TABLE, markdown({str(checkpoint): results}))
@@ -135,9 +148,9 @@ def _score(
     one: RankedSet, embedder: Embedder, store: RowStore, folder: Path, made_with: Mapping[str, Any], bar: Any
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    found = distinct(one)
+    found = distinct(one, bar.update)
     missing = store.missing(found.digests)
-    # What is stored twice or known from another set is not embedded: the bar is about what is.
+    # What is stored twice or known from another set is read alone.
     bar.total -= len(one.queries) + len(one.candidates) - len(missing)
     bar.refresh()
     rows = _embed(one.name, found, missing, embedder, store, bar.update)
@@ -183,7 +196,7 @@ def _embed(
             raise EmbeddingError(f"{name}: {bad} of {len(fresh)} embeddings are not finite: the model diverged")
         digests = [found.digests[place] for place in missing]
         path = store.path_of(name, digests)
-        if jax.process_index() == 0:
+        if is_first():
             store.save(path, digests, fresh)
         _together(f"{name} is embedded")
         store.note(path)
@@ -205,7 +218,7 @@ def _read(path: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _write(path: Path, text: str) -> None:
-    if jax.process_index() > 0:
+    if not is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")

@@ -77,7 +77,7 @@ def contrastive_loss(
     kept = tokens_of(config.pooling, config.tokens, batch["pool"].shape[2])
     more = progress, batch.get("image_key"), batch.get("negative_key"), kept
     loss, metrics = info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config, *more)
-    metrics["embedding_norm"] = jnp.mean(lengths)
+    metrics["embedding_norm"] = jnp.mean(lengths, where=batch["example"] >= 0)
     if not config.widths:
         return loss, metrics
     losses = {}
@@ -111,7 +111,8 @@ def info_nce(
         target_key: two targets of equal key show the same thing and are no negatives of each other.
         progress: the share of the run that is done, which sets the temperature.
         image_key: nor are the targets of two queries of equal key from 0, which show the same pictures.
-        negative_key: a hard negative of equal key to a target is no negative of its query; R = S - N.
+        negative_key: a hard negative of equal key to a target is no negative of its query; one below 0 is not there,
+            and no negative of any; R = S - N.
         tokens: how many stand side by side in a row, for ``max_sim``.
     """
     N, S = queries.shape[0], targets.shape[0]
@@ -128,6 +129,8 @@ def info_nce(
         excluded = jnp.concatenate([same, target_key[:, None] == negative_key[None, :]], axis=1)
     if config.false_negatives:
         excluded = jnp.zeros_like(excluded)
+    if negative_key is not None:
+        excluded |= jnp.pad(negative_key < 0, (N, 0))
     scores = jnp.where(excluded, NEVER, cosines / config.at(progress))
     own = _diagonal(scores)
     negative = ~(excluded | jnp.eye(N, S, dtype=bool))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -125,6 +127,35 @@ def first_alone(name: str, work: Callable[[], object]) -> None:
         work()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def check_shared(folder: Path) -> None:
+    """See that all processes read in a folder what process 0 writes there; alone, this does nothing.
+
+    Raises:
+        SettingsError: on all of them, naming those that do not.
+    """
+    if jax.process_count() == 1:
+        return
+    mark = folder / ".shared"
+    number = str(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbelow(2**31))))
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(number)
+
+    first_alone("the output is marked", write)
+    try:
+        seen = mark.read_text() == number
+    except OSError:
+        seen = False
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(seen)))
+    first_alone("the output was looked at", mark.unlink)
+    if len(blind):
+        raise SettingsError(
+            f"processes {blind.tolist()} do not see what process 0 writes in {folder}: give an output on a disk that "
+            "all hosts share"
+        )
 
 
 def stop_agreed(step: int) -> bool:

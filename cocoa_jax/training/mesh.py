@@ -55,6 +55,16 @@ def _mismatch(sizes: Mapping[str, int], devices: int) -> str:
     return f"{given} does not come to the {devices} devices that there are: {remedy}"
 
 
+def mesh_here(config: MeshConfig) -> MeshConfig:
+    """``config`` where it suits the devices that are here; else parameters and rows shared by all of them."""
+    slices = len(_slices())
+    try:
+        mesh_sizes(config, jax.device_count(), slices)
+    except ValueError:
+        return MeshConfig(data=1, fsdp=-1, slice=slices)
+    return config
+
+
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh over all devices of all hosts.
 

@@ -62,8 +62,9 @@ class Meter:
         tokens, patches = (int(stats[STATS.index(f"{name}_used")]) for name in ("tokens", "patches"))
         work = Work.of_batch(batch, tokens, patches, predicted)
         slots = batch["tokens"].size, batch["patches"].shape[0] * batch["patches"].shape[1]
+        absent = int(np.sum(batch["negative_key"] < 0)) if "negative_key" in batch else 0
         return Load(
-            examples=len(batch["example"]),
+            examples=len(batch["example"]) - absent,
             pictures=count_pictures(batch) * self._shares,
             tokens=tokens,
             patches=patches,

@@ -25,7 +25,6 @@ from cocoa_jax.data.pipeline import (
     stage_dataset,
 )
 from cocoa_jax.data.pixels import ImageError
-from cocoa_jax.data.processor import ExampleError
 from cocoa_jax.data.sources import Content, Image, Record
 from cocoa_jax.data.vision_plan import plan_image
 
@@ -452,9 +451,6 @@ def test_settings_that_contradict_are_refused(sources, processors):
         stage_dataset(STAGES["bridge"], sources, {"both": 0.0, "plain": 0.0}, processors["2"], seed=0, steps=1)
     with pytest.raises(PackingError, match="cannot be shared by 3"):
         dataset("bridge", sources, processors["2"], process_count=3)
-    with pytest.raises(ExampleError, match="1 hard negatives, negatives is 2"):
-        config = dataclasses.replace(STAGES["contrastive"], negatives=2)
-        stage_dataset(config, sources, WEIGHTS, processors["2"], seed=0, steps=1)[0]
 
 
 def test_building_a_batch_starts_no_jax_back_end():

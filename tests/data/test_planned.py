@@ -13,6 +13,7 @@ from cocoa_jax.data.pipeline import STATS, BatchConfig, MaskingConfig, stage_bat
 from cocoa_jax.data.planned import PlannedBuilder
 from cocoa_jax.data.prepare import BuildConfig, build
 from cocoa_jax.data.prepared import PreparedSource
+from cocoa_jax.data.sources import RecordError
 
 ROWS = RowsConfig(batch_size=6, shapes=((4, 64, 192), (8, 64, 192)), examples_per_row=4, masked_per_row=24)
 MASKING = MaskingConfig(text_ratio=0.5, image_ratio=0.5)
@@ -61,28 +62,42 @@ def assert_same(left, right):
         np.testing.assert_array_equal(left[key], right[key], err_msg=key)
 
 
-@pytest.mark.parametrize(("stage", "negatives"), [*((stage, 0) for stage in STAGES), ("contrastive", 1)])
+@pytest.mark.parametrize(
+    ("stage", "negatives"), [*((stage, 0) for stage in STAGES), ("contrastive", 1), ("contrastive", 2)]
+)
 def test_it_is_what_reading_all_records_makes(prepared, processors, stage, negatives, monkeypatch):
-    """With hard negatives, which every third record lacks, others stand in for those."""
-    config = dataclasses.replace(STAGES[stage], negatives=negatives, bad=BadConfig("skip", 1.0))
+    """Of hard negatives every third record has none, one and two."""
+    config = dataclasses.replace(STAGES[stage], negatives=negatives)
     planned = dataset(prepared, processors, stage, config)
     with monkeypatch.context() as patch:
         patch.setattr("cocoa_jax.data.pipeline.stored_lengths", lambda *_: None)
         plain = dataset(prepared, processors, stage, config)
-    replaced = no_picture = 0
+    absent = no_picture = 0
     for step in range(8):
         left, right = planned[step], plain[step]
-        replaced += int(left["stats"][STATS.index("bad_records")])
         if stage == "contrastive":  # hashes are numbered in another order than the keys themselves
             pairs = [[part.pop("image_key") for part in (left, right)]]
+            assert (left["example"] < 0).sum() == (left.get("negative_key", np.zeros(0)) < 0).sum()
             targets = ("target_key", "negative_key") if negatives else ("target_key",)
             pairs.append([np.concatenate([part.pop(key) for key in targets]) for part in (left, right)])
             for mine, other in pairs:
                 np.testing.assert_array_equal(mine[:, None] == mine, other[:, None] == other)
                 np.testing.assert_array_equal(mine == -1, other == -1)
             no_picture += int((pairs[0][0] == -1).sum())
+            absent += int((pairs[1][0] == -1).sum())
         assert_same(left, right)
-    assert (replaced > 0) == (negatives > 0) and (no_picture > 0) == (stage == "contrastive")
+    assert (absent > 0) == (negatives > 0) and (no_picture > 0) == (stage == "contrastive")
+
+
+def test_others_stand_in_for_records_of_no_use(noise, mixed_pairs, processors, tmp_path):
+    """Every second target is of pictures alone, which stage 2 does not rebuild."""
+    pictures = mixed_pairs(tuple(noise(28, 28, seed) for seed in range(4)))
+    made = build("mixed", pictures, "x", processors["2"], str(tmp_path), BuildConfig(workers=0))
+    config = dataclasses.replace(STAGES["bridge"], bad=BadConfig("skip", 1.0))
+    batch = dataset(made, processors, "bridge", config, steps=1)[0]
+    assert batch["stats"][STATS.index("bad_records")] > 0 and (batch["pool"] >= 0).sum() == 6
+    with pytest.raises(RecordError, match=r"of no use to stage 'bridge': leave its data set out of the stage"):
+        dataset(made, processors, "bridge", steps=1)[0]
 
 
 def test_an_example_that_is_not_as_long_as_stored_ends_the_run(prepared, processors, monkeypatch):
@@ -90,7 +105,7 @@ def test_an_example_that_is_not_as_long_as_stored_ends_the_run(prepared, process
 
     def longer(self, draws, window):
         chosen, table, replaced = plain(self, draws, window)
-        return chosen, table + np.array([1, 0, 0, 0]), replaced
+        return chosen, [found + np.array([1, 0, 0, 0]) for found in table], replaced
 
     monkeypatch.setattr(PlannedBuilder, "_useful", longer)
     with pytest.raises(PackingError, match=r"example \d+ has \d+ tokens .* stored are .*: build the data again"):

@@ -1,6 +1,11 @@
 """Sets to score: what is read of MMEB, of BEIR's layout and of folders of classes, and what is refused."""
 
+import os
+import shutil
+
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from cocoa_jax.config import load_config
 from cocoa_jax.data.readers.ranked import RankedConfig, RankedFile, open_ranked
@@ -23,8 +28,6 @@ def test_mmeb_gives_each_query_its_own_list_with_the_right_one_first(mmeb_eval_r
 
 
 def test_nothing_is_read_before_it_is_asked_for(mmeb_eval_root, tmp_path):
-    import shutil
-
     root = tmp_path / "copy"
     shutil.copytree(mmeb_eval_root, root)
     (root / "images" / "VOC2007" / "image_3.png").unlink()
@@ -70,10 +73,71 @@ def test_what_is_not_there_is_named(own_sets, config, words):
         open_ranked("mine", config, own_sets.parent)
 
 
-def test_a_judgement_of_an_unknown_document_is_refused(own_sets, tmp_path):
-    import shutil
-
+@pytest.fixture
+def fruit(own_sets, tmp_path):
+    """A copy to change, and a function that writes judgements and opens the set."""
     shutil.copytree(own_sets.parent / "fruit", tmp_path / "fruit")
-    (tmp_path / "fruit" / "qrels" / "test.tsv").write_text("q0\td9\t1\n")
-    with pytest.raises(SourceError, match=r"test.tsv line 1: 'q0\\td9\\t1'"):
-        open_ranked("mine", RankedConfig("beir", "fruit"), tmp_path)
+
+    def judge(*lines: str):
+        (tmp_path / "fruit" / "qrels" / "test.tsv").write_text("".join(f"{line}\n" for line in lines))
+        return open_ranked("mine", RankedConfig("beir", "fruit"), tmp_path)
+
+    return tmp_path / "fruit", judge
+
+
+def test_what_scores_above_0_is_relevant(fruit):
+    lines = ["q0\td0\t1.5", "q0\td1\t0.0", "q1\td0\t-2", "q1\td1\t 3 ", "q2\td0\t0"]
+    assert fruit[1]("query-id\tcorpus-id\tscore", *lines).right == (frozenset({0}), frozenset({1}))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("q0\td9\t1", r"test.tsv line 1: document 'd9' is not in its .jsonl"),
+        ("q9\td0\t1", r"test.tsv line 1: query 'q9' is not in its .jsonl"),
+        ("q0 d0 1", r"test.tsv line 1: 'q0 d0 1' has 1 columns: give a query, a document and a score"),
+        ("q0\td0\tno", r"test.tsv line 1: score 'no' is no number: give one above 0"),
+        ("q0\td0\tnan", r"score 'nan' is no number"),
+    ],
+)
+def test_a_judgement_that_cannot_be_read_is_named(fruit, line, words):
+    with pytest.raises(SourceError, match=words):
+        fruit[1](line)
+
+
+def test_an_id_that_is_there_twice_is_refused(fruit):
+    folder, judge = fruit
+    with (folder / "corpus.jsonl").open("a") as lines:
+        lines.write('{"_id": "d1", "text": "again"}\n')
+    with pytest.raises(SourceError, match=r"corpus.jsonl row 4: `_id` 'd1' is that of an earlier row"):
+        judge("q0\td0\t1")
+
+
+@pytest.mark.parametrize("name", ["fruit", "things", "VOC2007"])
+def test_another_picture_in_a_folder_is_other_data(own_sets, mmeb_eval_root, tmp_path, name):
+    """Of another size, or written at another time."""
+    own = name != "VOC2007"
+    root = shutil.copytree(own_sets.parent if own else mmeb_eval_root, tmp_path / "copy")
+    config = load_config(RankedFile, own_sets).sets[name] if own else RankedConfig("mmeb", "")
+    places = {"fruit": "fruit/boat.png", "things": "things/hill/1.png", "VOC2007": "images/VOC2007/image_2.png"}
+    path, sources = root / places[name], []
+    for change in (lambda: None, lambda: None, lambda: os.utime(path, (1, 1)), lambda: path.write_bytes(b"other")):
+        change()
+        sources.append(open_ranked(name, config, root).source)
+    assert sources[0] == sources[1] and len(set(sources)) == 3
+
+
+def test_a_set_says_what_its_queries_begin_with_and_whose_words_these_are(own_sets, mmeb_eval_root, tmp_path):
+    fruit = opened(own_sets)["fruit"]
+    assert (fruit.instruction, fruit.prompts) == ("Find a document:", "the sets' own file")
+    one = open_ranked("GQA", RankedConfig("mmeb", ""), mmeb_eval_root)
+    assert one.instruction == "Represent the given image with the following question:" and one.prompts == "MMEB-eval"
+    own = open_ranked("GQA", RankedConfig("mmeb", "", instruction="Answer:"), mmeb_eval_root)
+    assert (own.instruction, own.prompts) == ("Answer:", "the sets' own file")
+    row = {"qry_inst": "<|image_1|>\nAnswer what is asked.\n", "qry_text": "what?", "qry_img_path": "", "tgt_inst": "",
+           "tgt_text": ["a", "b"], "tgt_img_path": ["", ""]}  # fmt: skip
+    (tmp_path / "GQA").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "GQA" / "test-00000-of-00001.parquet")
+    two = open_ranked("GQA", RankedConfig("mmeb", ""), tmp_path)
+    assert (two.instruction, two.prompts) == ("Answer what is asked.", "MMEB_Test_Instruct")
+    assert two.queries[0].text == "Answer what is asked. what?"

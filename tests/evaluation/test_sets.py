@@ -1,8 +1,10 @@
 """MMEB's sets from parquet to table: what is embedded once, what survives a kill, what is refused, what is written."""
 
 import dataclasses
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from cocoa_jax.config import SettingsError, to_dict
 from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.data.readers.ranked import open_ranked
 from cocoa_jax.embedder import Embedder, default_settings
+from cocoa_jax.evaluation import sets as sets_module
 from cocoa_jax.evaluation.distinct import content_digest, distinct
 from cocoa_jax.evaluation.row_store import RowStore
 from cocoa_jax.evaluation.scorer import EmbeddingError
@@ -157,8 +160,6 @@ def test_the_table_has_the_papers_layout_and_its_remarks(trained, sets, embedded
 
 
 def test_changed_data_are_scored_again(trained, own_sets, embedded, tmp_path):
-    import shutil
-
     shutil.copytree(own_sets.parent, tmp_path / "own")
     file = tmp_path / "own" / "sets.yaml"
     first = evaluate_sets(trained, tmp_path / "out", named_sets(str(file), None))
@@ -169,6 +170,66 @@ def test_changed_data_are_scored_again(trained, own_sets, embedded, tmp_path):
     assert len(embedded) == count + 1  # the new document alone
     assert again["sets"]["fruit"]["candidates"] == first["sets"]["fruit"]["candidates"] + 1
     assert again["sets"]["things"] == first["sets"]["things"]
+
+
+def test_a_replaced_picture_is_scored_again(trained, own_sets, make_picture, embedded, tmp_path):
+    file = shutil.copytree(own_sets.parent, tmp_path / "own") / "sets.yaml"
+    evaluate_sets(trained, tmp_path / "out", named_sets(str(file), None))
+    count = len(embedded)
+    (file.parent / "things" / "hill" / "0.png").write_bytes(make_picture(99))
+    evaluate_sets(trained, tmp_path / "out", named_sets(str(file), None))
+    assert len(embedded) == count + 1
+
+
+def test_the_bar_moves_while_contents_are_read(trained, own_sets, monkeypatch, tmp_path):
+    """Every stored content moves it once when it is read, every new one once more when it is embedded."""
+    bars = []
+
+    class Bar(sets_module.tqdm):
+        def __init__(self, **options):
+            super().__init__(**{**options, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(sets_module, "tqdm", Bar)
+    evaluate_sets(trained, tmp_path, named_sets(str(own_sets), None))
+    fruit, things = 2 + 4, 4 + 2
+    assert bars[0].n == bars[0].total == fruit + things + (fruit - 1) + things  # one document is stored twice
+
+
+def test_the_table_says_how_it_was_read_and_prompted(trained, backbone, sets, embedded, tmp_path):
+    """A folder that was not trained here has limits that are no checkpoint's own; a stage knows its instructions."""
+    stage = shutil.copytree(trained, tmp_path / "stage")
+    mixture = {name: {"settings": {"subset": "", "format": "mmeb-train", "split": "", "instruction": own}}
+               for name, own in (("VOC2007", ""), ("MSCOCO_t2i", "Find:"))}  # fmt: skip
+    (stage / "mixture.json").write_text(json.dumps({"stage": "contrastive", "datasets": mixture}))
+    evaluate_sets(stage, tmp_path / "a", sets)
+    told = (tmp_path / "a" / "table.md").read_text()
+    assert "; read as in training." in told
+    limits = "at least 784 and at most 6,272 pixels, texts of up to 16 tokens, bidirectional attention, pooling bridge."
+    assert f": pictures of {limits}" in told
+    assert (
+        "instructions of MMEB-eval: those of training in 1 sets, others in 1 (MSCOCO_t2i: 'Find me an everyday image "
+        "that matches the given caption:', trained 'Find:'); training tells none for 1."
+    ) in told
+    evaluate_sets(backbone, tmp_path / "b", sets)
+    told = (tmp_path / "b" / "table.md").read_text()
+    assert "; not trained here." in told
+    limits = "at least as many as the checkpoint says and at most 200,704 pixels, texts of up to 248 tokens"
+    assert f": pictures of {limits}, bidirectional attention" in told
+    assert "those of training in 0 sets, others in 0; training tells none for 3." in told
+
+
+@pytest.mark.parametrize("name", ["a/b", "/a", "a/"])
+def test_a_set_whose_name_is_no_file_name_is_refused(tmp_path, name):
+    (tmp_path / "sets.yaml").write_text(json.dumps({"sets": {name: {"format": "classes", "path": "x"}}}))
+    with pytest.raises(SettingsError, match="names become names of files"):
+        named_sets(str(tmp_path / "sets.yaml"), None)
+
+
+@pytest.mark.parametrize("option", [("--splits", "validation"), ("--untrained", "x")])
+def test_options_of_the_pictures_are_refused_for_other_sets(call, own_sets, tmp_path, option):
+    status, _, told = call("evaluate", "--checkpoint", "x", "--output", tmp_path, "--tasks", own_sets, *option)
+    assert status == 1 and "--splits and --untrained are for the embedded pictures alone" in told
 
 
 def test_sets_of_ones_own_by_the_command(trained, own_sets, embedded, tmp_path, capsys):

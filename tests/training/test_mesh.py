@@ -4,7 +4,15 @@ import jax
 import pytest
 
 from cocoa_jax.training import mesh as module
-from cocoa_jax.training.mesh import MeshConfig, batch_shards, make_mesh, mesh_sizes, replicated, rows_sharding
+from cocoa_jax.training.mesh import (
+    MeshConfig,
+    batch_shards,
+    make_mesh,
+    mesh_here,
+    mesh_sizes,
+    replicated,
+    rows_sharding,
+)
 
 
 @pytest.fixture
@@ -93,3 +101,12 @@ def test_shardings_of_a_real_mesh():
     assert mesh.axis_names == ("slice", "data", "fsdp", "tensor") and batch_shards(mesh) == 1
     assert rows_sharding(mesh).spec == jax.sharding.PartitionSpec(("slice", "data", "fsdp"))
     assert replicated(mesh).is_fully_replicated
+
+
+def test_a_mesh_of_another_machine_becomes_one_that_shares_everything(devices):
+    """Sixteen chips trained what eight, or one, are to read."""
+    trained = MeshConfig(data=-1, fsdp=16)
+    for count, found in ((32, trained), (8, MeshConfig(data=1, fsdp=-1)), (1, MeshConfig(data=1, fsdp=-1))):
+        devices(count)
+        assert mesh_here(trained) == found
+    assert mesh_here(MeshConfig()) == MeshConfig()

@@ -20,6 +20,8 @@ def test_the_load_of_a_batch():
     stats[[STATS.index("tokens_used"), STATS.index("patches_used")]] = 15, 20
     load = Meter(lambda work: work.tokens + work.predicted, 2).load(batch, stats, 7)  # half of it is another host's
     assert load == Load(examples=5, pictures=4, tokens=15, patches=20, token_slots=20, patch_slots=32, flops=22)
+    absent = Meter(lambda work: 0.0, 2).load(batch | {"negative_key": np.array([-1, 3])}, stats, 7)
+    assert absent.examples == 4  # a place for a hard negative that its record does not have
     assert load.padding() == {"padding_tokens": 0.25, "padding_patches": 0.375}
     assert Load(1, 0, 5, 0, 10, 0, 0).padding() == {"padding_tokens": 0.5}
 

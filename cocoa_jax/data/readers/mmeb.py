@@ -183,9 +183,13 @@ def candidates(source: TableSource, index: int) -> tuple[tuple[str, str], ...]:
     return tuple((text or "", path or "") for text, path in zip(*padded, strict=True))
 
 
+def evaluated_name(subset: str) -> str:
+    """The evaluation set of a training set, which may be spelled with an underscore for a hyphen."""
+    return subset.replace("ImageNet_1K", "ImageNet-1K")
+
+
 def _known(subset: str) -> tuple[str, ...]:
-    # The training set is spelled with an underscore, the evaluation set with a hyphen.
-    name = subset.replace("ImageNet_1K", "ImageNet-1K")
+    name = evaluated_name(subset)
     return (QUERY_INSTRUCTIONS[name],) if name in QUERY_INSTRUCTIONS else ()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -15,12 +16,13 @@ from jaxtyping import Int32
 from cocoa_jax.data.pixels import ImageError, open_image
 from cocoa_jax.data.readers.mmeb import mmeb_eval
 from cocoa_jax.data.readers.records import TableSource, instructed
-from cocoa_jax.data.readers.stores import open_store
+from cocoa_jax.data.readers.stores import PictureStore, open_store
 from cocoa_jax.data.readers.tables import JsonTable, hash_file
 from cocoa_jax.data.sources import Content, RecordError, SourceError
 
 Split = Literal["IND", "OOD"]
 Format = Literal["mmeb", "beir", "classes"]
+OWN = "the sets' own file"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 _Stored = tuple[str, str, str]  # text, path of a picture and instruction, as stored
 
@@ -83,7 +85,9 @@ class RankedSet:
     Args:
         lists: of each query, the places of its candidates; None: all of them.
         right: of each query, the places of those that are right.
-        source: a hash of its settings and of what it was read from; cheap, and so without pictures that lie in folders.
+        source: a hash of its settings and of what it was read from; of pictures that lie in folders, size and time.
+        instruction: of its queries.
+        prompts: whose instructions these are.
     """
 
     name: str
@@ -94,6 +98,8 @@ class RankedSet:
     lists: tuple[Int32[np.ndarray, " n"], ...] | None
     right: tuple[frozenset[int], ...]
     source: str
+    instruction: str
+    prompts: str
 
 
 def open_ranked(name: str, config: RankedConfig, root: Path) -> RankedSet:
@@ -144,11 +150,23 @@ def _open_mmeb(name: str, config: RankedConfig, root: Path) -> RankedSet:
         queries.append((text, path, asked))
         lists.append(np.array(listed, np.int32))
     right = tuple(frozenset([int(listed[0])]) for listed in lists)
+    shown = [path for _, path, _ in (*queries, *number.places)]
     return RankedSet(
         name, config.meta_task, config.split,
         LazyContents(queries, _Side(source, "query")), LazyContents(list(number.places), _Side(source, "target")),
-        tuple(lists), right, source.fingerprint(),
+        tuple(lists), right, source.fingerprint() + _stamps(source.images, shown),
+        source.query_instruction(queries[0][0], queries[0][2]) if queries else "",
+        OWN if config.instruction else "MMEB_Test_Instruct" if columns.query_instruction else "MMEB-eval",
     )  # fmt: skip
+
+
+def _stamps(store: PictureStore | None, paths: Iterable[str]) -> str:
+    """Changes with the pictures that lie in folders, by their size and time: their bytes are not read."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(filter(None, set(paths))):
+        stamp = store.stamp(path) if store else ""
+        digest.update(f"{path}\0{stamp}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -181,24 +199,41 @@ def _open_beir(name: str, config: RankedConfig, root: Path) -> RankedSet:
     except OSError as error:
         raise SourceError(f"{name}: {judged} cannot be read ({error.strerror}): correct `path` or `qrels`") from error
     for number, line in enumerate(lines, start=1):
-        parts = line.split("\t")
-        if number == 1 and parts[-1].strip() == "score":
+        if number == 1 and line.split("\t")[-1].strip() == "score":
             continue
-        if len(parts) != 3 or parts[0] not in asked or parts[1] not in place:
-            raise SourceError(
-                f"{judged} line {number}: {line[:60]!r}, expected a query, a document and a score by tabs"
-            )
-        if parts[2].strip() not in ("0", "-1"):
-            right.setdefault(parts[0], set()).add(place[parts[1]])
+        try:
+            query, document, relevant = _judgement(line)
+            if query not in asked or document not in place:
+                what = f"query {query!r} is" if query not in asked else f"document {document!r} is"
+                raise SourceError(f"{what} not in its .jsonl: correct one of them")
+        except SourceError as error:
+            raise SourceError(f"{judged} line {number}: {error}") from error
+        if relevant:
+            right.setdefault(query, set()).add(place[document])
     make = _BeirSide(name, root, config.instruction), _BeirSide(name, root, config.target_instruction)
     digest = hashlib.blake2b(digest_size=16)
     for path in (root / "corpus.jsonl", root / "queries.jsonl", judged):
         digest.update(hash_file(path).encode())
+    digest.update(_stamps(open_store([root]), [path for _, path in (*corpus.values(), *asked.values())]).encode())
     return RankedSet(
         name, config.meta_task, config.split,
         LazyContents([asked[key] for key in right], make[0]), LazyContents(list(corpus.values()), make[1]),
-        None, tuple(frozenset(places) for places in right.values()), digest.hexdigest(),
+        None, tuple(frozenset(places) for places in right.values()), digest.hexdigest(), config.instruction, OWN,
     )  # fmt: skip
+
+
+def _judgement(line: str) -> tuple[str, str, bool]:
+    """Query, document, and whether the score is above 0."""
+    parts = line.split("\t")
+    if len(parts) != 3:
+        raise SourceError(f"{line[:60]!r} has {len(parts)} columns: give a query, a document and a score, by tabs")
+    try:
+        score = float(parts[2])
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise SourceError(f"score {parts[2][:20]!r} is no number: give one above 0 for what is relevant")
+    return parts[0], parts[1], score > 0
 
 
 def _entries(name: str, path: Path) -> dict[str, tuple[str, str]]:
@@ -209,8 +244,11 @@ def _entries(name: str, path: Path) -> dict[str, tuple[str, str]]:
         row = table.row(index)
         if "_id" not in row:
             raise SourceError(f"{path} row {index}: no `_id` among {sorted(row)}")
+        key = str(row["_id"])
+        if key in found:
+            raise SourceError(f"{path} row {index}: `_id` {key!r} is that of an earlier row: make ids unique")
         words = " ".join(part for part in (row.get("title") or "", row.get("text") or "") if part)
-        found[str(row["_id"])] = (words, str(row.get("image") or ""))
+        found[key] = (words, str(row.get("image") or ""))
     return found
 
 
@@ -242,11 +280,12 @@ def _open_classes(name: str, config: RankedConfig, root: Path) -> RankedSet:
         if path.suffix.lower() in _PICTURES
     ]
     shown = [str(path.relative_to(root)) for path, _ in pictures]
-    digest = hashlib.blake2b(json.dumps([classes, shown]).encode(), digest_size=16)
+    stamps = _stamps(open_store([root]), shown)
+    digest = hashlib.blake2b(json.dumps([classes, shown, stamps]).encode(), digest_size=16)
     words = [(label.replace("_", " "), "") for label in classes]
     return RankedSet(
         name, config.meta_task, config.split,
         LazyContents([("", path) for path in shown], _BeirSide(name, root, config.instruction)),
         LazyContents(words, _BeirSide(name, root, config.target_instruction)),
-        None, tuple(frozenset([label]) for _, label in pictures), digest.hexdigest(),
+        None, tuple(frozenset([label]) for _, label in pictures), digest.hexdigest(), config.instruction, OWN,
     )  # fmt: skip

@@ -144,9 +144,13 @@ class TableSource:
 
     def query_content(self, text: str, images: tuple[Image, ...], instruction: str = "") -> Content:
         """A query of these words, with its own instruction or the one that replaces it."""
-        known, words = self.split_query(text)
-        chosen = self.instruction or " ".join(filter(None, self.split_query(instruction))) or known
+        words = self.split_query(text)[1]
+        chosen = self.query_instruction(text, instruction)
         return instructed(chosen, words, images) if words or images else Content()
+
+    def query_instruction(self, text: str, instruction: str = "") -> str:
+        """What a query of this stored text begins with."""
+        return self.instruction or " ".join(filter(None, self.split_query(instruction))) or self.split_query(text)[0]
 
     def target_content(self, text: str, images: tuple[Image, ...], instruction: str = "") -> Content:
         """A target, or a wrong one."""

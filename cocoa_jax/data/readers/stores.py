@@ -40,6 +40,10 @@ class PictureStore(Protocol):
 
     def fingerprint(self) -> str: ...
 
+    def stamp(self, path: str) -> str:
+        """Changes with the file at ``path`` where `fingerprint` does not; "" if it does, or nothing is there."""
+        ...
+
 
 def open_store(places: Sequence[Path]) -> PictureStore:
     """Folders and zips; a picture is taken from the first that holds it.
@@ -110,6 +114,14 @@ class FolderStore:
     def fingerprint(self) -> str:
         """Nothing of a folder: to hash a million files would take longer than to train a while on them."""
         return "folder"
+
+    def stamp(self, path: str) -> str:
+        """Size and time of change."""
+        try:
+            found = os.stat(os.path.join(self._root, *inside(path)))
+        except (OSError, ValueError):
+            return ""
+        return f"{found.st_size} {found.st_mtime_ns}"
 
 
 class ZipStore:
@@ -188,6 +200,9 @@ class ZipStore:
         """Over names, sizes and checksums of all members."""
         return self._digest
 
+    def stamp(self, path: str) -> str:
+        return ""
+
 
 class FirstOf:
     """Several stores; the first that holds a path gives it."""
@@ -208,6 +223,9 @@ class FirstOf:
 
     def fingerprint(self) -> str:
         return "+".join(store.fingerprint() for store in self._stores)
+
+    def stamp(self, path: str) -> str:
+        return " ".join(store.stamp(path) for store in self._stores)
 
 
 def _key(name: str) -> int:

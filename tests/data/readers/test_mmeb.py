@@ -8,6 +8,7 @@ import pytest
 from cocoa_jax.data.pixels import decode
 from cocoa_jax.data.readers.mmeb import (
     QUERY_INSTRUCTIONS,
+    TARGET_INSTRUCTIONS,
     TRAIN_CAPS,
     candidates,
     instructions_hash,
@@ -30,6 +31,50 @@ def test_a_question_is_split_from_its_instruction_and_its_marker_is_gone(mmeb, p
     assert [image.data for image in record.query.images] == [picture(3)]
     assert (record.target.text, record.target.images, record.negatives) == ("answer 0", (), ())
     assert record.target_key == source.record(0).target_key != source.record(1).target_key
+
+
+PUBLISHED = """
+ImageNet-1K, ImageNet-A, ImageNet-R | Represent the given image for classification
+N24News | Represent the given news image with the following caption for domain classification:
+HatefulMemes | Represent the given image for binary classification to determine whether it constitutes hateful speech or not
+VOC2007, ObjectNet | Identify the object shown in the image
+SUN397, Place365 | Identify the scene shown in the image
+Country211 | Identify the country depicted in the image
+OK-VQA, A-OKVQA, DocVQA, InfographicsVQA, ChartQA | Represent the given image with the following question:
+Visual7W, ScienceQA, VizWiz, GQA, TextVQA | Represent the given image with the following question:
+VisDial | Represent the given dialogue about an image, which is used for image retrieval:
+CIRR | Given an image, find a similar everyday image with the described changes:
+FashionIQ | Find an image to match the fashion image and style note:
+NIGHTS | Find a day-to-day image that looks similar to the provided image.
+WebQA | Find a Wikipedia image that answers this question:
+OVEN | Retrieve a Wikipedia image-description pair that provides evidence for the question of this image:
+EDIS | Find a news image that matches the provided caption:
+Wiki-SS-NQ | Find the document image that can answer the given query:
+MSCOCO_t2i | Find me an everyday image that matches the given caption:
+MSCOCO_i2t | Find an image caption describing the given everyday image.
+VisualNews_t2i | Retrieve an image of this news caption.
+VisualNews_i2t | Find a caption for the news in the given photo.
+MSCOCO | Select the portion of the image that isolates the object labeled as
+RefCOCO | Select the portion of the image that follows the language expressions.
+RefCOCO-Matching | Select the portion of the image that follows the language expressions:
+Visual7W-Pointing | Select the portion of the image that answers the question
+"""  # noqa: E501
+OF_TARGETS = """
+Represent the given image.
+Represent the given cropped image of the object
+Represent the given Wikipedia image with related text information:
+Represent the given image with related text information:
+Represent the given document screenshot.
+Select the portion of the image that follows the language expressions:
+"""
+
+
+def test_the_instructions_are_those_of_the_36_sets():
+    """Typed a second time, from what is published: a slip in either is found."""
+    lines = [line.split(" | ") for line in PUBLISHED.strip().splitlines()]
+    wanted = {name: text for names, text in lines for name in names.split(", ")}
+    assert len(wanted) == 36 and wanted == QUERY_INSTRUCTIONS
+    assert tuple(OF_TARGETS.strip().splitlines()) == TARGET_INSTRUCTIONS
 
 
 def test_other_wordings_of_an_instruction_stay_in_the_text(mmeb):

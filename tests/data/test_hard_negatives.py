@@ -1,0 +1,93 @@
+"""Hard negatives from MMEB-train's lists to the loss: 0, 1 or 2 of a record, and none that is not there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
+from cocoa_jax.data.pipeline import BatchConfig, RowsConfig, stage_dataset, step_records
+from cocoa_jax.objectives.contrastive import ContrastiveConfig, contrastive_loss, info_nce
+
+N = 6
+ROWS = RowsConfig(batch_size=N, shapes=((8, 64, 64), (16, 64, 64)), examples_per_row=4, masked_per_row=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stub:
+    """A model whose state is the embedding of the token."""
+
+    table: np.ndarray
+
+    def __call__(self, inputs):
+        return jnp.take(jnp.asarray(self.table), inputs.tokens, axis=0)
+
+
+def opened(root, to_parquet, wrong):
+    """A training set of texts whose record i has these wrong targets: a list, or one text, "" for none as published."""
+    row = {"qry_image_path": "", "pos_image_path": "", "neg_image_path": ""}
+    rows = [row | {"qry": f"red {i}", "pos_text": f"kiwi {i}", "neg_text": text} for i, text in enumerate(wrong)]
+    to_parquet(root / "Texts" / "original-00000-of-00001.parquet", rows)
+    return open_mixture(MixtureConfig({"Texts": DatasetConfig("mmeb-train")}, str(root)), "contrastive")
+
+
+def numpy_loss(embed, records, temperature):
+    """One query at a time, in float64, over the texts that are there."""
+    targets = [embed(record.target) for record in records]
+    targets += [embed(content) for record in records for content in record.negatives[:2]]
+    losses = []
+    for place, record in enumerate(records):
+        scores = np.array(targets) @ embed(record.query) / temperature
+        losses.append(np.log(np.exp(scores).sum()) - scores[place])
+    return np.mean(losses)
+
+
+LISTS = [[], ["boat 1"], ["boat 2", "joy 2"], [], ["joy 4"], ["boat 5", "joy 5", "never"]]
+PUBLISHED = ["", "boat 1", "joy 2", "", "", "boat 5"]
+
+
+@pytest.mark.parametrize(("wrong", "absent"), [(LISTS, 6), (PUBLISHED, 9), ([""] * N, 12)])
+def test_a_record_has_as_many_as_its_list_holds(tmp_path, to_parquet, processors, wrong, absent):
+    found, processor = opened(tmp_path, to_parquet, wrong), processors["2"]
+    config = BatchConfig("contrastive", ROWS, negatives=2)
+    batch = stage_dataset(config, found.sources, found.weights, processor, seed=0, steps=1)[0]
+    assert batch["example"].shape == (4 * N,) and batch["negative_key"].shape == (2 * N,)
+    np.testing.assert_array_equal(batch["example"][2 * N :] < 0, batch["negative_key"] < 0)
+    assert (batch["example"] < 0).sum() == absent
+    table = np.random.default_rng(0).standard_normal((384, 9)).astype(np.float32)
+    loss, metrics = contrastive_loss(lambda _: Stub(table), batch, ContrastiveConfig(0.1, pooling="mean"))
+
+    def embed(content):
+        states = np.float64(table)[processor.embedding(content).tokens].mean(axis=0)
+        return states / np.linalg.norm(states)
+
+    source = found.sources["Texts"]
+    named = step_records(config, found.sources, found.weights, processor, seed=0, step=0)
+    records = [source.record(int(name.rsplit(" ", 1)[1]), np.random.default_rng(0)) for name in named]
+    # float32 scores of up to 10
+    np.testing.assert_allclose(loss, numpy_loss(embed, records, 0.1), rtol=1e-5)
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("more", [{"symmetric": True}, {"false_negatives": True}, {"hardness": 2.0}])
+def test_what_stands_in_the_place_of_none_is_never_seen(more):
+    """Loss, metrics and gradients are those without the place, whatever the settings."""
+    config, rng = ContrastiveConfig(0.1, **more), np.random.default_rng(1)
+    rows = rng.standard_normal((4 + 4 + 6, 7)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    key, negative = np.array([0, 1, 0, 2]), np.array([-1, 1, 7, -1, 8, -1])
+    kept = np.array([*range(8), *(8 + np.flatnonzero(negative >= 0))])
+
+    def loss(rows, negative):
+        return info_nce(rows[:4], rows[4:], key, config, negative_key=negative)
+
+    (got, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(rows, negative)
+    (want, others), gradients = jax.value_and_grad(loss, has_aux=True)(rows[kept], negative[negative >= 0])
+    # The same numbers summed in another order, float32
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(gradient[kept], gradients, rtol=1e-5, atol=1e-6)
+    assert not gradient[8 + np.flatnonzero(negative < 0)].any()
+    for name, value in others.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
