@@ -90,7 +90,7 @@ class StageCheckpoints:
         Args:
             params: the backbone; empty where an adapter trains on a frozen one, see ``save_base``.
             head: arrays that train beside the backbone; may be empty.
-            loop: what the loop continues from (JSON): step, state of the data iterator, seed.
+            loop: what the loop continues from (JSON): the step, of which batches are a function.
             metadata: what this stage is (JSON): stage, config, parent, fingerprint of the data.
             adapter: what trains on a frozen backbone, None where there is no such thing.
             wait: return only when the checkpoint is on disk.
@@ -222,6 +222,15 @@ def read_metadata(stage_dir: str | Path) -> dict[str, Any]:
     return _newest_records(stage_dir)["metadata"]
 
 
+def newest_step(stage_dir: str | Path) -> int:
+    """The step of a stage's newest readable checkpoint.
+
+    Raises:
+        CheckpointError: no checkpoint, or none that can be read.
+    """
+    return int(_newest_records(stage_dir)["step"])
+
+
 def fingerprint(stage_dir: str | Path) -> str:
     """Eight hex digits that tell the backbone in a stage's newest readable checkpoint from any other; fast.
 
@@ -236,7 +245,7 @@ def fingerprint(stage_dir: str | Path) -> str:
 
 
 def _newest_records(stage_dir: str | Path) -> dict[str, Any]:
-    return newest_good(steps_folder(stage_dir), read_records)
+    return newest_good(steps_folder(stage_dir), lambda step: {**read_records(step), "step": int(step.name)})
 
 
 def backbone_folder(stage_dir: str | Path) -> Path:

@@ -215,7 +215,8 @@ def test_a_converted_folder_is_a_stage(backbone, tmp_path):
     converted, origin = open_backbone(tmp_path / "stage"), open_backbone(backbone)
     assert converted.trained and converted.config == origin.config
     jax.tree.map(np.testing.assert_array_equal, converted.load(), origin.load())
-    assert converted.origin() == {"path": str(tmp_path / "stage"), "stage": "converted", "parent": None}
+    who = {"stage": "converted", "step": 0, "fingerprint": converted.fingerprint(), "parent": None}
+    assert converted.origin() == {"path": str(tmp_path / "stage"), **who}
     assert len(converted.fingerprint()) == 8
     assert first_ancestor(tmp_path / "stage") == tmp_path / "stage"
     items = [{"text": "a kiwi"}]
