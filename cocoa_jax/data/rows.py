@@ -21,7 +21,7 @@ patch, E example slots, K bridge tokens, M hidden tokens at most; int32 unless s
     target_key                  N      stage 3: equal numbers where two targets show the same thing
     image_key                   N      stage 3: equal numbers from 0 where two queries show the same pictures, -1 none
     negative_key                X - 2N stage 3 with hard negatives: numbers that equal the target_key of the same thing
-    stats                       7      counts for the log, see ``pipeline.STATS``; not for the device
+    stats                       8      counts for the log, see ``pipeline.STATS``; not for the device
 """
 
 from __future__ import annotations

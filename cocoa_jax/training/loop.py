@@ -36,7 +36,7 @@ from cocoa_jax.training.throughput import Meter
 from cocoa_jax.training.trace import TraceWindow
 from cocoa_jax.training.weights_and_biases import WandbRun, check_installed
 
-_LOGGED = ("rows_used", "extra_rows", "bad_records", "dropped_masks")  # of STATS
+_LOGGED = ("rows_used", "examples_used", "extra_rows", "bad_records", "dropped_masks")  # of STATS
 STOPPED = 75  # the exit status of a run that was asked to stop and saved first: "try again" to launchers
 
 
