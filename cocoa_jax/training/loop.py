@@ -20,7 +20,7 @@ from cocoa_jax.data.pipeline import STATS, built_ahead
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.training.average import exchanged
 from cocoa_jax.training.compilation import kept_programs
-from cocoa_jax.training.divergence import Pending, check_finite
+from cocoa_jax.training.divergence import Pending, check_finite, check_weights
 from cocoa_jax.training.flops import StepFlops
 from cocoa_jax.training.folder import open_parent, origin_of, prepare
 from cocoa_jax.training.hosts import first_alone, is_first, join, row_share, stop_agreed
@@ -116,6 +116,7 @@ def _train(config: TrainConfig) -> Path:
                 if last or stop or (step + 1) % config.loop.checkpoint_every == 0:
                     _record(writer, pending, config, processor, meter)  # a state that diverged is never saved
                     kept = exchanged(state)
+                    check_weights(trained_part(kept.params), pending, config, processor)
                     pending = None
                     checkpoints.save(
                         step + 1,
