@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +32,19 @@ Config = TypeVar("Config")
 
 class SettingsError(ValueError):
     """A settings file that cannot be read, or settings that contradict each other."""
+
+
+def _at_least(least: int, section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not least <= value < math.inf:  # which NaN is not either
+            raise SettingsError(f"{section}.{name} is {value}: the least is {least}, give that or more")
+
+
+def _above_zero(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise SettingsError(f"{section}.{name} is {getattr(config, name)}: give a number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +90,7 @@ class DataConfig:
             raise SettingsError(f"kinds is {self.kinds} and mixture {self.mixture}: give one of the two")
         if self.labelled is not None and (self.mixture or not 0 < self.labelled <= 1):
             raise SettingsError(f"labelled is {self.labelled}: give a share of the embedded pictures, above 0 up to 1")
-        if self.decoded_mib < 0:
-            raise SettingsError(f"decoded_mib is {self.decoded_mib}: give the MiB that pictures may take, 0 for none")
+        _at_least(0, "data", self, "decoded_mib", "threads", "workers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +131,10 @@ class DistributedConfig:
     heartbeat: int = 20
     start: int = 600
 
+    def __post_init__(self) -> None:
+        _at_least(1, "distributed", self, "processes", "heartbeat", "start")
+        _at_least(0, "distributed", self, "process")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -144,6 +161,11 @@ class OptimizerConfig:
     ema: float | None = None
 
     def __post_init__(self) -> None:
+        _above_zero("optimizer", self, "learning_rate", "eps", "clip")
+        _at_least(0, "optimizer", self, "warmup_steps", "weight_decay", "head_rate")
+        for name, value in (("b1", self.b1), ("b2", self.b2)):
+            if not 0 <= value < 1:
+                raise SettingsError(f"optimizer.{name} is {value}: give a decay from 0 to below 1")
         if self.ema is not None and not 0 < self.ema < 1:
             raise SettingsError(f"optimizer.ema is {self.ema}: give a decay between 0 and 1, such as 0.999, or null")
 
@@ -180,6 +202,9 @@ class LoopConfig:
     profile: ProfileConfig | None = None
     compilation_cache: str | None = None
     wandb: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(1, "loop", self, "steps", "checkpoint_every", "keep")
 
 
 @dataclasses.dataclass(frozen=True)

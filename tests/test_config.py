@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cocoa_jax.config import (
     InitConfig,
     MeshConfig,
+    OptimizerConfig,
     SettingsError,
     TrainConfig,
     differences,
@@ -79,6 +83,46 @@ def test_unknown_keys_and_wrong_types_are_refused_by_name(values, tmp_path, sect
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(SettingsError, match=key):
         load_config(TrainConfig, tmp_path / "run.yaml")
+
+
+LEAST = {
+    "loop": {"steps": 1, "checkpoint_every": 1, "keep": 1},
+    "distributed": {"processes": 1, "heartbeat": 1, "start": 1, "process": 0},
+    "data": {"threads": 0, "workers": 0, "decoded_mib": 0},
+    "optimizer": {"warmup_steps": 0, "weight_decay": 0, "head_rate": 0},
+}
+
+
+DEMO = load_config(TrainConfig, named_config("demo/1-warmup.yaml"))
+
+
+def with_value(config, section, name, value):
+    part = dataclasses.replace(getattr(config, section), **{name: value})
+    return dataclasses.replace(config, **{section: part})
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "least"), [(section, *item) for section, names in LEAST.items() for item in names.items()]
+)
+@given(distance=st.integers(1, 10**6))
+def test_numbers_below_their_least_are_refused_by_name_and_value(section, name, least, distance):
+    with_value(DEMO, section, name, least)
+    with pytest.raises(SettingsError) as told:
+        with_value(DEMO, section, name, least - distance)
+    assert str(told.value) == f"{section}.{name} is {least - distance}: the least is {least}, give that or more"
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "clip", "eps"])
+@given(value=st.sampled_from([0.0, math.inf, math.nan]) | st.floats(-1e9, 0))
+def test_rates_are_above_zero(name, value):
+    with pytest.raises(SettingsError, match=f"optimizer.{name} is .*: give a number above 0"):
+        OptimizerConfig(**{name: value})
+
+
+def test_what_a_file_says_is_checked_too(values):
+    values["loop"]["checkpoint_every"] = 0
+    with pytest.raises(SettingsError, match=r"loop\.checkpoint_every is 0: the least is 1"):
+        parse(TrainConfig, values)
 
 
 def test_a_field_that_is_required_is_named(values):

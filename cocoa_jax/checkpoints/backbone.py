@@ -17,6 +17,7 @@ from cocoa_jax.checkpoints.orbax import (
     is_adapted,
     load_params,
     load_trees,
+    newest_step,
     read_metadata,
 )
 from cocoa_jax.checkpoints.places import fetch, folder_at, is_remote
@@ -91,7 +92,13 @@ class Backbone:
     def origin(self) -> dict[str, object]:
         """What the next stage writes down about where it came from."""
         stage = read_metadata(self.path) if self.trained else None
-        return {"path": str(self.path), "stage": stage and stage["stage"], "parent": stage and stage["parent"]}
+        return {
+            "path": str(self.path),
+            "stage": stage and stage["stage"],
+            "step": newest_step(self.path) if self.trained else None,
+            "fingerprint": self.fingerprint(),
+            "parent": stage and stage["parent"],
+        }
 
 
 def open_backbone(path: str | Path) -> Backbone:

@@ -15,10 +15,10 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
@@ -29,7 +29,10 @@ from cocoa_jax.checkpoints.huggingface import copy_side_files
 from cocoa_jax.checkpoints.places import folder_at, is_remote, twin
 from cocoa_jax.checkpoints.reading import TREES, read_checked, read_records, root_cause, stage_context
 
+_BASE = "base"
 _log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,7 @@ class StageCheckpoints:
         Args:
             params: the backbone; empty where an adapter trains on a frozen one, see ``save_base``.
             head: arrays that train beside the backbone; may be empty.
-            loop: what the loop continues from (JSON): step, state of the data iterator, seed.
+            loop: what the loop continues from (JSON): the step, of which batches are a function.
             metadata: what this stage is (JSON): stage, config, parent, fingerprint of the data.
             adapter: what trains on a frozen backbone, None where there is no such thing.
             wait: return only when the checkpoint is on disk.
@@ -133,20 +136,22 @@ class StageCheckpoints:
         Damaged steps are replaced by what is saved from here on.
 
         Raises:
-            CheckpointError: all steps are damaged, or the newest good one holds other arrays than those described.
+            DamagedCheckpointError: all steps are.
+            CheckpointError: a step cannot be read for another reason, or the newest good one holds other arrays than
+                those described.
         """
         self.wait()
-        for step in newest_first(self._directory, missing_ok=True):
+
+        def read(path: epath.Path) -> Restored:
             try:
-                return self.restore(step, abstract)
-            except DamagedCheckpointError as error:
-                _log.warning("%s; trying the one before", error)
-                self._damaged.add(step)
-        if self._damaged:
-            raise DamagedCheckpointError(
-                f"all checkpoints in {self._directory} are damaged ({self.steps()}): remove them to start again"
-            )
-        return None
+                return self.restore(int(path.name), abstract)
+            except DamagedCheckpointError:
+                self._damaged.add(int(path.name))
+                raise
+
+        if not self.steps():
+            return None
+        return newest_good(self._directory, read, "remove them to start again")
 
     def wait(self) -> None:
         """Return when everything saved so far is on disk.
@@ -201,13 +206,11 @@ def load_params(stage_dir: str | Path, abstract_params: Tree) -> Tree:
 
 def load_trees(stage_dir: str | Path, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
     """Any of params, adapter, head, optimizer, all from the newest checkpoint that is good; else as ``load_params``."""
-    directory = steps_folder(stage_dir)
-    for step in newest_first(directory):
-        try:
-            return read_checked(directory / str(step), abstract, same_dtype=False)[0]
-        except DamagedCheckpointError as error:
-            _log.warning("%s; trying the one before", error)
-    raise DamagedCheckpointError(f"all checkpoints in {directory} are damaged: train this stage again")
+
+    def read(step: epath.Path) -> dict[str, Tree]:
+        return read_checked(step, abstract, same_dtype=False)[0]
+
+    return newest_good(steps_folder(stage_dir), read)
 
 
 def read_metadata(stage_dir: str | Path) -> dict[str, Any]:
@@ -217,6 +220,15 @@ def read_metadata(stage_dir: str | Path) -> dict[str, Any]:
         CheckpointError: no checkpoint, or none that can be read.
     """
     return _newest_records(stage_dir)["metadata"]
+
+
+def newest_step(stage_dir: str | Path) -> int:
+    """The step of a stage's newest readable checkpoint.
+
+    Raises:
+        CheckpointError: no checkpoint, or none that can be read.
+    """
+    return int(_newest_records(stage_dir)["step"])
 
 
 def fingerprint(stage_dir: str | Path) -> str:
@@ -233,13 +245,7 @@ def fingerprint(stage_dir: str | Path) -> str:
 
 
 def _newest_records(stage_dir: str | Path) -> dict[str, Any]:
-    directory = steps_folder(stage_dir)
-    for step in newest_first(directory):
-        try:
-            return read_records(directory / str(step))
-        except DamagedCheckpointError as error:
-            _log.warning("%s; trying the one before", error)
-    raise DamagedCheckpointError(f"all checkpoints in {directory} are damaged: train this stage again")
+    return newest_good(steps_folder(stage_dir), lambda step: {**read_records(step), "step": int(step.name)})
 
 
 def backbone_folder(stage_dir: str | Path) -> Path:
@@ -249,7 +255,7 @@ def backbone_folder(stage_dir: str | Path) -> Path:
 
 def base_folder(stage_dir: str | Path) -> Path:
     """Where a stage that trains an adapter keeps the frozen weights that it started from."""
-    return folder_at(stage_dir) / "base"
+    return folder_at(stage_dir) / _BASE
 
 
 def is_adapted(stage_dir: str | Path) -> bool:
@@ -317,6 +323,31 @@ def newest_first(directory: epath.Path, missing_ok: bool = False) -> Iterator[in
     if not steps and not missing_ok:
         raise CheckpointError(f"{directory} holds no checkpoint: give the folder of a stage that was trained")
     return reversed(steps)
+
+
+def newest_good(directory: epath.Path, read: Callable[[epath.Path], Result], remedy: str | None = None) -> Result:
+    """What ``read`` makes of the newest step that is not damaged; a damaged one is logged.
+
+    Raises:
+        CheckpointError: no checkpoint, all are damaged, or what ``read`` raises beside damage.
+    """
+    damage: list[DamagedCheckpointError] = []
+    for step in newest_first(directory):
+        try:
+            return read(directory / str(step))
+        except DamagedCheckpointError as error:
+            damage.append(error)
+            _log.warning("%s; trying the one before", error)
+    raise DamagedCheckpointError(
+        f"all checkpoints in {directory} are damaged ({_steps(directory)}, the newest: {damage[0]}): "
+        f"{remedy or _remedy(directory.parent)}"
+    ) from damage[0]
+
+
+def _remedy(stage_dir: epath.Path) -> str:
+    if stage_dir.name == _BASE and backbone_folder(stage_dir.parent).is_dir():
+        return f"remove {stage_dir}, the command that trains makes it again from the checkpoint that it began with"
+    return "train this stage again"
 
 
 def _require_json(name: str, record: Any) -> None:

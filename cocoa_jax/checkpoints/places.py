@@ -49,6 +49,16 @@ def fetch(path: str | Path) -> Path:
     return local
 
 
+def log_file(folder: str | Path, name: str) -> Path:
+    """A file of this machine to which lines are added until ``carry``: what a bucket holds of it is fetched first."""
+    local = twin(folder) / name
+    if is_remote(folder):
+        local.parent.mkdir(parents=True, exist_ok=True)
+        if (before := folder_at(folder) / name).exists():
+            local.write_bytes(before.read_bytes())
+    return local
+
+
 def carry(path: str | Path) -> None:
     """Bring all that lies in the twin of a folder to it, file by file; nothing where it is its own twin."""
     local = twin(path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,12 +22,21 @@ from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
 TREES = ("params", "adapter", "head", "optimizer")
 RECORDS = ("loop", "metadata", "contents")
 
+# What Orbax, TensorStore and JSON raise of files that are missing, cut short or changed. Exact types: those of a
+# network, of credentials and of a disk derive from some of these.
+_OF_DAMAGE = {Exception, FileNotFoundError, NotADirectoryError, StopIteration, json.JSONDecodeError}
+_OF_DAMAGE |= {ValueError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError}
+# TensorStore raises ValueError for everything and begins with a name of https://abseil.io/docs/cpp/guides/status-codes.
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*(?=: )")
+_STATUS_OF_DAMAGE = {"DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION"}
+_AGAIN = "it may be whole, remove the cause and give the same command again"
+
 
 def read_checked(
     path: epath.Path, abstract: Mapping[str, Tree], *, same_dtype: bool
 ) -> tuple[dict[str, Tree], dict[str, Any]]:
     """Trees and records of one checkpoint, checked against ``abstract`` before and against checksums after."""
-    records = read_records(path)
+    records = _together(path, dict.fromkeys(RECORDS))
     problems = []
     for name, tree in abstract.items():
         problems += mismatches(name, tree, records["contents"][name], same_dtype=same_dtype)
@@ -47,18 +58,28 @@ def read_checked(
 
 
 def _together(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """``load_items``, which fails for all processes where it fails for one: each reads a part of its own."""
+    """``load_items``, which fails for all processes where it fails for one: each reads a part of its own.
+
+    It is damage for all of them only where each that failed found damage.
+    """
     if jax.process_count() == 1:
         return load_items(path, wanted)
-    found: dict[str, Any] | None = None
-    failure: DamagedCheckpointError | None = None
+    found: dict[str, Any] = {}
+    failure: CheckpointError | None = None
     try:
         found = load_items(path, wanted)
-    except DamagedCheckpointError as error:
+    except CheckpointError as error:
         failure = error
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(found is None)))
-    if found is None or len(failed):
-        raise failure or DamagedCheckpointError(f"{path} is damaged: processes {failed.tolist()} could not read it")
+    mine = 0 if failure is None else 1 if isinstance(failure, DamagedCheckpointError) else 2
+    all_ = multihost_utils.process_allgather(np.array(mine))
+    worst = int(all_.max())
+    if failure is not None and mine == worst:
+        raise failure
+    failed = np.flatnonzero(all_ == worst).tolist()
+    if worst == 1:
+        raise DamagedCheckpointError(f"{path} is damaged: processes {failed} could not read it")
+    if worst:
+        raise CheckpointError(f"{path} cannot be read by processes {failed}, which say why: {_AGAIN}")
     return found
 
 
@@ -67,9 +88,14 @@ def read_records(path: epath.Path) -> dict[str, Any]:
 
 
 def load_items(path: epath.Path, wanted: Mapping[str, Any], *, part: bool = False) -> dict[str, Any]:
-    """Items of one checkpoint as Orbax reads them; whatever goes wrong there is damage.
+    """Items of one checkpoint as Orbax reads them.
 
-    ``part``: the trees may name some of the stored arrays only.
+    Args:
+        part: whether the trees may name some of the stored arrays only.
+
+    Raises:
+        DamagedCheckpointError: files are missing, cut short or changed.
+        CheckpointError: anything else, such as a network, permissions or memory: the checkpoint may be whole.
     """
     context = ocp.Context(stage_context())
     context.pytree.loading.partial_load = part
@@ -77,14 +103,33 @@ def load_items(path: epath.Path, wanted: Mapping[str, Any], *, part: bool = Fals
         with context:
             return ocp.load_checkpointables(path, dict(wanted))
     except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-        raise DamagedCheckpointError(f"{path} is damaged: {root_cause(error)}") from error
+        if _is_damage(error):
+            raise DamagedCheckpointError(f"{path} is damaged: {root_cause(error)}") from error
+        raise CheckpointError(f"{path} cannot be read now ({root_cause(error)}): {_AGAIN}") from error
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether all that led to an error is of a kind that damaged files cause."""
+    for link in _chain(error):
+        status = _STATUS.match(str(link))
+        if status is not None and status[0] not in _STATUS_OF_DAMAGE:
+            return False
+        if type(link) not in _OF_DAMAGE and not type(link).__module__.startswith("orbax."):
+            return False
+    return True
 
 
 def root_cause(error: BaseException) -> str:
     """One line of what an error came from in the end."""
-    while (deeper := error.__cause__ or error.__context__) is not None:
-        error = deeper
-    return str(error).splitlines()[0][:300] if str(error) else repr(error)
+    *_, root = _chain(error)
+    return str(root).splitlines()[0][:300] if str(root) else repr(root)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from, step by step."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _as_stored(tree: Tree, contents: Contents) -> Tree:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,15 +18,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from cocoa_jax.checkpoints.contents import checksum_of, mismatches
 from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
 from cocoa_jax.checkpoints.hub_layout import Tree, raise_problems
-from cocoa_jax.checkpoints.orbax import (
-    newest_first,
-    steps_folder,
-)
+from cocoa_jax.checkpoints.orbax import newest_good, steps_folder
 from cocoa_jax.checkpoints.reading import TREES, load_items, read_records, root_cause, stage_context
 from cocoa_jax.checkpoints.safetensors_file import Done
 
 _STATE = "state"  # what Orbax calls a tree that is saved by itself
-_log = logging.getLogger(__name__)
 
 
 def save_params(
@@ -127,35 +122,21 @@ def with_newest(stage_dir: str | Path, abstract: Tree, use: Callable[[dict[str, 
     Raises:
         CheckpointError: all steps are damaged, or one holds other arrays than those described.
     """
-    for params in stored_params(stage_dir, abstract):
-        try:
-            return use(params)
-        except DamagedCheckpointError as error:
-            _log.warning("%s; trying the one before", error)
-    raise DamagedCheckpointError(f"all checkpoints in {steps_folder(stage_dir)} are damaged: train this stage again")
+    newest_good(steps_folder(stage_dir), lambda step: use(stored_params(step, abstract)))
 
 
-def stored_params(stage_dir: str | Path, abstract: Tree) -> Iterator[dict[str, Any]]:
-    """The backbone of every step of a stage, newest first, as a tree of ``StoredLeaf``; a damaged step is logged.
+def stored_params(step: epath.Path, abstract: Tree) -> dict[str, Any]:
+    """The backbone of one step as a tree of ``StoredLeaf``.
 
     Args:
         abstract: the shapes that the backbone must have; dtypes are those of the checkpoint.
 
     Raises:
-        CheckpointError: a step holds other arrays than those described: all differences.
+        CheckpointError: it holds other arrays than those described: all differences; or it is damaged.
     """
-    folder = steps_folder(stage_dir)
-    for number in newest_first(folder):
-        step = folder / str(number)
-        try:
-            contents = read_records(step)["contents"]["params"]
-        except DamagedCheckpointError as error:
-            _log.warning("%s; trying the one before", error)
-            continue
-        raise_problems(
-            f"{step} does not fit its config.json", mismatches("params", abstract, contents, same_dtype=False)
-        )
-        yield unflatten_dict({path: _stored(step, path, contents) for path in flatten_dict(abstract, sep=".")}, sep=".")
+    contents = read_records(step)["contents"]["params"]
+    raise_problems(f"{step} does not fit its config.json", mismatches("params", abstract, contents, same_dtype=False))
+    return unflatten_dict({path: _stored(step, path, contents) for path in flatten_dict(abstract, sep=".")}, sep=".")
 
 
 def _stored(step: epath.Path, path: str, contents: Mapping[str, Any]) -> StoredLeaf:

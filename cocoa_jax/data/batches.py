@@ -22,10 +22,20 @@ if TYPE_CHECKING:
     from cocoa_jax.data.batch_config import BatchConfig
     from cocoa_jax.data.sources import Record
 
-STATS = ("kind", "rows_used", "tokens_used", "patches_used", "extra_rows", "bad_records", "dropped_masks")
+STATS = (
+    "kind",
+    "rows_used",
+    "examples_used",
+    "tokens_used",
+    "patches_used",
+    "extra_rows",
+    "bad_records",
+    "dropped_masks",
+)
 """Entries of ``batch["stats"]``, int32: the source's place among the sorted names (stage 3 of one source a batch, else
--1); rows, tokens and patches used in the global batch; rows beyond the widest shape, for a batch that overflows all of
-them; records that others stand in for; tokens un-chosen because an example has more of them than a row may hide."""
+-1); rows, examples, tokens and patches used in the global batch; rows beyond the widest shape, for a batch that
+overflows all of them; records that others stand in for; tokens un-chosen because an example has more of them than a row
+may hide."""
 
 Hidden = Mapping[int, Int32[np.ndarray, " m"]]
 """Positions of each example whose tokens are hidden."""
@@ -81,7 +91,7 @@ class BatchBuilder:
         kind = int(draws[0, 0]) if config.stage == "contrastive" and config.interleave == 1 else -1
         extra = 0 if shape in config.rows.shapes else shape.rows - config.rows.widest.rows
         tokens, patches, _ = lengths.sum(axis=0)
-        batch["stats"] = np.array([kind, len(plan), tokens, patches, extra, replaced, dropped], np.int32)
+        batch["stats"] = np.array([kind, len(plan), len(examples), tokens, patches, extra, replaced, dropped], np.int32)
         return batch
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "RowsConfig",
     "Stage",
     "VisibilityConfig",
+    "built_ahead",
     "embedding_rows",
     "rejected",
     "stage_batches",
@@ -154,7 +155,7 @@ def stage_batches(
 ) -> grain.IterDataset[Arrays]:
     """``stage_dataset`` built ahead by ``threads`` threads, in each of ``workers`` processes if there are any.
 
-    The iterator's ``get_state`` and ``set_state`` resume exactly; neither threads nor workers change a batch.
+    Neither threads nor workers change a batch.
     """
     dataset = stage_dataset(
         config,
@@ -168,6 +169,16 @@ def stage_batches(
         known=known,
         report=report,
     )
+    return built_ahead(dataset, threads, workers)
+
+
+def built_ahead(dataset: grain.MapDataset[Arrays], threads: int = 1, workers: int = 0) -> grain.IterDataset[Arrays]:
+    """What ``stage_dataset`` gives, or what is left of it (``dataset[start:]``), one batch after the other.
+
+    Args:
+        threads: that build batches, in each of the workers if there are any.
+        workers: processes; 0 for none.
+    """
     # Grain's default buffer of 500 elements is meant for records, not for batches of pixels.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     batches = dataset.to_iter_dataset(options)

@@ -111,8 +111,9 @@ class PlannedBuilder:
             batch |= self._keys(draws, held)
         kind = int(draws[0, 0]) if config.stage == "contrastive" and config.interleave == 1 else -1
         extra = 0 if shape in config.rows.shapes else shape.rows - config.rows.widest.rows
-        tokens, patches, _ = lengths[[i for row in plan for i in row]].sum(axis=0)
-        batch["stats"] = np.array([kind, len(plan), tokens, patches, extra, replaced, dropped], np.int32)
+        used = [i for row in plan for i in row]
+        tokens, patches, _ = lengths[used].sum(axis=0)
+        batch["stats"] = np.array([kind, len(plan), len(used), tokens, patches, extra, replaced, dropped], np.int32)
         return batch
 
     def records(self, step: int, draws: np.ndarray) -> list[Record]:

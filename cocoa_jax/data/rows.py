@@ -23,7 +23,7 @@ patch, E example slots, K bridge tokens, M hidden tokens at most; int32 unless s
     image_key                   N      stage 3: equal numbers from 0 where two queries show the same pictures, -1 none
     negative_key                X - 2N stage 3 with hard negatives: numbers that equal the target_key of the same thing,
                                        -1 where there is none
-    stats                       7      counts for the log, see ``pipeline.STATS``; not for the device
+    stats                       8      counts for the log, see ``pipeline.STATS``; not for the device
 """
 
 from __future__ import annotations

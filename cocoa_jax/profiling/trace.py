@@ -9,7 +9,7 @@ import jax
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.config import ProfileConfig, TrainConfig
 from cocoa_jax.data.processor import Processor
-from cocoa_jax.training.loop import open_batches
+from cocoa_jax.training.inputs import open_batches
 from cocoa_jax.training.mesh import make_mesh
 from cocoa_jax.training.optimizer import make_optimizer
 from cocoa_jax.training.place import place

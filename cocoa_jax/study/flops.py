@@ -8,7 +8,7 @@ from cocoa_jax.config import TrainConfig
 from cocoa_jax.data.packing import Shape
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.models.config import Qwen2VLConfig
-from cocoa_jax.training.loop import open_batches
+from cocoa_jax.training.inputs import open_batches
 
 BACKWARD = 3  # the gradient costs two more forward passes; what `remat` repeats is not counted as work
 _BATCHES = 2  # of every kind of records

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cocoa_jax.checkpoints.places import carry, folder_at, twin
@@ -41,14 +42,38 @@ class Pending:
 def check_finite(pending: Pending, values: Mapping[str, float], config: TrainConfig, processor: Processor) -> None:
     """Nothing where loss and gradient are numbers; else write down what the step was fed.
 
-    OUTPUT/diverged/STEP holds report.json (step, metrics, records, command) and batch-PROCESS.npz. Parameters are not
-    there: the same command continues from the checkpoint before and comes to the same step with the same bits.
-
     Raises:
         Diverged: they are not.
     """
-    if np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"]):
-        return
+    if not (np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])):
+        what = f"loss is {values['loss']} and gradient norm {values['gradient_norm']} at step {pending.step}"
+        _end(what, pending, values, config, processor)
+
+
+def check_weights(weights: Any, pending: Pending, config: TrainConfig, processor: Processor) -> None:
+    """The same of the weights that a step led to, which nobody has computed a loss with yet: to be asked before a save.
+
+    Raises:
+        Diverged: some are no numbers.
+    """
+    if not bool(_all_finite(weights)):
+        values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        _end(f"weights are no numbers after step {pending.step}", pending, values, config, processor)
+
+
+@jax.jit
+def _all_finite(weights: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(weights)]))
+
+
+def _end(
+    what: str, pending: Pending, values: Mapping[str, float], config: TrainConfig, processor: Processor
+) -> NoReturn:
+    """Write down what the step was fed, and raise.
+
+    OUTPUT/diverged/STEP holds report.json (step, metrics, records, command) and batch-PROCESS.npz. Parameters are not
+    there: the same command continues from the checkpoint before and comes to the same step with the same bits.
+    """
     inside = f"diverged/{pending.step}"
     folder = twin(config.output) / inside
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,9 +82,8 @@ def check_finite(pending: Pending, values: Mapping[str, float], config: TrainCon
         (folder / "report.json").write_text(json.dumps(_report(pending, values, config, processor), indent=1))
     carry(config.output)
     raise Diverged(
-        f"loss is {values['loss']} and gradient norm {values['gradient_norm']} at step {pending.step}: its batch and "
-        f"the names of its records are in {folder_at(config.output) / inside}, the last checkpoint is before it; lower "
-        "optimizer.learning_rate or raise optimizer.warmup_steps"
+        f"{what}: its batch and the names of its records are in {folder_at(config.output) / inside}, the last "
+        "checkpoint is before it; lower optimizer.learning_rate or raise optimizer.warmup_steps"
     )
 
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import grain
+
+from cocoa_jax.checkpoints.places import log_file
 from cocoa_jax.config import TrainConfig, load_mixture
 from cocoa_jax.data.bad import KnownBad
 from cocoa_jax.data.mixture import Mixture, open_mixture
 from cocoa_jax.data.pairs import picture_source, some_things
-from cocoa_jax.data.sources import load_pictures
+from cocoa_jax.data.pipeline import built_ahead, stage_dataset
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.rows import Arrays
+from cocoa_jax.data.sources import PICTURES, load_pictures
+from cocoa_jax.training.hosts import ALONE, RowShare, is_first
 
 
 def open_sources(config: TrainConfig) -> Mixture:
@@ -25,7 +32,8 @@ def open_sources(config: TrainConfig) -> Mixture:
     if data.labelled is not None:
         pictures = some_things(pictures, data.labelled)
     sources = {kind: picture_source(kind, pictures, data.mirror) for kind in data.kinds}
-    identity: dict[str, Any] = {"stage": config.stage, "pictures": {"split": data.split, "kinds": dict(data.kinds)}}
+    shown = {"version": PICTURES.name, "split": data.split, "kinds": dict(data.kinds)}
+    identity: dict[str, Any] = {"stage": config.stage, "pictures": shown}
     if data.labelled is not None:
         identity["labelled"] = data.labelled
     return Mixture(sources, data.kinds, identity)
@@ -39,3 +47,33 @@ def known_bad(config: TrainConfig, mixture: Mixture) -> KnownBad | None:
     """
     bad = config.data.bad
     return None if bad.known is None else KnownBad.load(Path(bad.known), mixture.fingerprint, bad.ceiling)
+
+
+def open_dataset(
+    config: TrainConfig, processor: Processor, mixture: Mixture, share: RowShare = ALONE
+) -> grain.MapDataset[Arrays]:
+    """The batches that a run of these settings is fed on this host, by step.
+
+    Raises:
+        PackingError, ValueError: settings that contradict the data or each other.
+    """
+    # Hosts draw the same records, so that one of them names the bad ones for all.
+    report = log_file(config.output, "bad_records.jsonl") if is_first() else None
+    return stage_dataset(
+        config.batches(),
+        mixture.sources,
+        mixture.weights,
+        processor,
+        seed=config.seed,
+        steps=config.loop.steps,
+        process_index=share.index,
+        process_count=share.count,
+        known=known_bad(config, mixture),
+        report=report,
+    )
+
+
+def open_batches(config: TrainConfig, processor: Processor) -> grain.IterDataset[Arrays]:
+    """The same from the first step on, for this process alone."""
+    dataset = open_dataset(config, processor, open_sources(config))
+    return built_ahead(dataset, config.data.threads, config.data.workers)

@@ -12,7 +12,7 @@ from types import TracebackType
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from cocoa_jax.checkpoints.places import carry, folder_at, is_remote, twin
+from cocoa_jax.checkpoints.places import carry, is_remote, log_file, twin
 from cocoa_jax.training.throughput import Load, Meter
 from cocoa_jax.training.weights_and_biases import WandbRun
 
@@ -34,11 +34,7 @@ class MetricsWriter:
     ):
         self._wandb = wandb
         self._output, folder, self._meter = output, twin(output), meter
-        self._path = folder / "metrics.jsonl"
-        if is_remote(output):
-            folder.mkdir(parents=True, exist_ok=True)
-            if (before := folder_at(output) / "metrics.jsonl").exists():
-                self._path.write_bytes(before.read_bytes())
+        self._path = log_file(output, "metrics.jsonl")
         _truncate(self._path, first)
         self._lines = self._path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)

@@ -59,12 +59,13 @@ class Meter:
             stats: see ``STATS``.
             predicted: tokens that stages 1 and 2 predict in the global batch.
         """
-        tokens, patches = (int(stats[STATS.index(f"{name}_used")]) for name in ("tokens", "patches"))
+        examples, tokens, patches = (
+            int(stats[STATS.index(f"{name}_used")]) for name in ("examples", "tokens", "patches")
+        )
         work = Work.of_batch(batch, tokens, patches, predicted)
         slots = batch["tokens"].size, batch["patches"].shape[0] * batch["patches"].shape[1]
-        absent = int(np.sum(batch["negative_key"] < 0)) if "negative_key" in batch else 0
         return Load(
-            examples=len(batch["example"]) - absent,
+            examples=examples,
             pictures=count_pictures(batch) * self._shares,
             tokens=tokens,
             patches=patches,

@@ -30,6 +30,7 @@ from cocoa_jax.checkpoints.convert import byte_count, hf_to_orbax, orbax_to_hf
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.hub_layout import plan
 from cocoa_jax.checkpoints.huggingface import INDEX_FILE, SINGLE_FILE, read_leaves, write_folder
+from cocoa_jax.checkpoints.orbax import steps_folder
 from cocoa_jax.embedder import Embedder
 from cocoa_jax.evaluation.run import first_ancestor
 from cocoa_jax.models.config import ConfigError, parse_config, read_config
@@ -163,7 +164,7 @@ def test_any_bits_of_any_config_come_back(tmp_path_factory, config, dtype, wide_
     assert set(slots) == set(tensors(base / "source"))
     assert ("lm_head.weight" in slots) != config["tie_word_embeddings"]
     hf_to_orbax(base / "source", base / "stage")
-    stored = flatten_dict(next(stream.stored_params(base / "stage", abstract)), sep=".")
+    stored = flatten_dict(stream.stored_params(steps_folder(base / "stage") / "0", abstract), sep=".")
     for path, leaf in flatten_dict(params, sep=".").items():
         assert np.asarray(stored[path]).tobytes() == leaf.tobytes() and stored[path].dtype == leaf.dtype
     orbax_to_hf(base / "stage", base / "back", max_shard_size=shard)
@@ -214,7 +215,8 @@ def test_a_converted_folder_is_a_stage(backbone, tmp_path):
     converted, origin = open_backbone(tmp_path / "stage"), open_backbone(backbone)
     assert converted.trained and converted.config == origin.config
     jax.tree.map(np.testing.assert_array_equal, converted.load(), origin.load())
-    assert converted.origin() == {"path": str(tmp_path / "stage"), "stage": "converted", "parent": None}
+    who = {"stage": "converted", "step": 0, "fingerprint": converted.fingerprint(), "parent": None}
+    assert converted.origin() == {"path": str(tmp_path / "stage"), **who}
     assert len(converted.fingerprint()) == 8
     assert first_ancestor(tmp_path / "stage") == tmp_path / "stage"
     items = [{"text": "a kiwi"}]

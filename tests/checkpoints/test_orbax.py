@@ -259,7 +259,10 @@ def test_when_all_are_damaged_nothing_is_guessed(stage):
         shutil.rmtree(stage / "checkpoints" / str(step) / "params")
     with (
         StageCheckpoints(stage, keep=2) as checkpoints,
-        pytest.raises(DamagedCheckpointError, match=r"all checkpoints .* damaged \(\[1, 2, 3\]\)"),
+        pytest.raises(
+            DamagedCheckpointError,
+            match=r"all checkpoints .* damaged \(\[1, 2, 3\], the newest: .*3 is damaged: .*params.*\): remove them",
+        ),
     ):
         checkpoints.restore_latest(wanted())
     with pytest.raises(DamagedCheckpointError, match="train this stage again"):

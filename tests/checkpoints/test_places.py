@@ -5,6 +5,7 @@ Arrays are Orbax's and TensorStore's own business there, and are not tested here
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -14,9 +15,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone
-from cocoa_jax.checkpoints.places import carry, fetch, folder_at, is_remote, twin
-from cocoa_jax.config import SettingsError
-from cocoa_jax.training.loop import _check_settings
+from cocoa_jax.checkpoints.places import carry, fetch, folder_at, is_remote, log_file, twin
+from cocoa_jax.config import SettingsError, TrainConfig, parse
+from cocoa_jax.training import inputs
+from cocoa_jax.training.folder import check_settings
 from cocoa_jax.training.metrics import MetricsWriter
 from cocoa_jax.training.throughput import Load, Meter
 
@@ -79,11 +81,32 @@ def test_a_backbone_goes_with_its_stage_and_is_opened_there(bucket, backbone):
 
 def test_settings_are_kept_and_compared(bucket):
     path = folder_at("gs://b/run") / "config.json"
-    _check_settings(path, {"seed": 3})
-    _check_settings(path, {"seed": 3, "mesh": {"fsdp": 4}})
+    check_settings(path, {"seed": 3})
+    check_settings(path, {"seed": 3, "mesh": {"fsdp": 4}}, ["mesh"])
     assert json.loads(bucket["/b/run/config.json"].getvalue()) == {"seed": 3}
     with pytest.raises(SettingsError, match=r"gs://b/run was made with other settings \(seed: 3, 4\)"):
-        _check_settings(path, {"seed": 4})
+        check_settings(path, {"seed": 4})
+
+
+def test_lines_of_a_log_are_continued_on_another_machine(bucket):
+    with log_file("gs://b/run", "bad_records.jsonl").open("a") as file:
+        file.write("one\n")
+    carry("gs://b/run")
+    shutil.rmtree(twin("gs://b/run"))  # another machine
+    with log_file("gs://b/run", "bad_records.jsonl").open("a") as file:
+        file.write("two\n")
+    carry("gs://b/run")
+    assert bucket["/b/run/bad_records.jsonl"].getvalue() == b"one\ntwo\n"
+
+
+def test_bad_records_that_a_bucket_names_stay_named(bucket, backbone, stage_settings, monkeypatch):
+    report = folder_at("gs://b/run") / "bad_records.jsonl"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text("one\n")
+    settings = stage_settings("bridge", backbone, "gs://b/run")
+    monkeypatch.setattr(inputs, "stage_dataset", lambda *more, report, **named: report)
+    config = parse(TrainConfig, settings)
+    assert inputs.open_dataset(config, None, inputs.open_sources(config)).read_text() == "one\n"
 
 
 def test_metrics_follow_at_every_checkpoint_and_are_continued(bucket):

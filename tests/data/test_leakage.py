@@ -20,7 +20,7 @@ from cocoa_jax.data.pipeline import BatchConfig, stage_dataset
 from cocoa_jax.data.sources import Content, Image, Record, load_pictures
 from cocoa_jax.data.vision_plan import plan_image
 from cocoa_jax.objectives import warmup
-from cocoa_jax.training import inputs, loop
+from cocoa_jax.training import inputs
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 SETTINGS = {path: yaml.safe_load(path.read_text()) for path in CONFIGS}
@@ -65,8 +65,8 @@ def test_the_tokenizer_is_built_from_the_training_pictures_alone(read, monkeypat
 def test_a_stage_reads_the_training_pictures_alone(read, monkeypatch, path):
     config = load_config(TrainConfig, path)
     made = {}
-    monkeypatch.setattr(loop, "stage_batches", lambda batches, sources, *more, **named: made.update(sources))
-    loop.open_batches(config, processor=None)
+    monkeypatch.setattr(inputs, "stage_dataset", lambda batches, sources, *more, **named: made.update(sources))
+    inputs.open_dataset(config, processor=None, mixture=inputs.open_sources(config))
     assert read == ["train"] and made.keys() == config.data.kinds.keys()
     for source in made.values():
         assert {picture.split for picture in source.pictures} == {"train"}

@@ -19,6 +19,7 @@ from cocoa_jax.data.pipeline import (
     MaskingConfig,
     RowsConfig,
     VisibilityConfig,
+    built_ahead,
     embedding_rows,
     rejected,
     stage_batches,
@@ -341,9 +342,7 @@ def test_threads_and_resuming_change_nothing(sources, processors, stage):
         iterator = iter(batches)
         for step in range(4):
             assert_same(next(iterator), whole[step])
-        state = iterator.get_state()
-        fresh = iter(batches)
-        fresh.set_state(state)
+        fresh = iter(built_ahead(dataset(stage, sources, processors["2"])[4:], threads))
         for step in range(4, 9):
             assert_same(next(fresh), whole[step])
         with pytest.raises(StopIteration):
@@ -359,11 +358,7 @@ def test_worker_processes_change_nothing(sources, processors, monkeypatch):
     plain = stage_dataset(STAGES["bridge"], {"both": sources["both"]}, {"both": 1.0}, processors["2"], seed=5, steps=3)
     iterator = iter(batches)
     for step in range(3):
-        if step == 1:
-            state = iterator.get_state()
         assert_same(next(iterator), plain[step])
-    iterator.set_state(state)
-    assert_same(next(iterator), plain[1])
     iterator.close()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -127,6 +128,25 @@ def test_the_next_stage_begins_with_the_merged_weights_and_an_adapter_of_its_own
     )
     whole = open_backbone(finished).load()
     assert same(base, jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole))
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # Orbax drops what it has not read yet
+def test_damaged_frozen_weights_are_made_again_as_the_message_says(finished, settings_in, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints" / str(STEPS))  # three steps are left to do
+    settings = parse(TrainConfig, settings_in(folder))
+    step = folder / "base" / "checkpoints" / "0" / "params"
+    largest = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[::-1])
+    remedy = r"\): remove .*run/base, the command that trains makes it again from the checkpoint that it began with"
+    for read in (open_backbone(folder).load, lambda: train(settings)):
+        with pytest.raises(CheckpointError, match=remedy):
+            read()
+    shutil.rmtree(folder / "base")
+    train(settings)
+    assert records(folder) == records(finished)
+    assert open_backbone(folder).fingerprint() == open_backbone(finished).fingerprint()
 
 
 def test_embedder_merged_folder_and_peft_adapter_are_one_model(finished, backbone, tmp_path, capsys):

@@ -26,6 +26,7 @@ from cocoa_jax.data.packing import PackingError
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.training import loop
 from cocoa_jax.training.divergence import Diverged
+from cocoa_jax.training.inputs import open_batches, open_sources
 from cocoa_jax.training.loop import STOPPED, Stopped, train
 from cocoa_jax.training.metrics import MetricsWriter
 
@@ -93,6 +94,9 @@ def test_a_run_leaves_metrics_and_a_stage(finished, backbone):
     metadata = read_metadata(finished)
     assert metadata["stage"] == "bridge" and metadata["parent"]["path"] == str(backbone)
     assert metadata["config"] == json.loads((finished / "config.json").read_text())
+    assert metadata["data"] == open_sources(parse(TrainConfig, metadata["config"])).fingerprint
+    assert [line["extra_rows"] for line in lines] == [0] * STEPS and all(line["examples"] == 8 for line in lines)
+    assert all(line["dropped_masks"] >= 0 for line in lines) and any(line["dropped_masks"] > 0 for line in lines)
     assert sorted(path.name for path in (finished / "checkpoints").iterdir() if path.name.isdigit()) == ["6", "8"]
     assert list((finished / "tensorboard").iterdir())
 
@@ -155,8 +159,6 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_the_run_repeated_from_the_on
 ):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    settings = json.loads((folder / "config.json").read_text()) | {"output": str(folder)}
-    (folder / "config.json").write_text(json.dumps(settings))
     files = [path for path in (folder / "checkpoints" / "8" / "params").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
@@ -244,7 +246,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(settings_in, t
     config = parse(TrainConfig, given)
     backbone = open_backbone(config.checkpoint)
     processor = Processor.load(backbone.side_files, backbone.config, config.data.processor)
-    batches = iter(loop.open_batches(config, processor))
+    batches = iter(open_batches(config, processor))
     batch = [next(batches), next(batches)][1]
     with np.load(dump / "batch-0.npz") as saved:
         assert saved.files and all((saved[name] == batch[name]).all() for name in saved.files)
@@ -262,6 +264,19 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(settings_in, t
 )
 def test_a_run_may_continue_spread_and_saved_otherwise(finished, settings_in, changes):
     assert train(parse(TrainConfig, settings_in(finished, **changes))) == finished
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_weights_that_are_no_numbers_are_never_saved(settings_in, tmp_path):
+    """The loss and the gradient of the step that led to them are numbers, and the next step comes after the save."""
+    wild = {"learning_rate": 1e39, "warmup_steps": 0}  # infinite in float32
+    loop_ = {"steps": STEPS, "checkpoint_every": 1}
+    with pytest.raises(Diverged, match=r"weights are no numbers after step 0: its batch and .* are in .*diverged/0"):
+        train(parse(TrainConfig, settings_in(tmp_path / "run", optimizer=wild, loop=loop_)))
+    (line,) = records(tmp_path / "run")
+    assert np.isfinite(line["loss"]) and np.isfinite(line["gradient_norm"])
+    assert (tmp_path / "run" / "diverged" / "0" / "report.json").is_file()
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
 
 
 def test_rows_that_devices_cannot_share_are_refused(settings_in, tmp_path, monkeypatch):
@@ -285,5 +300,6 @@ def test_the_next_stage_begins_where_this_one_ended(finished, stage_settings, tm
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     folder = train(parse(TrainConfig, settings))
     parent = read_metadata(folder)["parent"]
-    assert (parent["path"], parent["stage"]) == (str(finished), "bridge")
+    assert (parent["path"], parent["stage"], parent["step"]) == (str(finished), "bridge", STEPS)
+    assert parent["fingerprint"] == open_backbone(finished).fingerprint()
     assert parent["parent"]["stage"] is None

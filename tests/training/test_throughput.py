@@ -13,15 +13,13 @@ from cocoa_jax.training.throughput import Load, Meter
 
 def test_the_load_of_a_batch():
     text, pictures = segments([3, 5], 10), segments([4, 8], 16)
-    batch = {"tokens": np.zeros((1, 10)), "patches": np.zeros((1, 16, 2)), "example": np.zeros(5)}
+    batch = {"tokens": np.zeros((1, 10)), "patches": np.zeros((1, 16, 2)), "example": np.full(5, -1)}
     for name, spans in (("token", text), ("patch", pictures)):
         batch |= {f"{name}_start": spans.start[None], f"{name}_end": spans.end[None]}
     stats = np.zeros(len(STATS), np.int32)
-    stats[[STATS.index("tokens_used"), STATS.index("patches_used")]] = 15, 20
+    stats[[STATS.index(f"{name}_used") for name in ("examples", "tokens", "patches")]] = 4, 15, 20
     load = Meter(lambda work: work.tokens + work.predicted, 2).load(batch, stats, 7)  # half of it is another host's
-    assert load == Load(examples=5, pictures=4, tokens=15, patches=20, token_slots=20, patch_slots=32, flops=22)
-    absent = Meter(lambda work: 0.0, 2).load(batch | {"negative_key": np.array([-1, 3])}, stats, 7)
-    assert absent.examples == 4  # a place for a hard negative that its record does not have
+    assert load == Load(examples=4, pictures=4, tokens=15, patches=20, token_slots=20, patch_slots=32, flops=22)
     assert load.padding() == {"padding_tokens": 0.25, "padding_patches": 0.375}
     assert Load(1, 0, 5, 0, 10, 0, 0).padding() == {"padding_tokens": 0.5}
 

@@ -1,0 +1,152 @@
+"""The folder of a stage: which run it belongs to, and which checkpoint that began from.
+
+STAGE/config.json    settings of the run
+STAGE/mixture.json   what names its data, see ``Mixture.identity``
+STAGE/parent.json    the checkpoint that it began from, see ``Backbone.origin``
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cocoa_jax.checkpoints.backbone import Backbone, open_backbone
+from cocoa_jax.checkpoints.errors import CheckpointError
+from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone, read_metadata
+from cocoa_jax.checkpoints.places import fetch, folder_at
+from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
+from cocoa_jax.data.mixture import Mixture
+from cocoa_jax.models.config import read_config
+
+_PARENT = "parent.json"
+# What only says where things lie, and how a run is computed, spread and saved. Data and the checkpoint to begin with
+# are known by their contents.
+_HOW = (
+    "output",
+    "checkpoint",
+    "mesh",
+    "distributed",
+    "data.mixture",
+    "data.threads",
+    "data.workers",
+    "compute.remat",
+    "compute.chunk_tokens",
+    "loop.checkpoint_every",
+    "loop.keep",
+    "loop.profile",
+    "loop.compilation_cache",
+    "loop.wandb",
+)
+
+
+def open_parent(config: TrainConfig) -> Backbone:
+    """The checkpoint to begin with; a run that continues does without its weights where they are gone.
+
+    Raises:
+        CheckpointError, ConfigError: there is no such checkpoint, and no run that began from it.
+        SettingsError: a stage that was trained with settings which this one cannot change.
+    """
+    try:
+        backbone = open_backbone(config.checkpoint)
+    except CheckpointError:
+        if not (folder_at(config.output) / _PARENT).exists():
+            raise
+        carried = fetch(backbone_folder(config.output))
+        return Backbone(folder_at(config.checkpoint), carried, read_config(carried), trained=False)
+    trained = read_metadata(backbone.path)["config"] if backbone.trained else None
+    if trained is not None:  # converted, not trained
+        check_shared(config, trained, backbone.path)
+    return backbone
+
+
+def check_shared(config: TrainConfig, trained: Mapping[str, Any], where: object) -> None:
+    """Refuse what means something else to this stage than to the one before, which learned it.
+
+    Args:
+        trained: settings of that stage, see ``to_dict``; ``where`` it lies.
+
+    Raises:
+        SettingsError: naming both sides.
+    """
+    stages = {trained["stage"], config.stage}
+    names = ["positions"]
+    names += ["mask_token"] if "contrastive" not in stages else []  # stage 3 hides nothing
+    names += ["bridge_tokens"] if "warmup" not in stages else []  # stage 1 has no bridge
+    mine, theirs = to_dict(config)["data"]["processor"], trained["data"]["processor"]
+    for name in names:
+        if mine[name] != theirs[name]:
+            raise SettingsError(
+                f"data.processor.{name} is {mine[name]!r}, and {theirs[name]!r} in the stage {trained['stage']!r} at "
+                f"{where} that this one begins from: give the same, or another checkpoint"
+            )
+
+
+def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone) -> None:
+    """Make the folder of the stage, or see that it is one of the same run.
+
+    Raises:
+        SettingsError: it is another run's; with both sides of what differs.
+    """
+    output = folder_at(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    check_settings(output / "config.json", to_dict(config), how_of(config))
+    check_settings(output / "mixture.json", dict(mixture.identity))
+    if (output / _PARENT).exists():
+        _check_parent(output, parent)
+    else:
+        carry_backbone(parent.side_files, output)
+        _write_whole(output / _PARENT, parent.origin())
+
+
+def origin_of(config: TrainConfig) -> dict[str, Any]:
+    """The checkpoint that the run in a folder began from, where it lies now."""
+    return {**json.loads((folder_at(config.output) / _PARENT).read_text()), "path": config.checkpoint}
+
+
+def how_of(config: TrainConfig) -> tuple[str, ...]:
+    """Settings that may change between two commands of one run."""
+    dropped = config.lora is not None and config.lora.dropout > 0
+    return _HOW if dropped else (*_HOW, "compute.chunk_rows")  # what dropout drops depends on the chunks
+
+
+def check_settings(path: Path, settings: dict[str, Any], how: Iterable[str] = ()) -> None:
+    """Keep the settings of a folder, or refuse to continue it with others, naming them, but for those in ``how``."""
+    if not path.exists():
+        return _write_whole(path, settings)
+    changed = differences(_without(json.loads(path.read_text()), how), _without(settings, how))
+    if changed:
+        raise SettingsError(
+            f"{path.parent} was made with other settings ({'; '.join(changed)}): give another output or remove it"
+        )
+
+
+def _check_parent(output: Path, parent: Backbone) -> None:
+    """By fingerprint: a folder may move. Weights in one file after another take their time, so not where it did not."""
+    began = json.loads((output / _PARENT).read_text())
+    gone, moved = not parent.path.is_dir(), str(parent.path) != began["path"]
+    if gone or not (moved or parent.trained):
+        return
+    found = parent.fingerprint()
+    if found != began["fingerprint"]:
+        raise SettingsError(
+            f"{output} was begun from {began['path']} (fingerprint {began['fingerprint']}), {parent.path} has {found}: "
+            "give the checkpoint that it began from, or another output"
+        )
+
+
+def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    kept = {name: part for name, part in settings.items() if name not in names}
+    return {
+        name: {key: value for key, value in part.items() if f"{name}.{key}" not in names}
+        if isinstance(part, dict)
+        else part
+        for name, part in kept.items()
+    }
+
+
+def _write_whole(path: Path, values: dict[str, Any]) -> None:
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(values, indent=1))
+    aside.replace(path)

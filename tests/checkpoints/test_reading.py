@@ -1,0 +1,139 @@
+"""What is damage and what is not, and that all processes of a run come to the same answer."""
+
+import errno
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.experimental.v1._src.handlers.registration import NoEntryError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import stage_worker
+
+from cocoa_jax.checkpoints import reading
+from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
+from cocoa_jax.checkpoints.orbax import StageCheckpoints, load_params
+
+
+class RefreshError(ValueError):
+    """Stands for those of google.auth, some of which are ValueErrors."""
+
+
+NO_DAMAGE = [
+    PermissionError(errno.EACCES, "Permission denied"),
+    OSError(errno.EIO, "Input/output error"),
+    TimeoutError("timed out"),
+    MemoryError("cannot allocate"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes"),
+    ValueError("UNAVAILABLE: Error reading: CURL error: 503"),
+    ValueError("PERMISSION_DENIED: Error reading local file: [OS error 13: Permission denied]"),
+    ValueError("RESOURCE_EXHAUSTED: Too many open files"),
+    RefreshError("token expired"),
+]
+DAMAGE = [
+    FileNotFoundError("no _METADATA"),
+    KeyError("write_shape"),
+    ValueError("NOT_FOUND: Error reading zarr.json"),
+    ValueError("DATA_LOSS: Error reading manifest"),
+    ValueError("OUT_OF_RANGE: Requested byte range is not valid"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    with StageCheckpoints(folder, keep=2) as checkpoints:
+        for step in (1, 2):
+            stage_worker.save(checkpoints, step, stage_worker.state(step))
+    return folder
+
+
+@pytest.fixture
+def stage(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "stage"))
+
+
+def wanted():
+    return stage_worker.abstract(stage_worker.state(0))
+
+
+def failing(monkeypatch, cause: Exception, of: str = "2") -> None:
+    """Reading a step fails as Orbax fails, which wraps whatever goes wrong."""
+    load = reading.ocp.load_checkpointables
+
+    def fail(path, items):
+        if path.name != of:
+            return load(path, items)
+        try:
+            raise cause
+        except Exception as error:
+            raise NoEntryError("Failed to load checkpointable: params due to incompatible handler") from error
+
+    monkeypatch.setattr(reading.ocp, "load_checkpointables", fail)
+
+
+@pytest.mark.parametrize("cause", NO_DAMAGE, ids=repr)
+def test_what_is_no_damage_is_raised_and_loses_nothing(stage, monkeypatch, cause):
+    with StageCheckpoints(stage, keep=2) as checkpoints:
+        with monkeypatch.context() as patch:
+            failing(patch, cause)
+            with pytest.raises(CheckpointError, match=r"2 cannot be read now .*may be whole") as caught:
+                checkpoints.restore_latest(wanted())
+            assert not isinstance(caught.value, DamagedCheckpointError) and str(cause) in str(caught.value)
+            with pytest.raises(CheckpointError, match="may be whole"):
+                load_params(stage, wanted()["params"])
+        stage_worker.save(checkpoints, 3, stage_worker.state(3))
+        assert checkpoints.steps() == [2, 3]  # a step that was taken for damaged would be gone
+        assert checkpoints.restore(2, wanted()).step == 2
+
+
+@pytest.mark.parametrize("cause", DAMAGE, ids=repr)
+def test_damage_goes_back_a_step(stage, monkeypatch, cause):
+    failing(monkeypatch, cause)
+    with StageCheckpoints(stage, keep=2) as checkpoints:
+        latest = checkpoints.restore_latest(wanted())
+    assert latest is not None and latest.step == 1
+
+
+OK, DAMAGED, UNREADABLE = 0, 1, 2
+MET = {DAMAGED: DamagedCheckpointError("own damage"), UNREADABLE: CheckpointError("own network")}
+
+
+@pytest.mark.parametrize("records", [True, False], ids=["records", "arrays"])
+@pytest.mark.parametrize(
+    ("mine", "other", "raised", "words"),
+    [
+        (OK, DAMAGED, DamagedCheckpointError, r"processes \[1\] could not read it"),
+        (OK, UNREADABLE, CheckpointError, r"cannot be read by processes \[1\].*may be whole"),
+        (DAMAGED, OK, DamagedCheckpointError, "own damage"),
+        (UNREADABLE, DAMAGED, CheckpointError, "own network"),
+        (DAMAGED, UNREADABLE, CheckpointError, r"cannot be read by processes \[1\].*may be whole"),
+    ],
+)
+def test_all_processes_agree_on_what_one_of_them_met(stage, monkeypatch, records, mine, other, raised, words):
+    """The second of two processes is a stand-in that says what it met when it is asked, for the records or later."""
+    path = epath.Path(stage) / "checkpoints" / "2"
+    whole = reading.read_records(path) | reading.load_items(path, wanted())
+    asked = []
+
+    def items(path, names):
+        if mine != OK and records == (set(names) == set(reading.RECORDS)):
+            raise MET[mine]
+        return {name: whole[name] for name in names}
+
+    def gather(value):
+        asked.append(int(value))
+        return np.array([value, other if records == (len(asked) == 1) else OK])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(reading, "load_items", items)
+    with pytest.raises(raised, match=words) as caught:
+        reading.read_checked(path, wanted(), same_dtype=True)
+    assert type(caught.value) is raised
+    assert len(asked) == (1 if records else 2)  # nobody goes on to the next question without an answer to this one

@@ -1,0 +1,141 @@
+"""Whose folder it is: what may change between two commands of a run, and what a stage may change of the one before."""
+
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cocoa_jax.checkpoints.errors import CheckpointError
+from cocoa_jax.config import SettingsError, TrainConfig, parse, to_dict
+from cocoa_jax.data.mixture import Mixture
+from cocoa_jax.models.lora import LoraConfig
+from cocoa_jax.recipe import Recipe, read_recipe, stage_configs
+from cocoa_jax.study.design import load_study, recipe_of
+from cocoa_jax.training.folder import check_shared, how_of, open_parent, origin_of, prepare
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").rglob("*_2b.yaml"))
+DATA = Mixture({}, {}, {"stage": "bridge", "datasets": {"a": {"contents": "0123"}}})
+
+
+@pytest.fixture
+def begun(stage_settings, backbone, tmp_path):
+    """A run in tmp_path/run that began from tmp_path/from."""
+    shutil.copytree(backbone, tmp_path / "from")
+    config = parse(TrainConfig, stage_settings("bridge", tmp_path / "from", tmp_path / "run"))
+    prepare(config, DATA, open_parent(config))
+    return config
+
+
+def again(config: TrainConfig, data: Mixture = DATA) -> None:
+    prepare(config, data, open_parent(config))
+
+
+def test_folders_may_move_and_what_a_run_does_not_need_may_be_gone(begun, tmp_path):
+    again(begun)
+    (tmp_path / "from").rename(tmp_path / "moved-from")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = dataclasses.replace(begun, checkpoint=str(tmp_path / "moved-from"), output=str(tmp_path / "moved"))
+    again(moved)
+    assert origin_of(moved)["path"] == moved.checkpoint and len(origin_of(moved)["fingerprint"]) == 8
+    shutil.rmtree(tmp_path / "moved-from")
+    again(moved)
+    parent = open_parent(moved)
+    assert parent.side_files == tmp_path / "moved" / "backbone"
+    with pytest.raises(ValueError, match="moved-from holds no config"):
+        parent.load()
+    with pytest.raises(CheckpointError, match="moved-from is not a folder"):  # a new run needs it
+        open_parent(dataclasses.replace(moved, output=str(tmp_path / "new")))
+
+
+def test_another_checkpoint_is_refused_by_both_fingerprints(begun, tmp_path):
+    shutil.copytree(begun.checkpoint, tmp_path / "other")
+    (weights,) = (tmp_path / "other").glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    began, other = (open_parent(begun).fingerprint(), "")
+    changed = dataclasses.replace(begun, checkpoint=str(tmp_path / "other"))
+    other = open_parent(changed).fingerprint()
+    with pytest.raises(SettingsError, match=rf"from .*/from \(fingerprint {began}\), .*/other has {other}: give"):
+        again(changed)
+
+
+def test_other_data_are_refused_by_both_contents(begun):
+    other = Mixture({}, {}, {"stage": "bridge", "datasets": {"a": {"contents": "4567"}}})
+    with pytest.raises(SettingsError, match=r"datasets\.a\.contents: '0123', '4567'"):
+        again(begun, other)
+
+
+def test_what_dropout_depends_on_may_not_change(begun):
+    for dropout, free in ((0.1, False), (0.0, True)):
+        lora = dataclasses.replace(begun, lora=LoraConfig(dropout=dropout))
+        assert ("compute.chunk_rows" in how_of(lora)) == free
+    compute = dataclasses.replace(begun.compute, remat="full", chunk_tokens=8, chunk_rows=2)
+    again(dataclasses.replace(begun, compute=compute, data=dataclasses.replace(begun.data, workers=2)))
+    with pytest.raises(SettingsError, match=r"compute\.dtype: 'float32', 'bfloat16'"):
+        again(dataclasses.replace(begun, compute=dataclasses.replace(begun.compute, dtype="bfloat16")))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "name", "value", "refused"),
+    [
+        ("warmup", "bridge", "positions", "text_1d", True),
+        ("warmup", "contrastive", "positions", "text_1d", True),
+        ("bridge", "contrastive", "positions", "text_1d", True),
+        ("warmup", "bridge", "mask_token", "<|im_start|>", True),
+        ("warmup", "contrastive", "mask_token", "<|im_start|>", False),  # stage 3 hides nothing
+        ("warmup", "bridge", "bridge_tokens", ("<|im_end|>", "Ā"), False),  # stage 1 has no bridge
+        ("warmup", "contrastive", "bridge_tokens", ("<|im_end|>", "Ā"), False),
+        ("bridge", "contrastive", "bridge_tokens", ("<|im_end|>", "Ā"), True),
+        ("bridge", "contrastive", "bridge_tokens", ("<|im_start|>",), True),
+        ("contrastive", "contrastive", "bridge_tokens", ("<|im_start|>",), True),
+        ("bridge", "contrastive", "max_pixels", 4 * 784, False),
+    ],
+)
+def test_what_the_stage_before_learned_otherwise_is_refused(stage_settings, before, now, name, value, refused):
+    trained, config = (parse(TrainConfig, stage_settings(stage, "a", "b")) for stage in (before, now))
+    processor = dataclasses.replace(config.data.processor, **{name: value})
+    changed = dataclasses.replace(config, data=dataclasses.replace(config.data, processor=processor))
+    stored = json.loads(json.dumps(to_dict(trained)))
+    check_shared(config, stored, "a")
+    if not refused:
+        return check_shared(changed, stored, "a")
+    mine, theirs = (repr(to_dict(one)["data"]["processor"][name]) for one in (changed, trained))
+    told = f"data.processor.{name} is {mine}, and {theirs} in the stage '{before}' at runs/1 that this one begins from"
+    with pytest.raises(SettingsError, match=re.escape(told)):
+        check_shared(changed, stored, "runs/1")
+
+
+def test_a_trained_stage_is_asked_for_what_it_learned(stage_settings, trained, tmp_path):
+    settings = stage_settings("contrastive", trained, tmp_path / "run")
+    assert open_parent(parse(TrainConfig, settings)).origin()["step"] == 1
+    settings["data"]["processor"]["bridge_tokens"] = ["<|im_start|>"]
+    with pytest.raises(SettingsError, match=r"bridge_tokens is \['<|im_start|>'\], and \['<|im_end|>'\]"):
+        open_parent(parse(TrainConfig, settings))
+
+
+def check_all(recipe: Recipe) -> None:
+    known = {  # no mixture is there to count its records
+        name: {key: value for key, value in stage.items() if key != "epochs"} | {"loop": {"steps": 1}}
+        for name, stage in recipe.stages.items()
+    }
+    configs = stage_configs(dataclasses.replace(recipe, stages=known))
+    for before, now in itertools.pairwise(configs):
+        check_shared(now, to_dict(before), before.output)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_stages_of_every_recipe_go_together(path):
+    check_all(read_recipe(path))
+
+
+def test_the_stages_of_every_arm_of_a_study_go_together():
+    study = load_study("pictures")
+    kept = [arm for arm in study.arms.values() if "processor" in str(arm.stages)]
+    assert len(kept) >= 9  # several bridge tokens, longer texts
+    for arm in kept:
+        check_all(recipe_of(study, arm, 0, 1e-3))
