@@ -57,11 +57,10 @@ def _mismatch(sizes: Mapping[str, int], devices: int) -> str:
 
 def mesh_here(config: MeshConfig) -> MeshConfig:
     """``config`` where it suits the devices that are here; else parameters and rows shared by all of them."""
-    slices = len(_slices())
     try:
-        mesh_sizes(config, jax.device_count(), slices)
+        mesh_sizes(config, jax.device_count(), len(_slices()) or None)
     except ValueError:
-        return MeshConfig(data=1, fsdp=-1, slice=slices)
+        return MeshConfig(data=1, fsdp=-1)
     return config
 
 
