@@ -106,7 +106,7 @@ def test_the_step_of_the_2b_backbone_runs_the_span_kernels():
     ("topology", "more", "message"),
     [
         ("v5e:5x5", [], "topology 'v5e:5x5' is unknown"),
-        ("v5e:2x2", ["--mesh.fsdp=3", "--mesh.data=1"], "there are 4: change mesh.data"),
+        ("v5e:2x2", ["--mesh.fsdp=3", "--mesh.data=1"], "4 devices that there are: set mesh.fsdp to -1"),
     ],
 )
 def test_the_command_refuses_in_one_line(topology, more, message, backbone, stage_settings, tmp_path, capsys):
