@@ -65,11 +65,6 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def stage(trained, tmp_path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "stage"))
-
-
 def wanted():
     return stage_worker.abstract(stage_worker.state(0))
 

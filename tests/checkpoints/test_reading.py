@@ -1,7 +1,6 @@
 """What is damage and what is not, and that all processes of a run come to the same answer."""
 
 import errno
-import shutil
 import sys
 from pathlib import Path
 
@@ -51,11 +50,6 @@ def trained(tmp_path_factory) -> Path:
         for step in (1, 2):
             stage_worker.save(checkpoints, step, stage_worker.state(step))
     return folder
-
-
-@pytest.fixture
-def stage(trained, tmp_path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "stage"))
 
 
 def wanted():
