@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", module="jax")
+    from cocoa_jax.checkpoints.errors import UnavailableCheckpointError
     from cocoa_jax.training.hosts import PeerLost
     from cocoa_jax.training.loop import STOPPED, Stopped
 
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, given = chosen(verbs, parsed)
     try:
         command.run(chosen(verbs, parser.instantiate(parsed))[1] if command.config else given)
-    except (Stopped, PeerLost) as stopped:
+    except (Stopped, PeerLost, UnavailableCheckpointError) as stopped:
         sys.stderr.write(f"cocoa: {stopped}\n")
         raise SystemExit(STOPPED) from None
     except KeyboardInterrupt:

@@ -4,8 +4,9 @@
 DRY_RUN=${DRY_RUN:-}
 # Seconds between two looks at something that takes minutes.
 POLL=${COCOA_POLL_SECONDS:-30}
-# Exit statuses after which the same command goes on where it was: 75 asked to stop and saved, or another process of the
-# run died; 134 the same, noticed by its missing sign of life; 137 and 143 killed from outside.
+# Exit statuses after which the same command goes on where it was: 75 asked to stop and saved, another process of the run
+# died, or a bucket cannot be read now; 134 a process died or never came, noticed by its missing sign of life; 137 and 143
+# killed from outside.
 RETRY="75 134 137 143"
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }

@@ -9,3 +9,7 @@ class CheckpointError(ValueError):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint cannot be read back as it was saved: files are missing, cut short or changed."""
+
+
+class UnavailableCheckpointError(CheckpointError):
+    """A checkpoint cannot be read now for a reason that passes by itself, such as a network: try again."""

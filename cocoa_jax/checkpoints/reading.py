@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from cocoa_jax.checkpoints.contents import Contents, Tree, checksums, flat, mismatches
-from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
+from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError, UnavailableCheckpointError
 
 TREES = ("params", "adapter", "head", "optimizer")
 RECORDS = ("loop", "metadata", "contents")
@@ -29,6 +29,8 @@ _OF_DAMAGE |= {ValueError, UnicodeDecodeError, KeyError, IndexError, TypeError, 
 # TensorStore raises ValueError for everything and begins with a name of https://abseil.io/docs/cpp/guides/status-codes.
 _STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*(?=: )")
 _STATUS_OF_DAMAGE = {"DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION"}
+_STATUS_THAT_PASSES = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"}
+_WORSE = (DamagedCheckpointError, UnavailableCheckpointError, CheckpointError)  # each before what it derives from
 _AGAIN = "it may be whole, remove the cause and give the same command again"
 
 
@@ -60,7 +62,7 @@ def read_checked(
 def _together(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """``load_items``, which fails for all processes where it fails for one: each reads a part of its own.
 
-    It is damage for all of them only where each that failed found damage.
+    It is damage for all of them only where each that failed found damage, and passes only where it does for each.
     """
     if jax.process_count() == 1:
         return load_items(path, wanted)
@@ -70,7 +72,7 @@ def _together(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         found = load_items(path, wanted)
     except CheckpointError as error:
         failure = error
-    mine = 0 if failure is None else 1 if isinstance(failure, DamagedCheckpointError) else 2
+    mine = 0 if failure is None else 1 + next(at for at, kind in enumerate(_WORSE) if isinstance(failure, kind))
     all_ = multihost_utils.process_allgather(np.array(mine))
     worst = int(all_.max())
     if failure is not None and mine == worst:
@@ -79,7 +81,7 @@ def _together(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     if worst == 1:
         raise DamagedCheckpointError(f"{path} is damaged: processes {failed} could not read it")
     if worst:
-        raise CheckpointError(f"{path} cannot be read by processes {failed}, which say why: {_AGAIN}")
+        raise _WORSE[worst - 1](f"{path} cannot be read by processes {failed}, which say why: {_AGAIN}")
     return found
 
 
@@ -95,7 +97,8 @@ def load_items(path: epath.Path, wanted: Mapping[str, Any], *, part: bool = Fals
 
     Raises:
         DamagedCheckpointError: files are missing, cut short or changed.
-        CheckpointError: anything else, such as a network, permissions or memory: the checkpoint may be whole.
+        UnavailableCheckpointError: a network or a service fails: the checkpoint may be whole.
+        CheckpointError: anything else, such as permissions or memory: it may be whole too.
     """
     context = ocp.Context(stage_context())
     context.pytree.loading.partial_load = part
@@ -105,7 +108,8 @@ def load_items(path: epath.Path, wanted: Mapping[str, Any], *, part: bool = Fals
     except Exception as error:  # Orbax, TensorStore and JSON each raise their own
         if _is_damage(error):
             raise DamagedCheckpointError(f"{path} is damaged: {root_cause(error)}") from error
-        raise CheckpointError(f"{path} cannot be read now ({root_cause(error)}): {_AGAIN}") from error
+        kind = UnavailableCheckpointError if _passes(error) else CheckpointError
+        raise kind(f"{path} cannot be read now ({root_cause(error)}): {_AGAIN}") from error
 
 
 def _is_damage(error: BaseException) -> bool:
@@ -117,6 +121,15 @@ def _is_damage(error: BaseException) -> bool:
         if type(link) not in _OF_DAMAGE and not type(link).__module__.startswith("orbax."):
             return False
     return True
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether something that led to an error is of a kind that ends by itself."""
+    for link in _chain(error):
+        status = _STATUS.match(str(link))
+        if isinstance(link, ConnectionError | TimeoutError) or (status and status[0] in _STATUS_THAT_PASSES):
+            return True
+    return False
 
 
 def root_cause(error: BaseException) -> str:

@@ -37,7 +37,7 @@ from cocoa_jax.training.trace import TraceWindow
 from cocoa_jax.training.weights_and_biases import WandbRun, check_installed
 
 _LOGGED = ("rows_used", "examples_used", "extra_rows", "bad_records", "dropped_masks")  # of STATS
-STOPPED = 75  # the exit status of a run that stopped and that the same command continues: "try again" to launchers
+STOPPED = 75  # the exit status of a run that stopped or could not go on now: "try again" to launchers
 
 
 class Stopped(Exception):
@@ -52,6 +52,7 @@ def train(config: TrainConfig) -> Path:
         Diverged: the loss is NaN or infinite.
         Stopped: SIGTERM arrived, in any process of the run.
         PeerLost: another process of the run died.
+        UnavailableCheckpointError: a checkpoint cannot be read now, for a reason that passes.
     """
     join(config.distributed)
     with with_peers(), kept_programs(config.loop.compilation_cache):

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import stage_worker
 
 from cocoa_jax.checkpoints import reading
-from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
+from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError, UnavailableCheckpointError
 from cocoa_jax.checkpoints.orbax import StageCheckpoints, load_params
 
 
@@ -23,13 +23,18 @@ class RefreshError(ValueError):
     """Stands for those of google.auth, some of which are ValueErrors."""
 
 
+PASSES = [
+    TimeoutError("timed out"),
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    ValueError("UNAVAILABLE: Error reading: CURL error: 503"),
+    ValueError("DEADLINE_EXCEEDED: no answer"),
+]
 NO_DAMAGE = [
+    *PASSES,
     PermissionError(errno.EACCES, "Permission denied"),
     OSError(errno.EIO, "Input/output error"),
-    TimeoutError("timed out"),
     MemoryError("cannot allocate"),
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes"),
-    ValueError("UNAVAILABLE: Error reading: CURL error: 503"),
     ValueError("PERMISSION_DENIED: Error reading local file: [OS error 13: Permission denied]"),
     ValueError("RESOURCE_EXHAUSTED: Too many open files"),
     RefreshError("token expired"),
@@ -78,7 +83,8 @@ def test_what_is_no_damage_is_raised_and_loses_nothing(stage, monkeypatch, cause
             failing(patch, cause)
             with pytest.raises(CheckpointError, match=r"2 cannot be read now .*may be whole") as caught:
                 checkpoints.restore_latest(wanted())
-            assert not isinstance(caught.value, DamagedCheckpointError) and str(cause) in str(caught.value)
+            assert type(caught.value) is (UnavailableCheckpointError if cause in PASSES else CheckpointError)
+            assert str(cause) in str(caught.value)
             with pytest.raises(CheckpointError, match="may be whole"):
                 load_params(stage, wanted()["params"])
         stage_worker.save(checkpoints, 3, stage_worker.state(3))
@@ -94,8 +100,12 @@ def test_damage_goes_back_a_step(stage, monkeypatch, cause):
     assert latest is not None and latest.step == 1
 
 
-OK, DAMAGED, UNREADABLE = 0, 1, 2
-MET = {DAMAGED: DamagedCheckpointError("own damage"), UNREADABLE: CheckpointError("own network")}
+OK, DAMAGED, UNAVAILABLE, UNREADABLE = 0, 1, 2, 3
+MET = {
+    DAMAGED: DamagedCheckpointError("own damage"),
+    UNAVAILABLE: UnavailableCheckpointError("own network"),
+    UNREADABLE: CheckpointError("own rights"),
+}
 
 
 @pytest.mark.parametrize("records", [True, False], ids=["records", "arrays"])
@@ -105,7 +115,10 @@ MET = {DAMAGED: DamagedCheckpointError("own damage"), UNREADABLE: CheckpointErro
         (OK, DAMAGED, DamagedCheckpointError, r"processes \[1\] could not read it"),
         (OK, UNREADABLE, CheckpointError, r"cannot be read by processes \[1\].*may be whole"),
         (DAMAGED, OK, DamagedCheckpointError, "own damage"),
-        (UNREADABLE, DAMAGED, CheckpointError, "own network"),
+        (UNREADABLE, DAMAGED, CheckpointError, "own rights"),
+        (UNAVAILABLE, DAMAGED, UnavailableCheckpointError, "own network"),
+        (DAMAGED, UNAVAILABLE, UnavailableCheckpointError, r"cannot be read by processes \[1\].*may be whole"),
+        (UNAVAILABLE, UNREADABLE, CheckpointError, r"cannot be read by processes \[1\].*may be whole"),
         (DAMAGED, UNREADABLE, CheckpointError, r"cannot be read by processes \[1\].*may be whole"),
     ],
 )

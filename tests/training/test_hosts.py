@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cocoa_jax import cli
+from cocoa_jax.checkpoints.errors import CheckpointError, UnavailableCheckpointError
 from cocoa_jax.config import DistributedConfig, SettingsError
 from cocoa_jax.training import loop
 from cocoa_jax.training.hosts import COORDINATOR, COUNT, INDEX, Peers, RowShare, _shared, peers, placed
@@ -174,6 +175,25 @@ def test_an_error_of_the_runtime_is_another_process_gone(
     if status == STOPPED:
         assert_retryable(status, told)
         assert told.endswith("): the same command continues\n") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(("kind", "status"), [(UnavailableCheckpointError, STOPPED), (CheckpointError, 1)])
+def test_a_checkpoint_that_cannot_be_read_now_is_tried_again(shared, tmp_path, monkeypatch, capsys, kind, status):
+    def fail(config):
+        raise kind("no answer from the bucket")
+
+    monkeypatch.setattr(loop, "_train", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--config", str(settings_of(shared, tmp_path / "run", "bridge"))])
+    assert (ended.value.code, capsys.readouterr().err) == (status, "cocoa: no answer from the bucket\n")
+
+
+def test_a_process_that_never_comes_ends_the_other():
+    meet = "from cocoa_jax.config import DistributedConfig; from cocoa_jax.training.hosts import join"
+    there = {COORDINATOR: free_address(), COUNT: "2", INDEX: "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", f"{meet}; join(DistributedConfig(start=1))"]
+    ended = subprocess.run(command, env={**os.environ, **there}, capture_output=True, text=True, timeout=300)
+    assert_retryable(ended.returncode, ended.stderr)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
