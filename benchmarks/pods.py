@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cocoa_jax.config import TrainConfig, load_config
-from cocoa_jax.profiling.cells import Cells, MeasurementError
+from cocoa_jax.profiling.cells import Cells, MeasurementError, versions_of
 from cocoa_jax.profiling.plan import plan_spec
 from cocoa_jax.profiling.plan_report import GIB, memory_kinds, ratio, serial_seconds
 from cocoa_jax.profiling.plan_search import changed
@@ -140,15 +139,20 @@ def make(cell: Cell) -> None:
     """Compile a cell with the first remat policy that fits, and write its file."""
     for remat in POLICIES:
         config = changed(load_config(TrainConfig, cell.path), cell.settings(remat))
-        result = Cells(None).get(plan_spec(config, cell.topology, cell.slices))
+        spec = plan_spec(config, cell.topology, cell.slices)
+        result = Cells(None).get(spec)
         if result["fits"]:
             break
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     FOLDER.mkdir(parents=True, exist_ok=True)
     aside = FOLDER / f"{cell.name}.partial"
-    found = {"command": cell.command(remat), "remat": remat, "versions": versions, "result": result}
+    found = {"command": cell.command(remat), "remat": remat, "versions": versions_of(spec), "result": result}
     aside.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(aside, cell.file)
+
+
+def _program(cell: Cell) -> dict[str, str]:
+    """What its versions depend on; not the settings, which take long to read."""
+    return {"program": "plan", "topology": cell.topology}
 
 
 def table(cells: list[Cell]) -> str:
@@ -175,6 +179,9 @@ def table(cells: list[Cell]) -> str:
         lines.append("| " + " | ".join([*first, *rest]) + " |")
     missing = [cell.name for cell in cells if not cell.file.is_file()]
     text = f"\n{len(there)} of {len(cells)} cells are made."
+    other = [cell.name for cell, kept in there if kept["versions"] != versions_of(_program(cell))]
+    if other:
+        text += f" Of other versions of the code or the compiler than are here now: {', '.join(other)}."
     if missing:
         text += f" The command goes on with {', '.join(missing[:3])}."
     return "\n".join(lines) + "\n" + text + "\n"

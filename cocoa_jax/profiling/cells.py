@@ -24,13 +24,24 @@ Spec = Mapping[str, Any]
 _PACKAGE = Path(__file__).parents[1]
 _MODEL = tuple(f"profiling/{name}.py" for name in ("attention_model", "hlo", "kernels", "llo", "masks", "model"))
 _DENSE = ("attention/reference.py", "attention/spans.py")
+_STEP = (
+    *("attention/*.py", "models/*.py", "objectives/*.py", "chips.py"),
+    *(
+        f"training/{name}.py"
+        for name in ("accumulation", "average", "gradients", "mesh", "optimizer", "sharding", "stages", "state", "step")
+    ),
+    *(
+        f"profiling/{name}.py"
+        for name in ("collectives", "hlo", "kernels", "llo", "masks", "model", "plan", "step_cost", "steps", "topology")
+    ),
+)
 _READ = {  # the code that a measurement depends on, by program and implementation
     "attention reference": (*_DENSE, *_MODEL),
     "attention windowed": (*_DENSE, *_MODEL),
     "attention splash": ("profiling/splash.py", *_MODEL),
     "attention flash_tpu": ("attention/flash_tpu*.py", "attention/spans.py", "attention/tiles.py", *_MODEL),
-    "plan": ("attention/*.py", "models/*.py", "objectives/*.py", "training/*.py", "profiling/*.py", "chips.py"),
-    "step": ("attention/*.py", "models/*.py", "objectives/*.py", "training/*.py", "profiling/*.py", "chips.py"),
+    "plan": _STEP,
+    "step": _STEP,
 }
 
 
@@ -54,7 +65,7 @@ class Cells:
         Raises:
             MeasurementError: it cannot be measured.
         """
-        versions = _versions(spec)
+        versions = versions_of(spec)
         path = self._folder / f"{_slug(spec)}.json" if self._folder else None
         if path and path.is_file():
             kept = json.loads(path.read_text())
@@ -97,7 +108,8 @@ def _reason(said: str) -> str:
     return (named or lines or ["the process died without a word"])[-1]
 
 
-def _versions(spec: Spec) -> dict[str, str]:
+def versions_of(spec: Spec) -> dict[str, str]:
+    """Of the compiler, and a digest of the code that a measurement depends on: where one differs, it is made again."""
     digest = hashlib.sha256()
     words = [str(spec[key]) for key in ("program", "implementation") if key in spec]
     chip = parse_topology(spec["topology"])[0]

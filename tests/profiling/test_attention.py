@@ -130,12 +130,6 @@ def test_windows_as_rows_are_the_attention_of_windows():
             windowed_candidates(Problem(mask, length, False), None)
 
 
-def test_every_file_that_a_cell_depends_on_exists():
-    for patterns in cells_module._READ.values():
-        for pattern in patterns:
-            assert list(cells_module._PACKAGE.glob(pattern)), pattern
-
-
 @pytest.fixture(scope="module")
 def modelled(tmp_path_factory):
     """Dense attention at 256 tokens compiled for a v5e, in a process of its own."""
@@ -239,10 +233,3 @@ def test_which_masks_share_a_compilation():
     cells = {mask: cell_mask("splash", mask) for mask in ("full", "causal", "bridge", "packed-bridge")}
     assert cells == {"full": "full", "causal": "causal", "bridge": "full", "packed-bridge": "full"}
     assert {cell_mask("flash_tpu", mask) for mask in cells} == {ANY}
-
-
-def test_words_about_code_make_no_cell_again():
-    code = '"""A module."""\nimport a\n\ndef f(x):\n    """Says."""\n    return x + 1  # why\n'
-    other = '"""Another."""\nfrom b import a\ndef f(x):\n    return (x + 1)\n'
-    assert cells_module._computed(code) == cells_module._computed(other)
-    assert cells_module._computed(code) != cells_module._computed(code.replace("+ 1", "+ 2"))

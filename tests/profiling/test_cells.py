@@ -1,0 +1,47 @@
+"""Which code a kept measurement depends on."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cocoa_jax.profiling import cells as cells_module
+
+
+def test_every_file_that_a_cell_depends_on_exists():
+    for patterns in cells_module._READ.values():
+        for pattern in patterns:
+            assert list(cells_module._PACKAGE.glob(pattern)), pattern
+
+
+def imported(path: Path) -> Iterator[Path]:
+    """Modules of the package that one imports."""
+    package = cells_module._PACKAGE
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cocoa_jax."):
+            base = package.joinpath(*node.module.split(".")[1:])
+            places = [base.with_suffix(".py"), *(base / f"{name.name}.py" for name in node.names)]
+            yield from (place for place in places if place.is_file())
+
+
+@pytest.mark.parametrize(("program", "module"), [("plan", "plan"), ("step", "step_cost")])
+def test_a_train_step_is_made_again_when_code_changes_that_it_is_compiled_from(program, module):
+    package = cells_module._PACKAGE
+    found, left = set[Path](), [package / f"profiling/{module}.py"]
+    while left:
+        if (path := left.pop()) not in found:
+            found.add(path)
+            left += imported(path)
+    compiled = ("attention", "models", "objectives", "training", "profiling")
+    parts = {path for path in found if path.parent.name in compiled}
+    outside = {package / "training" / name for name in ("hosts.py", "place.py")}  # no part of a compiled step
+    read = {path for pattern in cells_module._READ[program] for path in package.glob(pattern)}
+    assert outside < parts and parts - outside <= read, parts - outside - read
+
+
+def test_words_about_code_make_no_cell_again():
+    code = '"""A module."""\nimport a\n\ndef f(x):\n    """Says."""\n    return x + 1  # why\n'
+    other = '"""Another."""\nfrom b import a\ndef f(x):\n    return (x + 1)\n'
+    assert cells_module._computed(code) == cells_module._computed(other)
+    assert cells_module._computed(code) != cells_module._computed(code.replace("+ 1", "+ 2"))
