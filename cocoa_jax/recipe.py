@@ -26,7 +26,7 @@ from cocoa_jax.config import (
 )
 from cocoa_jax.data.mixture import open_mixture
 from cocoa_jax.data.prompts import INSTRUCTIONS, plain
-from cocoa_jax.data.sources import load_pictures
+from cocoa_jax.data.sources import SourceError, load_pictures
 from cocoa_jax.evaluation.collect import REPORT, build_report
 from cocoa_jax.evaluation.set_page import write_set_report
 from cocoa_jax.evaluation.sets import MMEB, Sets, evaluate_sets, named_sets
@@ -146,10 +146,18 @@ def scored_sets(recipe: Recipe) -> Sets | None:
 
 
 def write_stages(recipe: Recipe, folder: str | Path, steps: tuple[int, ...] | None = None) -> list[Path]:
-    """The settings of every stage as a file for `cocoa train` and `cocoa plan`; nothing is run."""
+    """The settings of every stage as a file for `cocoa train` and `cocoa plan`; nothing is run.
+
+    Raises:
+        SettingsError: as ``stage_configs``; also where epochs are to be counted of data that are not there.
+    """
+    try:
+        configs = stage_configs(recipe, steps)
+    except SourceError as error:
+        raise SettingsError(f"{error}; to write the stages without their data, give --steps of each stage") from error
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = [Path(folder) / f"{name}.yaml" for name in recipe.stages]
-    for path, config in zip(paths, stage_configs(recipe, steps), strict=True):
+    for path, config in zip(paths, configs, strict=True):
         path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     return paths
 

@@ -173,6 +173,14 @@ def test_the_stages_of_a_recipe_are_files(tmp_path, call):
     assert [stage.loop.steps for stage in stages] == [3000, 9375, 2000] and not Path(stages[0].output).exists()
 
 
+def test_stages_are_not_written_without_data_to_count(tmp_path, call):
+    status, said, told = call(
+        "run", RECIPES / "cocoa_qwen2_vl_2b.yaml", "--data", tmp_path, "--output", tmp_path, "--write", tmp_path / "new"
+    )
+    assert (status, said, (tmp_path / "new").exists()) == (1, "", False)
+    assert told.endswith("; to write the stages without their data, give --steps of each stage\n"), told
+
+
 @pytest.mark.parametrize("steps", ["10,x", "10,0", "", "3,-1", "1.5"])
 def test_steps_that_are_none_are_one_line(steps, call):
     status, _, told = call("run", RECIPES / "pictures" / "no_bridge.yaml", "--steps", steps)
