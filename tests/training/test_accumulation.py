@@ -13,6 +13,7 @@ from cocoa_jax.data.pairs import picture_source
 from cocoa_jax.data.pipeline import stage_dataset
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.sources import load_pictures
+from cocoa_jax.training.accumulation import accumulated
 from cocoa_jax.training.stages import stage_program
 from cocoa_jax.training.state import trained_part
 
@@ -72,3 +73,31 @@ def test_one_chunk_of_all_rows_is_the_batch_itself(case):
     config, sizes, params, batch = case
     (whole, _), _ = run(config, sizes, params, batch, None)
     assert run(config, sizes, params, batch, 8)[0][0] == whole
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize(("wide", "tolerance"), [(False, 1e-5), (True, 1e-10)])
+def test_gradients_add_up_to_rounding(rows, wide, tolerance):
+    """With numbers that are twice as long it is 1e-10: what is left in the float32 of a model is rounding alone."""
+    rng = np.random.default_rng(6)
+    predict = np.where(rng.random((6, 5)) < 0.4, 1, -1).astype(np.int32)
+    batch = {"tokens": rng.integers(0, 9, (6, 5)).astype(np.int32), "predict_id": predict}
+    with jax.enable_x64(wide):
+        kind = jnp.float64 if wide else jnp.float32
+        table = jnp.asarray(rng.standard_normal((9, 4)), kind)
+        backbone = {"table": table, "kernel": jnp.asarray(rng.standard_normal((4, 4)), kind)}
+
+        def loss(params, batch, progress):
+            rows = jnp.take(params["backbone"]["table"], batch["tokens"], axis=0) @ params["backbone"]["kernel"]
+            chosen = batch["predict_id"] >= 0
+            each = jnp.sum(jnp.tanh(rows) ** 2, axis=-1) + jnp.mean(rows, axis=(1, 2))[:, None]
+            total = batch.get("masked_total", jnp.sum(chosen))
+            return jnp.sum(each * chosen) / total * progress, {}
+
+        def run(loss):
+            return jax.jit(jax.value_and_grad(lambda part: loss({"backbone": part}, batch, 0.5)[0]))(backbone)
+
+        got, want = run(accumulated(loss, rows)), run(loss)
+        assert want[0].dtype == kind
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
