@@ -4,8 +4,10 @@
 
 The 100M configuration of ``sizes.py``, float32, all of it trained: forward, backward, clipping and AdamW. Every side is
 a process of its own, so that its peak memory is its own; they take turns, step by step, on the same two cores, and the
-ratios of the medians are printed. ``small`` is our step with less memory: two rows at a time. Losses of all sides are
-compared, so that they do the same work.
+ratios of the medians are printed. ``whole`` is our step with all rows at a time, ``small`` with two, ``kept`` that of
+stage 3 with two, of which it keeps what ``small`` computes again. In stage 3 a query with its picture and its target
+without one share a row of ours, as packed data lie; transformers takes an example a row, and in its tower only pictures
+that are there. Losses of all sides are compared, so that they do the same work.
 """
 
 from __future__ import annotations
@@ -30,7 +32,12 @@ from sizes import config_values, make_config, parameters, random_params
 from cocoa_jax.data.vision_plan import VisionRun
 
 STAGES = ("warmup", "bridge", "contrastive")
-SIDES = {"ours": {"remat": "products"}, "small": {"remat": "products", "chunk_rows": 2}, "torch": {}}
+SIDES = {
+    "whole": {"remat": "products"},
+    "kept": {"remat": "products", "chunk_rows": 2, "chunk_remat": False},
+    "small": {"remat": "products", "chunk_rows": 2},
+    "torch": {},
+}
 GRID, TOKENS, PATCHES = (1, 32, 32), 352, 1024  # a picture of 448 x 448: 256 visual tokens
 RATE, TEMPERATURE, MAE_WEIGHT, SEED = 1e-5, 0.02, 0.5, 0
 MASKS = {"warmup": "bidirectional", "bridge": "truncated", "contrastive": "bidirectional"}
@@ -60,6 +67,21 @@ def make_batch(stage: str, rows: int) -> tuple[Layout, dict[str, np.ndarray]]:
     return layout, batch
 
 
+def pairs_in_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch of stage 3 with each target behind its query, in the patches of the query's row."""
+    half, columns = len(batch["tokens"]) // 2, batch["tokens"].shape[1]
+    assert not batch["patch_end"][half:].any(), "targets show pictures"
+    moved = {"token_start", "token_end", "pool"}
+    found = {
+        name: np.concatenate([x[:half], x[half:] + columns * (name in moved)], axis=1)
+        for name, x in batch.items()
+        if name in moved or name in ("tokens", "positions", "unit")
+    }
+    pictures = {name: x[:half] for name, x in batch.items() if name.startswith("patch")}
+    keys = {name: batch[name] for name in ("target_key", "image_key")}
+    return found | pictures | keys | {"example": np.arange(2 * half, dtype=np.int32).reshape(half, 2).T.reshape(-1)}
+
+
 def our_side(stage: str, rows: int, compute: dict[str, Any]) -> Callable[[], float]:
     """The trainer's own step; each call updates the weights and gives the loss."""
     from cocoa_jax.config import MeshConfig, TrainConfig, parse
@@ -71,10 +93,13 @@ def our_side(stage: str, rows: int, compute: dict[str, Any]) -> Callable[[], flo
     from cocoa_jax.training.step import make_step
 
     layout, batch = make_batch(stage, rows)
+    if stage == "contrastive":
+        batch = pairs_in_rows(batch)
+    shape, slots = [*batch["tokens"].shape, PATCHES], batch["pool"].shape[1]
     data: dict[str, Any] = {
         "kinds": {"any": 1.0},
         "processor": {"min_pixels": 784, "max_pixels": 448**2, "max_text_tokens": 64},
-        "rows": {"batch_size": rows, "shapes": [[rows, TOKENS, PATCHES]], "examples_per_row": 1, "masked_per_row": 64},
+        "rows": {"batch_size": rows, "shapes": [shape], "examples_per_row": slots, "masked_per_row": 64},
     }
     if stage != "contrastive":
         data["masking"] = {"text_ratio": 0.5, "image_ratio": 0.5 if stage == "warmup" else 0.0}
@@ -177,9 +202,10 @@ def work(side: str, stage: str, rows: int) -> None:
 
 def compare(stage: str, rows: int, rounds: int) -> None:
     """Let the sides take turns and print what came of it."""
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    sides = [side for side in SIDES if side != "kept" or stage == "contrastive"]  # others compute nothing again
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     processes = {}
-    for side in SIDES:
+    for side in sides:
         command = [sys.executable, __file__, "--worker", side, "--stages", stage, "--rows", str(rows)]
         processes[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for _ in range(rounds + 1):

@@ -12,6 +12,7 @@ from cocoa_jax.evaluation.probe import PLOT, RESULTS, probe, summary
 
 def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoints", required=True, help="stages in order, by commas, after what they began with")
+    parser.add_argument("--names", default=None, help="what to call them, by commas; else the names of their folders")
     parser.add_argument("--output", required=True, help=f"folder of {RESULTS} and {PLOT}")
     parser.add_argument("--split", default="test_unseen", help="of the embedded pictures")
     parser.add_argument("--examples", type=int, default=256, help="how many pictures")
@@ -19,7 +20,8 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _probe(given: Namespace) -> None:
-    results = probe(given.checkpoints.split(","), given.output, given.split, given.examples, given.seed)
+    names = None if given.names is None else given.names.split(",")
+    results = probe(given.checkpoints.split(","), given.output, given.split, given.examples, given.seed, names)
     sys.stdout.write(f"{summary(results)}\n\nplot: {given.output}/{PLOT}\n")
 
 

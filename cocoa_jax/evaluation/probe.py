@@ -35,6 +35,7 @@ def probe(
     split: str = "test_unseen",
     examples: int = 256,
     seed: int = 0,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Probes models on the embedded pictures, all in the same way, and writes ``probe.json`` and ``probe.svg``.
 
@@ -43,10 +44,12 @@ def probe(
             those of the last.
         split: of the embedded pictures.
         examples: how many pictures, taken evenly.
+        names: what to call the checkpoints; None takes the names of their folders.
 
     Raises:
-        ValueError: fewer than two examples, or a folder that holds no model.
+        ValueError: fewer than two examples, a folder that holds no model, or names that are not one for each.
     """
+    named, found = _named(checkpoints, names), dict[str, Any]()
     if examples < 2:
         raise ValueError(f"examples is {examples}: what is compared with others needs two at least")
     settings = default_settings(checkpoints[-1])
@@ -58,7 +61,6 @@ def probe(
     source = picture_source("bridge", shown)
     records = [source.record(i, example_rng(seed, 0, i, Purpose.RECORD)) for i in range(len(shown))]
     sides = [Content(instruct("picture"), (p.image,)) for p in shown], [Content(plain(p.caption)) for p in shown]
-    named, found = _named(checkpoints), {}
     # Each is rebuilt twice, from its own bridge and from another's, and both of its sides are embedded.
     with tqdm(total=4 * len(shown) * len(named), unit="item", dynamic_ncols=True) as bar:
         for name, folder in named.items():
@@ -93,8 +95,12 @@ def summary(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _named(checkpoints: Sequence[str | Path]) -> dict[str, Path]:
+def _named(checkpoints: Sequence[str | Path], names: Sequence[str] | None) -> dict[str, Path]:
     paths = [Path(folder) for folder in checkpoints]
+    if names is not None:
+        if len(names) != len(paths) or len(set(names)) < len(names) or "" in names:
+            raise ValueError(f"names are {list(names)} for {len(paths)} checkpoints: give each one of its own")
+        return dict(zip(names, paths, strict=True))
     return {path.name if [p.name for p in paths].count(path.name) == 1 else str(path): path for path in paths}
 
 

@@ -33,21 +33,23 @@ def draw_probe(results: Mapping[str, Any], path: Path) -> None:
         right.bar([i + offset for i in places], heights, 0.38, color=colours, alpha=alpha)
     right.set_xticks(list(places), names)
     right.set(title="Words rebuilt from their own <EOS> alone (pale: from another's)", ylabel="accuracy, %")
-    for name, found, colour in zip(names, values, colours, strict=True):
+    for found, colour in zip(values, colours, strict=True):
         layers = range(1, len(found["attention"]["words_to_bridge"]) + 1)
-        mass.plot(layers, found["attention"]["words_to_bridge"], "-o", color=colour, markersize=4, label=name)
+        mass.plot(layers, found["attention"]["words_to_bridge"], "-o", color=colour, markersize=4)
         mass.plot(layers, found["attention"]["bridge_to_block_a"], "--", color=colour, linewidth=1)
-    mass.set(title="Attention: words to <EOS> (lines), <EOS> to block A (dashes)", xlabel="layer", ylim=(0, 1.02))
+    mass.set(title="Attention: words to <EOS> (lines), <EOS> to block A (dashes)", ylim=(0, 1.02))
+    mass.set_xlabel("layer (colours as above)")
     mass.xaxis.set_major_locator(MaxNLocator(integer=True))
-    mass.legend(frameon=False)
     ranks = [found["embeddings"]["effective_rank"] for found in values]
     lie.plot(names, ranks, "-o", color="#5562b8")
     lie.set(title="Embeddings: effective rank (blue), uniformity (orange)", ylabel="effective rank", ylim=(0, None))
     other = lie.twinx()
     other.plot(names, [found["embeddings"]["uniformity"] for found in values], "-s", color="#c26a2b")
     other.set_ylabel("log mean exp(-2 d²)")
-    for axis in (bits, right, lie):
-        axis.tick_params("x", rotation=15 if max(map(len, names)) > 12 else 0)
+    if max(map(len, names)) > 12:
+        for axis in (bits, right, lie):
+            for label in axis.get_xticklabels():
+                label.set(rotation=20, ha="right", rotation_mode="anchor")
     for axis in (bits, right, mass, lie):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)

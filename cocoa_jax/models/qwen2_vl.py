@@ -31,6 +31,8 @@ class Compute:
         chunk_rows: how many rows each device takes at a time; null for all. Fewer need less memory. The batch, its loss
             and its gradients stay those of the whole: stages 1 and 2 add up gradients, stage 3, whose negatives are in
             all chunks, encodes every row twice.
+        chunk_remat: whether it does. If not, it keeps of all chunks what ``remat`` leaves to be kept, as it does of all
+            rows at a time: for devices with room, where a few rows at a time are faster.
         chunk_tokens: stages 1 and 2, how many predicted tokens of each device meet the LM head at a time; null for all.
         attention: a name from ``attention.api.IMPLEMENTATIONS``; null takes what suits the platform and the shapes.
     """
@@ -38,6 +40,7 @@ class Compute:
     dtype: str = "float32"
     remat: str = "none"
     chunk_rows: int | None = None
+    chunk_remat: bool = True
     chunk_tokens: int | None = 1024
     attention: str | None = None
 

@@ -64,16 +64,18 @@ def contrastive_loss(
     config: ContrastiveConfig,
     progress: Float[Array, ""] | float = 1.0,
     chunk_rows: int | None = None,
+    chunk_remat: bool = True,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """InfoNCE over the whole global batch, when ``progress`` of the run (0 to 1) is done.
 
     Args:
         chunk_rows: rows that each device encodes at a time; None for all.
+        chunk_remat: whether each such chunk is computed again for its gradient.
 
     Source: CoCoA, arXiv 2603.01471, stage 3.
     """
     N = batch["target_key"].shape[0]
-    embeddings, lengths = embed_in_chunks(model_of, batch, chunk_rows, config.pooling, config.tokens)
+    embeddings, lengths = embed_in_chunks(model_of, batch, chunk_rows, config.pooling, config.tokens, chunk_remat)
     kept = tokens_of(config.pooling, config.tokens, batch["pool"].shape[2])
     more = progress, batch.get("image_key"), batch.get("negative_key"), kept
     loss, metrics = info_nce(embeddings[:N], embeddings[N:], batch["target_key"], config, *more)

@@ -39,11 +39,14 @@ def embed_in_chunks(
     rows: int | None,
     pooling: Pooling = "bridge",
     tokens: Tokens = "concatenated",
+    remat: bool = True,
 ) -> tuple[Float[Array, "X W"], Float[Array, " X"]]:
-    """As ``embed_examples``, ``rows`` rows of each device at a time; their activations are not kept but made again.
+    """As ``embed_examples``, ``rows`` rows of each device at a time; a loss over all has the gradients of the batch.
 
-    Of a chunk only its embeddings are kept, so that memory hardly grows with the batch, and a loss over all of them
-    has the gradients of the whole batch.
+    Args:
+        remat: whether only the embeddings of a chunk are kept and all else is made again for its gradient, so that
+            memory hardly grows with the batch.
+
     Source: gradient caching, arXiv 2101.06983.
 
     Returns:
@@ -59,14 +62,14 @@ def embed_in_chunks(
         found = _embed_slots(model_of(jnp.int32(0)), Inputs.from_batch(batch), pool, pooling, tokens)
         return _both_in_order(found, batch["example"])
 
-    @jax.checkpoint
     def embed(number: Array, inputs: Inputs, pool: Array) -> tuple[Array, Array]:
         inputs, pool = jax.tree.map(over_rows, (inputs, pool))
         return jax.tree.map(over_rows, _embed_slots(model_of(number), inputs, pool, pooling, tokens))
 
     chunks = jax.tree.map(lambda x: cut_rows(x, parts, rows), (Inputs.from_batch(batch), pool))
     numbers = jnp.arange(count)
-    _, found = jax.lax.scan(lambda carry, chunk: (carry, embed(*chunk)), None, (numbers, *chunks))
+    one = jax.checkpoint(embed) if remat else embed
+    _, found = jax.lax.scan(lambda carry, chunk: (carry, one(*chunk)), None, (numbers, *chunks))
     slots, lengths = (joined_rows(x, parts, rows) for x in found)
     return _both_in_order((slots, lengths), batch["example"])
 

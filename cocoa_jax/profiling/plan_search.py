@@ -55,6 +55,8 @@ def remedies(config: TrainConfig, topology: str, slices: int) -> list[Settings]:
     compute, mesh, found = config.compute, config.mesh, list[Settings]()
     if compute.remat != "full":
         found.append({"compute.remat": "full"})
+    if config.stage == "contrastive" and not compute.chunk_remat:
+        found.append({"compute.chunk_remat": True})
     own = _own_rows(config, topology, slices)
     rows = min(own, compute.chunk_rows or own)
     found += [{"compute.chunk_rows": rows // part} for part in (2, 4) if rows % part == 0]
@@ -124,7 +126,10 @@ def _chunks(config: TrainConfig, topology: str, slices: int) -> list[Settings]:
     compute, own = config.compute, own_rows(config, topology, slices)
     rows = [size for size in _distinct((compute.chunk_rows, 8, 4, 2, 1, None), own) if own % (size or 1) == 0]
     if config.stage == "contrastive":
-        return [{"compute.chunk_rows": size} for size in rows]
+        few = [size for size in rows if size][-1:]  # to keep all chunks takes room, and small ones save no other
+        kept: list[Settings] = [{"compute.chunk_rows": size, "compute.chunk_remat": False} for size in few]
+        made: list[Settings] = [{"compute.chunk_rows": size, "compute.chunk_remat": True} for size in rows]
+        return made + kept if compute.chunk_remat else kept + made
     M, sizes = config.data.rows.masked_per_row, (compute.chunk_tokens, 256, 64, 1024, None)
     return [
         {"compute.chunk_rows": size, "compute.chunk_tokens": tokens}

@@ -15,6 +15,8 @@ from cocoa_jax.recipe import Recipe, merged_file, overlaid, read_recipe, stage_c
 
 SEARCH_SPLITS, TEST_SPLITS = ("validation",), ("test_seen", "test_unseen")
 LAST = "3-contrastive"
+# Settings that there were not when stages were first named, with what was done before: names stay as they were.
+_ADDED = {("compute", "chunk_remat"): True}
 _ONE_DEVICE = MeshConfig(slice=1)  # in names of stages, for every mesh: how a run is spread changes nothing it makes
 
 
@@ -212,7 +214,11 @@ def chain(recipe: Recipe, folder: Path) -> tuple[Path, list[TrainConfig]]:
     backbone = folder / "backbones" / identity(made_of)
     configs, before = [], backbone
     for config in stage_configs(recipe):
-        made_of.append(to_dict(dataclasses.replace(config, checkpoint="", output="", mesh=_ONE_DEVICE)))
+        values = to_dict(dataclasses.replace(config, checkpoint="", output="", mesh=_ONE_DEVICE))
+        for (section, name), before_it in _ADDED.items():
+            if values[section][name] == before_it:
+                del values[section][name]
+        made_of.append(values)
         output = folder / "stages" / f"{config.stage}-{identity(made_of)}"
         configs.append(dataclasses.replace(config, checkpoint=str(before), output=str(output)))
         before = output

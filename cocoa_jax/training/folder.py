@@ -33,6 +33,7 @@ _HOW = (
     "data.workers",
     "compute.remat",
     "compute.chunk_tokens",
+    "compute.chunk_remat",
     "loop.checkpoint_every",
     "loop.keep",
     "loop.profile",

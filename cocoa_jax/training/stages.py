@@ -100,7 +100,8 @@ def _with_loss(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shape
         def model_of(chunk: Array) -> Qwen2VL:
             return model(params, {**batch, "chunk": chunk})
 
-        return contrastive_loss(model_of, batch, config.contrastive, progress, config.compute.chunk_rows)
+        chunks = config.compute.chunk_rows, config.compute.chunk_remat
+        return contrastive_loss(model_of, batch, config.contrastive, progress, *chunks)
 
     loss = _in_chunks(bridge, config) if config.stage == "bridge" else contrastive
     return Program({**shapes, "head": {}}, loss, lambda _: {})

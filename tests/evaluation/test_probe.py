@@ -166,12 +166,12 @@ def test_uniformity_against_a_loop():
 
 def test_the_command_writes_figures_and_a_plot(backbone, trained, tmp_path, capsys):
     arguments = ["--output", str(tmp_path / "probe"), "--examples", "10"]
-    cli.main(["probe", "--checkpoints", f"{backbone},{trained}", *arguments])
+    cli.main(["probe", "--checkpoints", f"{backbone},{trained}", "--names", "before,3-contrastive", *arguments])
     said, bar = capsys.readouterr()
-    assert "backbone" in said and "3-contrastive" in said
+    assert "before" in said and "3-contrastive" in said
     assert "3-contrastive: 100%" in bar and " 80/80 " in bar  # all of both, twice rebuilt and two sides
     found = json.loads((tmp_path / "probe" / "probe.json").read_text())
-    one, two = found["stages"].values()
+    one, two = found["stages"]["before"], found["stages"]["3-contrastive"]
     assert [stage.pop("weights") for stage in (one, two)] == [
         open_backbone(f).fingerprint() for f in (backbone, trained)
     ]
@@ -180,3 +180,19 @@ def test_the_command_writes_figures_and_a_plot(backbone, trained, tmp_path, caps
     assert found["config"]["examples"] == 10 and len(one["attention"]["words_to_bridge"]) == 2
     assert 1 <= one["embeddings"]["effective_rank"] <= 20
     assert (tmp_path / "probe" / "probe.svg").read_text().count("<svg") == 1
+
+
+@pytest.mark.parametrize("names", ["one", "a,a", "a,", "a,b,c"])
+def test_names_are_one_for_each_checkpoint(backbone, tmp_path, capsys, names):
+    command = ["probe", "--checkpoints", f"{backbone},{backbone}", "--output", str(tmp_path / "new"), "--names", names]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command)
+    assert ended.value.code == 1 and not (tmp_path / "new").exists()
+    assert capsys.readouterr().err == (
+        f"cocoa: names are {names.split(',')} for 2 checkpoints: give each one of its own\n"
+    )
+
+
+def test_checkpoints_are_called_by_their_folders_and_by_their_paths_where_those_are_alike():
+    assert list(probing._named(["a/1", "b/2"], None)) == ["1", "2"]
+    assert list(probing._named(["a/1", "b/1"], None)) == ["a/1", "b/1"]

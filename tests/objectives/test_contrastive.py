@@ -190,8 +190,9 @@ class Mixer:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("remat", [True, False])
 @pytest.mark.parametrize(("wide", "tolerance"), [(False, 1e-5), (True, 1e-10)])
-def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(rows, wide, tolerance):
+def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(rows, remat, wide, tolerance):
     rng = np.random.default_rng(5)
     bridges = np.arange(1, 25)[:, None]
     layout = [[0, 5, 9, 22], [1, 2, 3, 4], [6, 7], [8, 10, 11, 12, 23], [13, 14, 15, 16], [17, 18, 19, 20, 21]]
@@ -202,7 +203,7 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(rows, wide, toler
 
         def run(rows):
             def loss(params):
-                return contrastive_loss(lambda _: Mixer(*params), batch, ContrastiveConfig(0.1), 1.0, rows)[0]
+                return contrastive_loss(lambda _: Mixer(*params), batch, ContrastiveConfig(0.1), 1.0, rows, remat)[0]
 
             return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -210,6 +211,17 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(rows, wide, toler
         assert want[0].dtype == kind
         for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize(("remat", "times"), [(True, 2), (False, 1)])
+def test_chunks_are_computed_again_only_where_that_is_asked_for(remat, times):
+    batch = rows_of(np.arange(1, 13)[:, None], [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]], 2)
+
+    def total(table):
+        return embed_in_chunks(lambda _: Stub(jnp.sin(table)), batch, 2, remat=remat)[0].sum()
+
+    program = str(jax.make_jaxpr(jax.grad(total))(jnp.ones((40, 5))))
+    assert program.count("= sin") == times, program
 
 
 def test_every_chunk_has_a_model_of_its_own():

@@ -1,6 +1,7 @@
 """The plan of a study: every piece once, the first questions first, equal stages in one folder."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +125,13 @@ def test_the_large_study_is_the_same_with_four_times_the_rows_and_twice_the_step
             assert other.loop.steps == 2 * one.loop.steps and other.compute.dtype == "bfloat16", name
         ratios = {key: large.arms[name].backbone[key] / large.backbone[key] for key in arm.backbone}
         assert all(ratio == 2 for ratio in ratios.values() if ratio != 1), name
+
+
+def test_stages_keep_the_names_by_which_results_are_known():
+    """The docs name stages of the study; a setting that is added must not give every stage another name."""
+    study, folder = load_study("pictures"), Path("study")
+    docs = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    for arm in ("cocoa", "no_warmup"):
+        backbone, stages = chain(recipe_of(study, study.arms[arm], 0, 1.5e-3), folder)
+        for name in (backbone.name, *(Path(stage.output).name for stage in stages if stage.stage != "contrastive")):
+            assert name in docs, (arm, name)
