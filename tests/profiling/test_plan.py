@@ -208,6 +208,8 @@ def test_twelve_candidates_hold_several_of_everything(path, topology, slices):
     assert len(set.union(*chunks.values())) >= 3 and ("compute.chunk_tokens" in names) == (
         config.stage != "contrastive"
     )
+    if config.stage == "contrastive":
+        assert {choice["compute.chunk_remat"] for choice in first} == {True, False}
     given = changed(config, first[0])  # the config as it is, but for sizes that come to the same
     assert (given.mesh, given.compute.remat) == (config.mesh, config.compute.remat)
 
