@@ -126,10 +126,10 @@ def _chunks(config: TrainConfig, topology: str, slices: int) -> list[Settings]:
     compute, own = config.compute, own_rows(config, topology, slices)
     rows = [size for size in _distinct((compute.chunk_rows, 8, 4, 2, 1, None), own) if own % (size or 1) == 0]
     if config.stage == "contrastive":
-        few = [size for size in rows if size][-1:]  # all sizes keep the same
+        few = [size for size in rows if size][:1]  # all sizes keep the same
         kept: list[Settings] = [{"compute.chunk_rows": size, "compute.chunk_remat": False} for size in few]
         made: list[Settings] = [{"compute.chunk_rows": size, "compute.chunk_remat": True} for size in rows]
-        return made + kept if compute.chunk_remat else kept + made
+        return [made[0], *kept, *made[1:]] if compute.chunk_remat else kept + made
     M, sizes = config.data.rows.masked_per_row, (compute.chunk_tokens, 256, 64, 1024, None)
     return [
         {"compute.chunk_rows": size, "compute.chunk_tokens": tokens}
