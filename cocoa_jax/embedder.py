@@ -29,7 +29,7 @@ from cocoa_jax.models.qwen2_vl import Params, bind, graph_of
 from cocoa_jax.objectives.embedding import embed_in_chunks
 from cocoa_jax.objectives.similarity import truncated
 from cocoa_jax.training.hosts import row_share
-from cocoa_jax.training.mesh import batch_shards, make_mesh, mesh_here, replicated
+from cocoa_jax.training.mesh import batch_shards, compiler_options, make_mesh, mesh_here, replicated
 from cocoa_jax.training.place import place
 from cocoa_jax.training.sharding import param_shardings
 
@@ -68,7 +68,9 @@ class Embedder:
                 return rows if width is None else truncated(rows, width, kept)
 
         self.width = kept * (backbone.config.text.width if width is None else width)
-        self._embed: Callable[..., Any] = jax.jit(embed, out_shardings=replicated(self._mesh))
+        self._embed: Callable[..., Any] = jax.jit(
+            embed, out_shardings=replicated(self._mesh), compiler_options=compiler_options(self._mesh)
+        )
 
     @classmethod
     def load(cls, folder: str | Path, settings: EvaluateConfig | None = None) -> Embedder:

@@ -16,6 +16,16 @@ AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = PartitionSpec(ROWS)  # rows are spread over all of these; parameters over fsdp and tensor
 
 
+def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+    """What the compiler has to be told of a program whose parameters are shared by the devices of ``mesh``.
+
+    That of TPUs, left alone, multiplies by the parts of a gathered weight one by one as they come in, and sends the
+    float32 sum through HBM for every part. Gathered whole, behind other work, a weight is multiplied by once.
+    """
+    tpu = mesh.devices.flat[0].platform == "tpu"
+    return {"xla_tpu_enable_windowed_einsum_for_all_gather": False} if tpu else None
+
+
 def mesh_sizes(config: MeshConfig, devices: int, slices: int | None = None) -> tuple[int, int, int, int]:
     """Devices along each of ``AXES``, with -1 worked out.
 

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array
 
 from cocoa_jax.training.gradients import group_norms
+from cocoa_jax.training.mesh import compiler_options
 from cocoa_jax.training.state import TrainState, trained_part
 
 Loss = Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
@@ -48,4 +49,10 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, wanted: Train
         return TrainState(state.step + 1, params, moments), metrics
 
     # The batch arrives with its own shardings; the state's are pinned on both sides so that donation holds.
-    return jax.jit(step, in_shardings=(places, None), out_shardings=(places, None), donate_argnums=0)
+    return jax.jit(
+        step,
+        in_shardings=(places, None),
+        out_shardings=(places, None),
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh),
+    )
