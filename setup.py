@@ -53,7 +53,7 @@ setup(
         # To read Parquet, in which MMEB is published; JSON lines, zips and prepared data need nothing more.
         "data": ["pyarrow>=26"],
         # To read and write gs:// paths.
-        "gcs": ["gcsfs"],
+        "gcs": ["gcsfs>=2026.10"],
         # The client of `cocoa data synthesize`.
         "synthesize": ["openai>=3.54"],
         # The metrics of a run on Weights & Biases, see `loop.wandb`.
@@ -74,6 +74,9 @@ setup(
             "fastapi>=0.165",
             "uvicorn>=0.54",
             "wandb>=0.31",
+            # Buckets are tested over HTTP, against a server on this machine.
+            "gcsfs>=2026.10",
+            "gcp-storage-emulator>=2026.7",
             "ruff>=0.17",
             "mypy>=2.4",
             "types-PyYAML",

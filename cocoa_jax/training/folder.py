@@ -15,7 +15,7 @@ from typing import Any
 from cocoa_jax.checkpoints.backbone import Backbone, open_backbone
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone, read_metadata
-from cocoa_jax.checkpoints.places import fetch, folder_at
+from cocoa_jax.checkpoints.places import fetch, folder_at, is_remote
 from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.models.config import read_config
@@ -148,6 +148,8 @@ def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def _write_whole(path: Path, values: dict[str, Any]) -> None:
-    aside = path.with_suffix(".partial")
+    # An object of a bucket is there whole or not at all, and a renamed one is copied.
+    aside = path if is_remote(path) else path.with_suffix(".partial")
     aside.write_text(json.dumps(values, indent=1))
-    aside.replace(path)
+    if aside != path:
+        aside.replace(path)
