@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -62,9 +62,15 @@ def ring_bytes(kind: str, payload: float, group: int) -> float:
 def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
     """Every collective of a module that runs.
 
+    The program of one of several slices numbers its own devices, and speaks with the other slices through their hosts:
+    that is of the axis ``slice``.
+
     Args:
         mesh: devices along each axis, in the order of the mesh.
     """
+    slices = mesh.get("slice", 1)
+    if module.devices * slices == math.prod(mesh.values()):
+        mesh = {**mesh, "slice": 1}
     # A collective that goes on beside other work is printed in each fusion that it goes on in, some of them in loops of
     # their own: it runs as often as the rarest.
     places: dict[tuple[str, str], tuple[float, str, Op]] = {}
@@ -78,10 +84,11 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
             if key not in places or times < places[key][0]:
                 places[key] = times, where, op
     scattered = _scattered(module)
-    return [
+    within = [
         _collective(op, kind, times, mesh, kept_in_parts=where in scattered)
         for (kind, _), (times, where, op) in places.items()
     ]
+    return within + list(_between_slices(module, slices))
 
 
 def _collective(op: Op, kind: str, times: float, mesh: Mapping[str, int], *, kept_in_parts: bool) -> Collective:
@@ -92,6 +99,20 @@ def _collective(op: Op, kind: str, times: float, mesh: Mapping[str, int], *, kep
     wire = ring_bytes(label, payload, group) * times if group > 1 else 0.0
     axis = axes_of(groups, mesh) if kind != "collective-permute" else _permuted_axis(groups, mesh)
     return Collective(op.name, label, axis, group, payload, times, wire, op.scope)
+
+
+def _between_slices(module: Module, slices: int) -> Iterator[Collective]:
+    """What devices hand to their hosts for other slices; it is counted as a ring of slices, as within one."""
+    for where, times in _running(module).items():
+        for op in module.computations[where]:
+            handed = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.rest)
+            if op.kind != "send" or handed is None:
+                continue
+            kind = handed[1].lower().replace("_", "-")
+            own = float(hbm(module.shapes[where, op.operands[0]], any_space=True))
+            payload = own * {"all-gather": slices, "reduce-scatter": 1 / slices}.get(kind, 1.0)
+            wire = ring_bytes(kind, payload, slices) * times
+            yield Collective(op.name, kind, "slice", slices, payload, times, wire, op.scope)
 
 
 def by_axis(found: Sequence[Collective]) -> list[tuple[str, str, int, int, float]]:

@@ -60,9 +60,14 @@ class Op:
 
 
 class Module:
-    """A compiled module: its computations by name, and how often each one runs in one call of the program."""
+    """A compiled module: its computations by name, and how often each one runs in one call of the program.
+
+    ``devices`` are those that run it together, of several slices those of one; 0 where the text does not say.
+    """
 
     def __init__(self, text: str):
+        count = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text)
+        self.devices = int(count[1]) if count else 0
         self.computations: dict[str, list[Op]] = {}
         self.entry = ""
         current: list[Op] | None = None

@@ -117,7 +117,7 @@ def times(cost: ProgramCost, sent: list[tuple[str, str, int, int, float]], targe
     for op in cost.ops:
         kind = _bound(op, chip)
         spent[kind] += op.seconds(chip)
-    slow = sum(row[4] for row in sent if SLOW_AXIS in row[1].split("+") or (target.slices > 1 and row[1] == "other"))
+    slow = sum(row[4] for row in sent if SLOW_AXIS in row[1].split("+"))
     network = slow / chip.dcn_bandwidth
     interconnect = (sum(row[4] for row in sent) - slow) / chip.ici_bandwidth
     limits = {

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cocoa_jax.profiling.collectives import axes_of, by_axis, collectives, ring_bytes
 from cocoa_jax.profiling.hlo import Module
+from cocoa_jax.profiling.topology import slice_mesh, tpu_slice
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 KIB = 1024.0
@@ -75,6 +78,27 @@ def test_a_start_shows_its_input_too_and_one_channel_counts_once():
 
 def test_no_axis_fits_uneven_groups():
     assert axes_of(frozenset({frozenset({0, 1, 2}), frozenset({3, 4, 5, 6, 7})}), MESH) == "other"
+
+
+def test_what_two_slices_send_each_other():
+    """The compiler writes the program of one slice, and what goes to the other as a send by way of the host."""
+    sizes = {"slice": 2, "data": 1, "fsdp": 4, "tensor": 1}
+    mesh = slice_mesh(tpu_slice("v5e:2x2", 2), sizes)
+
+    def found(function, out):
+        x = jax.ShapeDtypeStruct((1024, 256), "float32", sharding=NamedSharding(mesh, PartitionSpec(("slice", "fsdp"))))
+        text = jax.jit(function, out_shardings=NamedSharding(mesh, out)).lower(x).compile().as_text()
+        return {(kind, axis): sent for kind, axis, _, _, sent in by_axis(collectives(Module(text), sizes))}
+
+    # 256 x 256 numbers are summed in each slice, of which a device then has 64 KiB, and these over the slices.
+    summed = found(lambda x: x.T @ x, PartitionSpec("fsdp"))
+    assert summed == {
+        ("all-reduce-scatter", "fsdp"): ring_bytes("all-reduce-scatter", 256 * KIB, 4),
+        ("all-reduce", "slice"): ring_bytes("all-reduce", 64 * KIB, 2),
+    }
+    # Rows that lie on both come to lie on each: all of them go to the other slice.
+    gathered = found(lambda x: x * 2, PartitionSpec("fsdp"))
+    assert gathered["all-gather", "slice"] == ring_bytes("all-gather", 2 * 128 * KIB, 2)
 
 
 PROGRAM = """
