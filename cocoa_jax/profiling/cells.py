@@ -22,7 +22,9 @@ Spec = Mapping[str, Any]
 """What to measure, as plain JSON values; ``program`` names the measurement in ``worker.py``."""
 
 _PACKAGE = Path(__file__).parents[1]
-_MODEL = tuple(f"profiling/{name}.py" for name in ("attention_model", "hlo", "kernels", "llo", "masks", "model"))
+_MODEL = tuple(
+    f"profiling/{name}.py" for name in ("attention_model", "hlo", "kernels", "llo", "masks", "model", "twins")
+)
 _DENSE = ("attention/reference.py", "attention/spans.py")
 _STEP = (
     *("attention/*.py", "models/*.py", "objectives/*.py", "chips.py"),
@@ -32,7 +34,19 @@ _STEP = (
     ),
     *(
         f"profiling/{name}.py"
-        for name in ("collectives", "hlo", "kernels", "llo", "masks", "model", "plan", "step_cost", "steps", "topology")
+        for name in (
+            "collectives",
+            "hlo",
+            "kernels",
+            "llo",
+            "masks",
+            "model",
+            "plan",
+            "step_cost",
+            "steps",
+            "topology",
+            "twins",
+        )
     ),
 )
 _READ = {  # the code that a measurement depends on, by program and implementation

@@ -13,6 +13,7 @@ import numpy as np
 
 from cocoa_jax.profiling.hlo import COLLECTIVES, Module, Op, hbm
 
+SLOW_AXIS = "slice"  # what is sent along it leaves the slice, over the data-centre network
 Groups = frozenset[frozenset[int]]
 
 
@@ -68,9 +69,9 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
     Args:
         mesh: devices along each axis, in the order of the mesh.
     """
-    slices = mesh.get("slice", 1)
+    slices = mesh.get(SLOW_AXIS, 1)
     if module.devices * slices == math.prod(mesh.values()):
-        mesh = {**mesh, "slice": 1}
+        mesh = {**mesh, SLOW_AXIS: 1}
     # A collective that goes on beside other work is printed in each fusion that it goes on in, some of them in loops of
     # their own: it runs as often as the rarest.
     places: dict[tuple[str, str], tuple[float, str, Op]] = {}
@@ -112,7 +113,7 @@ def _between_slices(module: Module, slices: int) -> Iterator[Collective]:
             own = float(hbm(module.shapes[where, op.operands[0]], any_space=True))
             payload = own * {"all-gather": slices, "reduce-scatter": 1 / slices}.get(kind, 1.0)
             wire = ring_bytes(kind, payload, slices) * times
-            yield Collective(op.name, kind, "slice", slices, payload, times, wire, op.scope)
+            yield Collective(op.name, kind, SLOW_AXIS, slices, payload, times, wire, op.scope)
 
 
 def by_axis(found: Sequence[Collective]) -> list[tuple[str, str, int, int, float]]:
@@ -123,6 +124,14 @@ def by_axis(found: Sequence[Collective]) -> list[tuple[str, str, int, int, float
         total[0], total[1], total[2] = total[0] + 1, total[1] + one.runs, total[2] + one.wire
     rows = [(kind, axis, int(v[0]), int(v[1]), v[2]) for (kind, axis), v in sums.items()]
     return sorted(rows, key=lambda row: -row[4])
+
+
+def seconds_sent(
+    sent: Sequence[tuple[str, str, int, int, float]], ici_bandwidth: float, dcn_bandwidth: float
+) -> tuple[float, float]:
+    """Seconds of what one device sends inside of its slice and to others, given ``by_axis`` and bytes a second."""
+    slow = sum(row[4] for row in sent if SLOW_AXIS in row[1].split("+"))
+    return (sum(row[4] for row in sent) - slow) / ici_bandwidth, slow / dcn_bandwidth
 
 
 def axes_of(groups: Groups, mesh: Mapping[str, int]) -> str:

@@ -22,7 +22,7 @@ _CALLED = re.compile(
 )
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _ALIASED = re.compile(r"\{(\d*)\}: \(\d+, \{\d*\}\)")
-_BEGUN, _ENDED = "async-collective-start", "async-collective-done"  # fusions of a collective that goes on in others
+_BEGUN, ENDED = "async-collective-start", "async-collective-done"  # fusions of a collective that goes on in others
 _ALLOCATES = 'custom_call_target="AllocateBuffer"'  # and writes nothing
 _FREE = re.compile(  # neither runs nor moves data, or is counted where it starts
     r"parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|partition-id|replica-id"
@@ -51,7 +51,7 @@ class Op:
     @property
     def starts(self) -> bool:
         """Whether it only begins what goes on beside the operations after it."""
-        return self.kind.endswith("-start") or self.name.startswith(_BEGUN)
+        return self.kind.endswith("-start") or self.kind in ("send", "recv") or self.name.startswith(_BEGUN)
 
     @property
     def called(self) -> list[str]:
@@ -103,7 +103,7 @@ class Module:
         A slice reads its own size only, an update of a part writes that part only, in a fusion too. A collective that
         goes on in several fusions writes its result once, where it starts.
         """
-        if _FREE.fullmatch(op.kind) or op.name.startswith(_ENDED) or _ALLOCATES in op.rest:
+        if _FREE.fullmatch(op.kind) or op.name.startswith(ENDED) or _ALLOCATES in op.rest:
             return 0.0
         if op.kind in ("copy-start", "slice-start"):
             # ((source), destination, flag): both ends carry the data that move, a slice that of its destination.
@@ -114,6 +114,9 @@ class Module:
         if op.kind in ("dynamic-update-slice", "scatter"):
             update = op.operands[1] if op.kind == "dynamic-update-slice" else op.operands[-1]
             return 2.0 * hbm(self.shapes.get((where, update), ""))
+        if op.starts and op.kind != "fusion":
+            # A shape that is a tuple holds both ends.
+            return float(hbm(op.shape) * (1 if op.shape.startswith("(") else 2))
         inputs: list[float] = [hbm(self.shapes.get((where, name), "")) for name in op.operands]
         if op.kind == "fusion" and op.called:
             body = self.computations.get(op.called[0], [])

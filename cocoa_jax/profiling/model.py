@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cocoa_jax.chips import Chip
-from cocoa_jax.profiling.hlo import Module, Op
+from cocoa_jax.profiling.hlo import ENDED, Module, Op
 from cocoa_jax.profiling.llo import GridCounts, Parts, dumped, read_program
+from cocoa_jax.profiling.twins import Twins
 
 LABEL = "static model"
 _PALLAS = 'custom_call_target="tpu_custom_call"'
@@ -74,12 +75,14 @@ class ProgramCost:
         ops: what runs one after the other.
         transfers: bytes that move beside it.
         unknown: operations with a loop whose length the data decide; it was counted once.
+        missing: fusions of which there is no dump, so that their instructions are not counted.
     """
 
     chip: Chip
     ops: tuple[OpCost, ...]
     transfers: float
     unknown: tuple[str, ...]
+    missing: tuple[str, ...] = ()
 
     @property
     def kernels(self) -> tuple[OpCost, ...]:
@@ -115,8 +118,9 @@ def program_cost(module: Module, dump: Path, chip: Chip, kernels: KernelTable) -
         LloError: counts that do not fit the kernel's loop and regions.
     """
     files = dumped(dump)
+    twins = Twins(module, files)
     costs: list[OpCost] = []
-    transfers, unknown = 0.0, []
+    transfers, unknown, missing = 0.0, [], []
     for where, runs in module.runs.items():
         for op in module.computations.get(where, []):
             if _PALLAS in op.rest:
@@ -128,16 +132,18 @@ def program_cost(module: Module, dump: Path, chip: Chip, kernels: KernelTable) -
                 transfers += runs * moved
                 continue
             cycles = 0.0
-            if op.name in files:
-                program = read_program(files[op.name])
+            if path := twins.dump(where, op):
+                program = read_program(path)
                 # On a chip of two cores: of one of them, XLA has shared the work already.
                 cycles = sum(program.weights())
                 if program.dynamic:
                     unknown.append(op.name)
+            elif op.kind == "fusion" and not op.name.startswith(ENDED):
+                missing.append(op.name)
             flops = module.flops(where, op)
             if cycles or flops or moved:
                 costs.append(OpCost(op.name, op.scope, runs, cycles, flops, moved, None))
-    return ProgramCost(chip, tuple(costs), transfers, tuple(unknown))
+    return ProgramCost(chip, tuple(costs), transfers, tuple(unknown), tuple(missing))
 
 
 def _work_of(op: Op, kernels: KernelTable) -> KernelWork:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from cocoa_jax.chips import Chip
 from cocoa_jax.config import TrainConfig, parse, to_dict
-from cocoa_jax.profiling.collectives import by_axis, collectives
+from cocoa_jax.profiling.collectives import by_axis, collectives, seconds_sent
 from cocoa_jax.profiling.hlo import Module
 from cocoa_jax.profiling.model import OpCost, ProgramCost, program_cost
 from cocoa_jax.profiling.step_cost import check_step, row_kernels
@@ -23,7 +23,7 @@ from cocoa_jax.profiling.topology import Slice, tpu_slice
 from cocoa_jax.training.mesh import AXES
 from cocoa_jax.training.state import TrainState
 
-SLOW_AXIS = "slice"  # what is sent along it leaves the slice, over the data-centre network
+NEXT = "next batch"  # is sent to the device while a step runs on the one before
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
@@ -60,12 +60,13 @@ def plan_step(spec: Mapping[str, Any], dump: Path) -> dict[str, Any]:
         "capacity": target.chip.hbm_bytes,
         "held": held_bytes(state, batch),
     }
+    ahead = result["held"][NEXT]
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         try:
             compiled = step.lower(state, batch).compile()
         except jax.errors.JaxRuntimeError as error:
-            return {**result, "fits": False, "needed": needed_bytes(str(error))}
+            return {**result, "fits": False, "needed": needed_bytes(str(error)) + ahead}
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     module = Module(compiled.as_text())
@@ -73,22 +74,23 @@ def plan_step(spec: Mapping[str, Any], dump: Path) -> dict[str, Any]:
     sent = by_axis(collectives(module, sizes))
     return {
         **result,
-        "fits": True,
-        "needed": memory.peak_memory_in_bytes,
+        "fits": memory.peak_memory_in_bytes + ahead <= target.chip.hbm_bytes,
+        "needed": memory.peak_memory_in_bytes + ahead,
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "compile_seconds": seconds,
         "sent": [dict(zip(("kind", "axis", "sites", "runs", "bytes"), row, strict=True)) for row in sent],
         "unknown": list(cost.unknown),
+        "missing": list(cost.missing),
         **times(cost, sent, target),
     }
 
 
 def held_bytes(state: TrainState, batch: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes that one device holds between steps, by kind, before the compiler pads them."""
+    """Bytes that one device holds while a step begins, by kind, before the compiler pads them."""
     params = dict(state.params)
     frozen = {"frozen weights": params.pop("backbone")} if "adapter" in params else {}
-    parts = {**frozen, "trained weights": params, "optimizer": state.optimizer, "batch": dict(batch)}
+    parts = {**frozen, "trained weights": params, "optimizer": state.optimizer, "batch": dict(batch), NEXT: dict(batch)}
     return {name: sum(_share(leaf) for leaf in jax.tree.leaves(tree)) for name, tree in parts.items()}
 
 
@@ -117,9 +119,7 @@ def times(cost: ProgramCost, sent: list[tuple[str, str, int, int, float]], targe
     for op in cost.ops:
         kind = _bound(op, chip)
         spent[kind] += op.seconds(chip)
-    slow = sum(row[4] for row in sent if SLOW_AXIS in row[1].split("+"))
-    network = slow / chip.dcn_bandwidth
-    interconnect = (sum(row[4] for row in sent) - slow) / chip.ici_bandwidth
+    interconnect, network = seconds_sent(sent, target.ici_bandwidth, chip.dcn_bandwidth)
     limits = {
         f"{max(spent, key=lambda name: spent[name])} of the chip": cost.seconds,
         "interconnect": interconnect,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cocoa_jax.profiling.model import LABEL
+from cocoa_jax.profiling.plan import NEXT
 from cocoa_jax.profiling.plan_search import Tried
 
 GIB, MIB = 2.0**30, 2.0**20
@@ -31,6 +32,8 @@ def plan_markdown(result: Mapping[str, Any]) -> str:
     lines += [*_times(result), f"* compiled in {result['compile_seconds']:.0f} s, here"]
     if result["unknown"]:
         lines.append(f"* loops whose length the data decide, counted once: {', '.join(result['unknown'])}")
+    if result["missing"]:
+        lines.append(f"* instructions that the compiler did not show, not counted: {', '.join(result['missing'])}")
     lines += [
         "",
         "| collective | mesh axis | sites | runs | MiB a device sends |",
@@ -49,7 +52,7 @@ def _times(result: Mapping[str, Any]) -> list[str]:
         f"{_ms(result['mxu_seconds'])}",
         f"* chip, {LABEL}: {_ms(result['chip_seconds'])}, by what bounds each operation: {spent}; "
         f"{result['bytes'] / GIB:.1f} GiB through HBM",
-        f"* interconnect at its full bandwidth: {_ms(result['interconnect_seconds'])}",
+        f"* interconnect, all links of the chip that has the fewest: {_ms(result['interconnect_seconds'])}",
         f"* **a step takes at least {least}**, {ratio(result):.2f} x the ideal MXU time, if all that is sent is "
         f"hidden behind the computation, {serial} if nothing is; bound by {result['bound']}",
     ]
@@ -63,7 +66,7 @@ def memory_kinds(result: Mapping[str, Any]) -> dict[str, float]:
     held = {name: float(size) for name, size in result["held"].items()}
     if not result["fits"]:
         return {**held, "activations, gradients and padding": result["needed"] - sum(held.values())}
-    padding = max(0.0, result["arguments"] - sum(held.values()))
+    padding = max(0.0, result["arguments"] - sum(size for name, size in held.items() if name != NEXT))
     return {**held, "padding": padding, "activations and gradients": result["needed"] - sum(held.values()) - padding}
 
 

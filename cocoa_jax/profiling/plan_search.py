@@ -13,6 +13,7 @@ from cocoa_jax.profiling.cells import Cells, MeasurementError
 from cocoa_jax.profiling.plan import plan_spec
 from cocoa_jax.profiling.step_cost import own_rows
 from cocoa_jax.profiling.topology import parse_topology
+from cocoa_jax.training.mesh import mesh_sizes
 
 Settings = Mapping[str, Any]
 """Values by their dotted names, such as ``compute.remat``."""
@@ -108,10 +109,13 @@ def candidates(config: TrainConfig, topology: str, slices: int) -> Iterator[Sett
 
 def _meshes(config: TrainConfig, topology: str, slices: int) -> list[Settings]:
     """Meshes of these devices that can share the rows, the config's own first."""
-    mesh, devices = config.mesh, parse_topology(topology, slices)[1] // slices
-    own = devices // mesh.tensor if mesh.fsdp == -1 else mesh.fsdp
+    devices = parse_topology(topology, slices)[1] // slices
+    try:
+        own = mesh_sizes(config.mesh, devices * slices, slices)[2:]
+    except ValueError:  # a mesh of other devices
+        own = (max(config.mesh.fsdp, 1), config.mesh.tensor)
     sizes = [
-        (own, mesh.tensor),
+        own,
         *((fsdp, 1) for fsdp in (16, 8, devices, 4, 32, 1)),
         (16, 2),
         (8, 2),

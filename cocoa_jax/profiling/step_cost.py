@@ -17,11 +17,11 @@ from cocoa_jax.attention import spans
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.chips import Chip
 from cocoa_jax.config import TrainConfig, parse
-from cocoa_jax.models.config import Qwen2VLConfig
+from cocoa_jax.models.config import Qwen2VLConfig, VisionConfig
 from cocoa_jax.models.spread import row_chunks
-from cocoa_jax.profiling.collectives import by_axis, collectives
+from cocoa_jax.profiling.collectives import by_axis, collectives, seconds_sent
 from cocoa_jax.profiling.hlo import Module
-from cocoa_jax.profiling.kernels import mean_work, span_calls
+from cocoa_jax.profiling.kernels import SpanCall, mean_work, span_calls
 from cocoa_jax.profiling.model import LABEL, KernelTable, OpCost, ProgramCost, program_cost
 from cocoa_jax.profiling.steps import abstract_batch, abstract_step, parameter_count, read_backbone, step_mesh
 from cocoa_jax.profiling.topology import parse_topology, tpu_slice
@@ -76,6 +76,7 @@ def model_step(spec: Mapping[str, Any], dump: Path) -> dict[str, Any]:
     cost = program_cost(module, dump, target.chip, row_kernels(config, backbone, mesh, target.chip))
     sizes = dict(zip(AXES, mesh.devices.shape, strict=True))
     sent = by_axis(collectives(module, sizes))
+    times_sent = seconds_sent(sent, target.ici_bandwidth, target.chip.dcn_bandwidth)
     memory = compiled.memory_analysis()
     return {
         "stage": config.stage,
@@ -93,7 +94,7 @@ def model_step(spec: Mapping[str, Any], dump: Path) -> dict[str, Any]:
         },
         **_times(cost),
         "sent": [dict(zip(("kind", "axis", "sites", "runs", "bytes"), row, strict=True)) for row in sent],
-        "ring_seconds": sum(row[4] for row in sent) / target.chip.ici_bandwidth,
+        **dict(zip(("interconnect_seconds", "network_seconds"), times_sent, strict=True)),
         "lower_seconds": lowering,
         "compile_seconds": compiling,
     }
@@ -120,21 +121,40 @@ def row_kernels(config: TrainConfig, backbone: Qwen2VLConfig, mesh: Mesh, chip: 
         seen = spans.truncated(segments, Spans(at, at + 1), strict=config.data.visibility.strict_bridge)
     elif config.data.visibility.attention == "causal":
         seen = spans.causal(segments)
-    pictures = spans.segments([P // E] * E, P) if P else None
     table: dict[str, Any] = {}
-    for tower, one, heads, kv, width in (
-        ("text", seen, text.heads, text.kv_heads, text.head_width),
-        ("vision", pictures, vision.heads, vision.heads, vision.width // vision.heads),
+    for tower, layers, heads, kv, width in (
+        ("text", [seen], text.heads, text.kv_heads, text.head_width),
+        (
+            "vision",
+            _vision_layers(P, E, vision) if P else [],
+            vision.heads,
+            vision.heads,
+            vision.width // vision.heads,
+        ),
     ):
-        if one is not None:
-            part = tensor if kv % tensor == 0 else 1
+        part = tensor if kv % tensor == 0 else 1
+        calls: dict[str, list[SpanCall]] = {}
+        for one in layers:
             whole = Spans(*(np.tile(side, (share, 1)) for side in (one.start, one.end)))
-            calls = span_calls(whole, heads // part, kv // part, width, chip.kind, chip.cores)
-            works = {name: mean_work(some) for name, some in calls.items()}
-            # The stage-1 decoder is one more layer of the text tower.
-            for owner in ("text", "decoder") if tower == "text" else (tower,):
-                table |= {f"{owner}/{name}": work for name, work in works.items()}
+            for name, some in span_calls(whole, heads // part, kv // part, width, chip.kind, chip.cores).items():
+                calls.setdefault(name, []).extend(some)
+        works = {name: mean_work(some) for name, some in calls.items()}
+        # The stage-1 decoder is one more layer of the text tower.
+        for owner in ("text", "decoder") if tower == "text" else (tower,):
+            table |= {f"{owner}/{name}": work for name, work in works.items()}
     return table
+
+
+def _vision_layers(length: int, pictures: int, vision: VisionConfig) -> list[Spans]:
+    """What the patches of a row that holds so many pictures see in each layer: their picture, or their window."""
+    patches = length // pictures
+    whole = spans.segments([patches] * pictures, length)
+    if not vision.window:
+        return [whole]
+    width = (vision.window // vision.patch_size) ** 2
+    sizes = ([width] * (patches // width) + [patches % width] * (patches % width > 0)) * pictures
+    windows = spans.segments(sizes, length)
+    return [whole if layer in vision.full_layers else windows for layer in range(vision.layers)]
 
 
 def _times(cost: ProgramCost) -> dict[str, Any]:
@@ -147,6 +167,7 @@ def _times(cost: ProgramCost) -> dict[str, Any]:
         "issue_seconds": cost.issue_seconds,
         "seconds": cost.seconds,
         "unknown": list(cost.unknown),
+        "missing": list(cost.missing),
         "top": [_named(op, chip) for op in ranked],
         "scopes": _scopes(cost),
         "kernels": sorted({f"{_place(op)}/{op.name.partition('.')[0]}" for op in cost.kernels}),
@@ -207,13 +228,15 @@ def step_markdown(result: Mapping[str, Any]) -> str:
         f"{_ms(result['mxu_seconds'])}",
         f"* {LABEL}: {_ms(result['seconds'])}; issue time {_ms(result['issue_seconds'])}; "
         f"{result['bytes'] / 2**30:.1f} GiB through HBM",
-        f"* interconnect: {sum(row['bytes'] for row in result['sent']) / 2**20:,.0f} MiB sent by each device, "
-        f"{_ms(result['ring_seconds'])} at its full bandwidth and not hidden",
+        f"* sent by each device: {sum(row['bytes'] for row in result['sent']) / 2**20:,.0f} MiB; not hidden, "
+        f"{_ms(result['interconnect_seconds'])} in its slice and {_ms(result['network_seconds'])} between slices",
         f"* lowered in {result['lower_seconds']:.1f} s and compiled in {result['compile_seconds']:.1f} s, here",
     ]
     lines.append(f"* Pallas kernels: {', '.join(result['kernels']) or 'none'}")
     if result["unknown"]:
         lines.append(f"* loops whose length the data decide, counted once: {', '.join(result['unknown'])}")
+    if result["missing"]:
+        lines.append(f"* instructions that the compiler did not show, not counted: {', '.join(result['missing'])}")
     lines += ["", "| collective | mesh axis | sites | runs | MiB sent |", "| --- | --- | ---: | ---: | ---: |"]
     for row in result["sent"]:
         sent = f"{row['bytes'] / 2**20:,.1f}"

@@ -10,12 +10,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from cocoa_jax.chips import CHIPS, Chip, known_topologies
+from cocoa_jax.training.mesh import mesh_over
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # nothing of the machine's own is to be used
@@ -47,6 +46,11 @@ class Slice:
     chip: Chip
     devices: tuple[Any, ...]
     slices: int
+
+    @property
+    def ici_bandwidth(self) -> float:
+        """Bytes a second that the device with the fewest links can send inside of its slice."""
+        return self.chip.bandwidth_in(self.name.partition(":")[2])
 
 
 def parse_topology(name: str, num_slices: int = 1) -> tuple[Chip, int]:
@@ -92,10 +96,7 @@ def tpu_slice(name: str, num_slices: int = 1) -> Slice:
 
 
 def slice_mesh(target: Slice, sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices of a slice, axis by axis in the order given.
-
-    Several slices are cut along the first axis of more than one device, so that every later axis stays on the fast
-    interconnect.
+    """The mesh over all devices of a slice that a run there would have, see ``mesh_over``.
 
     Args:
         sizes: devices along each axis; they multiply to the number of devices.
@@ -113,8 +114,8 @@ def slice_mesh(target: Slice, sizes: Mapping[str, int]) -> Mesh:
         raise TopologyError(
             f"mesh {dict(sizes)} on {target.slices} slices: {axis} is {first}, no multiple of the slices; change it"
         )
-    devices = np.array(target.devices).reshape(tuple(sizes.values()))
-    return Mesh(devices, tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+    each = count // target.slices
+    return mesh_over([target.devices[at : at + each] for at in range(0, count, each)], sizes)
 
 
 def _first_line(error: Exception) -> str:

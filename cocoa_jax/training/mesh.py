@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cocoa_jax.attention.divide import ROWS
@@ -82,12 +84,26 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """
     slices = _slices()
     sizes = mesh_sizes(config, jax.device_count(), len(slices) or None)
-    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    if len(slices) < 2:
-        return jax.make_mesh(sizes, AXES, axis_types=kinds)
-    # Each slice is laid out on its own interconnect; only the first axis leaves it.
-    parts = [jax.make_mesh((1, *sizes[1:]), AXES, kinds, devices=slices[number]).devices for number in sorted(slices)]
-    return Mesh(np.concatenate(parts), AXES, axis_types=kinds)
+    parts = [slices[number] for number in sorted(slices)] or [jax.devices()]
+    return mesh_over(parts, dict(zip(AXES, sizes, strict=True)))
+
+
+def mesh_over(slices: Sequence[Sequence[Any]], sizes: Mapping[str, int]) -> Mesh:
+    """A mesh over the devices of slices, each of them laid out on its own interconnect as JAX would.
+
+    Several are cut along the first axis of more than one device, a multiple of their number: every later axis stays
+    inside of a slice.
+
+    Args:
+        slices: the devices of each.
+        sizes: devices along each axis.
+    """
+    part = list(sizes.values())
+    cut = next((at for at, size in enumerate(part) if size > 1), 0)
+    part[cut] //= len(slices)
+    # An axis may have a part of a side: 16 of the devices of an 8x8 have no side to themselves.
+    laid = [create_device_mesh(part, list(devices), allow_split_physical_axes=True) for devices in slices]
+    return Mesh(np.concatenate(laid, axis=cut), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(part))
 
 
 def _slices() -> dict[int, list[jax.Device]]:
@@ -95,7 +111,7 @@ def _slices() -> dict[int, list[jax.Device]]:
     found: dict[int, list[jax.Device]] = {}
     for device in jax.devices():
         if device.platform == "tpu":
-            found.setdefault(device.slice_index, []).append(device)
+            found.setdefault(getattr(device, "slice_index", 0), []).append(device)
     return found
 
 

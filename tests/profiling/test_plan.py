@@ -80,7 +80,8 @@ class Made(Cells):
             "batch": {"tokens": [512, 1280], "patches": [512, 4096, 1176]}, "examples": 1024,
             "held": {"trained weights": GIB}, "arguments": GIB, "capacity": self.capacity, "needed": needed,
             "fits": needed <= self.capacity, "flops": 1.0, "bytes": 1.0, "bound": "matrix units of the chip",
-            "spent": {"matrix units": seconds}, "sent": [], "unknown": [], **{f"{n}_seconds": seconds for n in names},
+            "spent": {"matrix units": seconds}, "sent": [], "unknown": [], "missing": [],
+            **{f"{n}_seconds": seconds for n in names},
         }  # fmt: skip
 
 

@@ -17,13 +17,11 @@ from cocoa_jax.training.mesh import (
 
 @pytest.fixture
 def devices(monkeypatch):
-    """Pretend that there are n devices: what ``jax.make_mesh`` would be asked for."""
+    """Pretend that there are n devices: the sizes of the mesh that would be made."""
 
     def pretend(n: int):
         monkeypatch.setattr(module.jax, "device_count", lambda: n)
-        monkeypatch.setattr(
-            module.jax, "make_mesh", lambda sizes, names, axis_types: dict(zip(names, sizes, strict=True))
-        )
+        monkeypatch.setattr(module, "mesh_over", lambda slices, sizes: sizes)
 
     return pretend
 
