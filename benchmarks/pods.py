@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -145,14 +146,16 @@ def make(cell: Cell) -> None:
             break
     FOLDER.mkdir(parents=True, exist_ok=True)
     aside = FOLDER / f"{cell.name}.partial"
-    found = {"command": cell.command(remat), "remat": remat, "versions": versions_of(spec), "result": result}
+    found = {"command": cell.command(remat), "remat": remat, "versions": versions(cell), "result": result}
     aside.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(aside, cell.file)
 
 
-def _program(cell: Cell) -> dict[str, str]:
-    """What its versions depend on; not the settings, which take long to read."""
-    return {"program": "plan", "topology": cell.topology}
+def versions(cell: Cell) -> dict[str, str]:
+    """Of the compiler, and digests of the code and of the settings that a cell is made with."""
+    files = (cell.path, REPOSITORY / f"configs/backbones/{cell.backbone}/config.json")
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    return {**versions_of({"program": "plan", "topology": cell.topology}), "settings": digest}
 
 
 def table(cells: list[Cell]) -> str:
@@ -179,7 +182,7 @@ def table(cells: list[Cell]) -> str:
         lines.append("| " + " | ".join([*first, *rest]) + " |")
     missing = [cell.name for cell in cells if not cell.file.is_file()]
     text = f"\n{len(there)} of {len(cells)} cells are made."
-    other = [cell.name for cell, kept in there if kept["versions"] != versions_of(_program(cell))]
+    other = [cell.name for cell, kept in there if kept["versions"] != versions(cell)]
     if other:
         text += f" Of other versions of the code or the compiler than are here now: {', '.join(other)}."
     if missing:

@@ -45,14 +45,15 @@ class Twins:
         bodies = [self._body(name) for name in op.called]
         return repr((op.kind, op.shape, shapes, _attributes(op), bodies))
 
-    def _body_of(self, where: str) -> str:
-        ops = self._module.computations.get(where, [])
-        places = {op.name: str(place) for place, op in enumerate(ops)}
-
-        def numbered(op: Op) -> str:
-            return re.sub(r"%([\w.\-]+)", lambda name: places.get(name[1], name[1]), op.raw_operands)
-
-        return str(hash(tuple((self._code(where, op), numbered(op), op.root) for op in ops)))
+    def _body_of(self, where: str) -> int:
+        """One number for what a computation gives, whatever the names in it and the order in which it is written."""
+        values: dict[str, int] = {}
+        root = 0
+        for op in self._module.computations.get(where, []):  # operands come first
+            own = op.raw_operands if op.kind in ("parameter", "constant") else ""
+            values[op.name] = hash((self._code(where, op), own, *(values[name] for name in op.operands)))
+            root = values[op.name] if op.root else root
+        return root
 
 
 def _attributes(op: Op) -> str:

@@ -10,7 +10,7 @@ import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cocoa_jax.profiling.collectives import axes_of, by_axis, collectives, ring_bytes
+from cocoa_jax.profiling.collectives import axes_of, by_axis, collectives, ring_bytes, seconds_sent
 from cocoa_jax.profiling.hlo import Module
 from cocoa_jax.profiling.topology import slice_mesh, tpu_slice
 
@@ -99,6 +99,15 @@ def test_what_two_slices_send_each_other():
     # Rows that lie on both come to lie on each: all of them go to the other slice.
     gathered = found(lambda x: x * 2, PartitionSpec("fsdp"))
     assert gathered["all-gather", "slice"] == ring_bytes("all-gather", 2 * 128 * KIB, 2)
+
+
+def test_seconds_inside_of_a_slice_and_between_slices():
+    sent = [
+        ("all-gather", "fsdp", 1, 1, 300.0),
+        ("all-reduce", "slice", 1, 1, 40.0),
+        ("all-to-all", "slice+data", 1, 1, 8.0),
+    ]
+    assert seconds_sent(sent, 100.0, 10.0) == (3.0, 4.8)
 
 
 PROGRAM = """

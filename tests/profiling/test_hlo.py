@@ -135,6 +135,24 @@ ENTRY %main (l: f32[6,5,7], r: f32[6,7,3]) -> f32[6,5,3] {{
     assert module.flops("main", one(module, "main", "o")) == 2 * 6 * 5 * 7 * 3
 
 
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        ("(bf16[64]{0}, bf16[64]{0}, u32[]{:S(2)}) collective-permute-start(%p)", 2 * 128),
+        ("(bf16[64]{0}, bf16[64]{0:S(1)}, u32[]{:S(2)}) collective-permute-start(%p)", 128),
+        ("(bf16[64]{0}, u32[]{:S(2)}, token[]) send(%p, %t)", 128),
+        ("(bf16[64]{0}, u32[]{:S(2)}, token[]) recv(%t)", 128),
+        ("bf16[64]{0} all-reduce-start(%p)", 2 * 128),
+        ("(bf16[64]{0}, bf16[256]{0}) all-gather-start(%p)", 128 + 512),
+    ],
+)
+def test_what_starts_moves_its_data_once(line, moved):
+    head = "HloModule x\n\nENTRY %main (p: bf16[64]) -> bf16[64] {\n  %p = bf16[64]{0} parameter(0)\n"
+    module = Module(f"{head}  ROOT %s = {line}\n}}\n")
+    op = one(module, "main", "s")
+    assert op.starts and module.hbm_bytes("main", op) == moved
+
+
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         Module("HloModule nothing")

@@ -4,19 +4,24 @@ import dataclasses
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from cocoa_jax import cli
+from cocoa_jax.chips import CHIPS
 from cocoa_jax.commands import planning
 from cocoa_jax.config import SettingsError, TrainConfig, load_config, parse, to_dict
+from cocoa_jax.profiling import plan as plan_module
 from cocoa_jax.profiling.cells import Cells
-from cocoa_jax.profiling.plan import PlanError, needed_bytes, plan_spec
+from cocoa_jax.profiling.model import ProgramCost
+from cocoa_jax.profiling.plan import PlanError, needed_bytes, plan_spec, plan_step
 from cocoa_jax.profiling.plan_report import memory_kinds, plan_markdown, ratio, serial_seconds
 from cocoa_jax.profiling.plan_run import plan, search
 from cocoa_jax.profiling.plan_search import candidates, changed, remedies
 from cocoa_jax.profiling.step_cost import check_step
+from cocoa_jax.profiling.steps import abstract_step
 from cocoa_jax.profiling.topology import parse_topology
 from cocoa_jax.training.mesh import mesh_sizes
 
@@ -40,9 +45,52 @@ def test_a_plan_of_a_small_step(small):
     assert sum(result["spent"].values()) == pytest.approx(result["chip_seconds"], rel=0.5)
     assert result["step_seconds"] == max(result[f"{name}_seconds"] for name in ("chip", "interconnect", "network"))
     assert serial_seconds(result) > result["step_seconds"] and ratio(result) >= 1
+    assert result["held"]["next batch"] == result["held"]["batch"] > 0  # is sent while a step runs
+    assert result["needed"] > result["arguments"] + result["held"]["next batch"]
+    assert result["network_seconds"] == 0 and result["missing"] == []
     text = plan_markdown(result)
     assert "static model: compiled for that slice, not run" in text and "measured" not in text
     assert all(name in text for name in ("frozen", "optimizer", "padding")) or "frozen" not in kinds
+
+
+def test_a_plan_of_two_slices(small):
+    """Only gradients and embeddings leave a slice; what stays inside is as in one."""
+    two = Cells(None).get(plan_spec(small, "v5e:2x2", 2))
+    assert two["mesh"]["slice"] == 2 and two["devices"] == 8
+    assert two["network_seconds"] > 0 and "data-centre network" in plan_markdown(two)
+    axes = {row["axis"] for row in two["sent"]}
+    assert {"slice", "fsdp"} <= axes and "other" not in axes
+    # Not more than gradients in float32, embeddings and theirs, and a few numbers.
+    between = sum(row["bytes"] for row in two["sent"] if "slice" in row["axis"].split("+"))
+    assert 0 < between < 2 * two["held"]["trained weights"] + 2**16
+
+
+def test_the_batch_that_comes_next_may_be_too_much(small, monkeypatch):
+    """A step that compiles does not fit where there is no room to send the next batch."""
+    spec = plan_spec(small, "v5e:1x1", 1)
+    monkeypatch.setattr(plan_module, "abstract_step", lambda *given: (_Step(), *abstract_step(*given)[1:]))
+    monkeypatch.setattr(plan_module, "program_cost", lambda *given: ProgramCost(CHIPS["v5e"], (), 0.0, ()))
+    batch = plan_step(spec, Path())["held"]["batch"]
+    for free, fits in ((batch, True), (batch - 1, False)):
+        _Step.peak = int(CHIPS["v5e"].hbm_bytes) - free
+        assert plan_step(spec, Path())["fits"] is fits
+
+
+class _Step:
+    """A step that compiles, and takes so much."""
+
+    peak = 0
+
+    def lower(self, *given):
+        return self
+
+    compile = lower
+
+    def memory_analysis(self):
+        return SimpleNamespace(peak_memory_in_bytes=self.peak, argument_size_in_bytes=0, temp_size_in_bytes=0)
+
+    def as_text(self):
+        return "HloModule x\n\nENTRY %main (p: f32[8]) -> f32[8] {\n  ROOT %p = f32[8]{0} parameter(0)\n}\n"
 
 
 def test_a_step_that_does_not_fit_is_a_failure_with_a_remedy(small, tmp_path, capsys):
@@ -213,6 +261,11 @@ def test_twelve_candidates_hold_several_of_everything(path, topology, slices):
         assert {choice["compute.chunk_remat"] for choice in first} == {True, False}
     given = changed(config, first[0])  # the config as it is, but for sizes that come to the same
     assert (given.mesh, given.compute.remat) == (config.mesh, config.compute.remat)
+
+
+def test_a_search_begins_with_the_mesh_of_the_config(stage3):
+    given = changed(stage3, {"mesh.data": 4, "mesh.fsdp": -1})
+    assert next(candidates(given, "v5e:4x4", 1))["mesh.fsdp"] == 4
 
 
 def test_a_search_of_what_cannot_be_compiled_says_why(stage3):

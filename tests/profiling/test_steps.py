@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from cocoa_jax import cli
 from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.chips import CHIPS
 from cocoa_jax.config import TrainConfig, load_config, parse, to_dict
 from cocoa_jax.data.pairs import picture_source
 from cocoa_jax.data.pipeline import stage_dataset
@@ -19,7 +20,7 @@ from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.sources import load_pictures
 from cocoa_jax.models.config import read_config
 from cocoa_jax.profiling.cells import Cells
-from cocoa_jax.profiling.step_cost import step_markdown, step_spec
+from cocoa_jax.profiling.step_cost import row_kernels, step_markdown, step_spec
 from cocoa_jax.profiling.steps import abstract_batch, abstract_step, parameter_count, read_backbone
 from cocoa_jax.profiling.trace import record_trace
 from cocoa_jax.training.mesh import AXES
@@ -71,6 +72,20 @@ def test_scopes_can_be_read_in_a_trace(backbone, stage_settings, tmp_path):
     text = step.lower(state, batch).as_text(debug_info=True)
     for scope in ("stage2/text", "stage2/vision", "stage2/loss", "optimizer"):
         assert scope in text.replace("jvp(stage2)", "stage2"), scope
+
+
+def test_windowed_layers_are_counted_as_windows():
+    config = load_config(TrainConfig, REPOSITORY / "configs/pods/3-contrastive-lora.yaml")
+    sizes = read_backbone("configs/backbones/qwen2.5-vl-7b")
+
+    def flops(full_layers):
+        vision = dataclasses.replace(sizes.vision, full_layers=full_layers)
+        table = row_kernels(config, dataclasses.replace(sizes, vision=vision), one_device(), CHIPS["v5e"])
+        return table["vision/span_attention_forward"].flops
+
+    whole, none, own = flops(tuple(range(32))), flops(()), flops(sizes.vision.full_layers)
+    assert none < whole / 1.9
+    assert own == pytest.approx((4 * whole + 28 * none) / 32)  # four of its layers see whole pictures
 
 
 @pytest.fixture(scope="module")

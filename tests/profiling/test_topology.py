@@ -81,6 +81,24 @@ def test_a_mesh_is_laid_out_as_for_a_run(monkeypatch):
     assert mesh.make_mesh(MeshConfig(data=-1, fsdp=16)) == slice_mesh(target, sizes)
 
 
+@pytest.mark.parametrize(
+    ("chip", "shape", "links"),
+    [
+        ("v5e", "2x2", 2),
+        ("v5e", "2x4", 2),
+        ("v5e", "4x4", 2),  # open at its sides: a corner has two neighbours
+        ("v5e", "8x16", 3),
+        ("v5e", "16x16", 4),
+        ("v5p", "2x2x4", 3),
+        ("v5p", "4x4x4", 6),
+        ("v6e", "8x8", 2),
+    ],
+)
+def test_a_corner_sends_over_the_links_that_it_has(chip, shape, links):
+    of_all = CHIPS[chip].ici_bandwidth
+    assert CHIPS[chip].bandwidth_in(shape) == pytest.approx(of_all * links / (2 * len(shape.split("x"))))
+
+
 def test_clocks_follow_from_the_peak():
     # Known clocks: v5e 1.5 GHz, v5p 1.75 GHz; within the rounding of the published peaks.
     assert CHIPS["v5e"].clock == pytest.approx(1.5e9, rel=5e-3)
