@@ -4,7 +4,8 @@
 #   gke.sh VERB --name NAME [options] [-- COMMAND...]
 #
 # Verbs
-#   submit   create the JobSet                          needs --type, --topology and --image
+#   submit   create the JobSet                          needs --type, --topology and --image; exits with 2 where NAME
+#            is in use
 #   render   print its YAML
 #   log      follow the log of the first host
 #   finish   wait until it has ended; exit 0 when it is complete, 1 when it has failed
@@ -145,15 +146,26 @@ render() {
 
 kubectl_here() { run kubectl "$@" "--namespace=$namespace"; }
 
+# A JobSet that has the name already may be somebody's run: it is left alone.
+unused() {
+  local now
+  now=$(ask "" kubectl get jobset "$name" --ignore-not-found \
+    '--output=jsonpath={.metadata.name}:{.status.terminalState}' "--namespace=$namespace")
+  [ -n "$now" ] || return 0
+  now=${now#*:}
+  in_use "$name" JobSet "${now:-not ended}" "log, finish" "$0" delete --name "$name" --namespace "$namespace"
+}
+
 submit() {
   local text
   text=$(render)
+  unused
   if [ -n "$DRY_RUN" ]; then
     shown kubectl create --filename=- "--namespace=$namespace"
     printf '%s\n' "$text"
   elif ! kubectl_here create --filename=- <<<"$text"; then
-    loud "kubectl create failed; should a JobSet $name exist, it COSTS MONEY; to end it: $(shown "$0" delete --name "$name" \
-      --namespace "$namespace")"
+    loud "kubectl create failed; should a JobSet $name exist and be yours, it COSTS MONEY; to end it: $(shown "$0" delete \
+      --name "$name" --namespace "$namespace")"
     return 1
   fi
 }

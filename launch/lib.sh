@@ -82,6 +82,44 @@ exec 3>&1
 # pause: between two looks.
 pause() { [ -n "$DRY_RUN" ] || sleep "$POLL"; }
 
+# in_use NAME WHAT STATE VERBS WORD...: refuse a name that something has already; WORDs are what ends that.
+in_use() {
+  die "--name is '$1', and a $2 of that name exists ($3): give another name, go on with that one (${0##*/} $4)," \
+    "or end it: $(shown "${@:5}")"
+}
+
+# What costs money is given back however a script ends, but only what this script has made: after `guard`,
+# `making WORD...` runs a command and keeps in $made that it has succeeded; at the end `give_back STATUS` is called then.
+made="" busy="" told=""
+guard() {
+  trap ended EXIT
+  trap 'signalled 130' INT
+  trap 'signalled 143' TERM
+}
+
+ended() {
+  local status=$?
+  trap - EXIT
+  [ -z "$made" ] || give_back "$status"
+  exit "$status"
+}
+
+making() {
+  local status=0
+  busy=1
+  "$@" || status=$?
+  [ "$status" -ne 0 ] || made=1
+  busy=""
+  [ -z "$told" ] || exit "$told"
+  return "$status"
+}
+
+# A signal waits while something is being made: otherwise nobody would know that it was.
+signalled() {
+  told=$1
+  [ -n "$busy" ] || exit "$told"
+}
+
 # retry STATUS: whether the same command may go on after it.
 retry() { [[ " $RETRY " == *" $1 "* ]]; }
 

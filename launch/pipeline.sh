@@ -7,7 +7,8 @@
 # BACKEND is queued, gke or xpk. With queued, slices that were taken away, also before the stages run on them, are asked
 # for again and the stages continue; where the slices are still there the stages are started again on them. GKE and xpk
 # restart by themselves. When all is finished, or has failed for good (starting: five times in a row), what was made is
-# deleted. The same command given again picks up where it was.
+# deleted. The same command given again picks up where it was, once nothing has its --name any more: what has it is left
+# alone (exit status 2), as a run may be on it; only slices that are FAILED or SUSPENDED are deleted and asked for again.
 #
 #   --base DIR       the Hugging Face folder that the first stage starts from, as the container sees it: /data/...
 #   --run gs://PATH  where the stages are written
@@ -23,7 +24,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 source "$here/lib.sh"
 
-backend="" out="" attempts=50 keep="" script="" exists="" mine=() stages=() options=()
+backend="" out="" attempts=50 keep="" script="" mine=() stages=() options=()
 
 parse() {
   [ $# -gt 0 ] || die "no backend given: queued, gke or xpk (see --help)"
@@ -53,26 +54,22 @@ parse() {
 
 call() { "$script" "$1" "${mine[@]}" "${@:2}"; }
 
-# Whatever ends this script, nothing is left that costs money unless it was asked for.
-ended() {
-  local status=$?
-  trap - EXIT
-  if [ -n "$exists" ] && [ -n "$keep" ]; then
+# Whatever ends this script, nothing that it made is left and costs money unless it was asked for.
+give_back() {
+  if [ -n "$keep" ]; then
     loud "the slices ARE LEFT RUNNING AND COST MONEY (--keep); to end them: $(shown "$script" delete "${mine[@]}")"
-  elif [ -n "$exists" ] && ! call delete; then
+  elif ! call delete; then
     loud "the slices MAY STILL BE RUNNING AND COST MONEY, deleting them failed; to end them: $(shown "$script" delete \
       "${mine[@]}")"
   fi
-  exit "$status"
 }
 
 queued() {
   local attempt status unstarted=0
   for ((attempt = 1; attempt <= attempts; attempt++)); do
     status=0
-    if [ -z "$exists" ]; then
-      call up -- "${command[@]}" || status=$? # deletes what it made when it fails
-      [ "$status" -ne 0 ] || exists=1
+    if [ -z "$made" ]; then
+      making call up --replace -- "${command[@]}" || status=$? # deletes what it made when it fails
     else
       call start -- "${command[@]}" || status=$?
     fi
@@ -82,7 +79,8 @@ queued() {
       [ "$status" -ne 0 ] || return 0
       retry "$status" || { say "the stages have failed with status $status: see the log above"; return "$status"; }
     else
-      # Slices may be taken away before anything runs on them; a wrong value (2), or a request that has failed (3), stays.
+      # Slices may be taken away before anything runs on them; a wrong value or a name in use (2), or a request that has
+      # failed (3), stays.
       case $status in 2 | 3) return "$status" ;; esac
       unstarted=$((unstarted + 1))
       if [ "$unstarted" -ge 5 ]; then
@@ -93,9 +91,9 @@ queued() {
     fi
     say "attempt $attempt of $attempts ended with status $status: trying again"
     # Slices that were taken away stay in the list under their name until they are deleted.
-    if [ -n "$exists" ] && ! call wait >/dev/null; then
+    if [ -n "$made" ] && ! call wait >/dev/null; then
       call delete
-      exists=""
+      made=""
     fi
   done
   say "$attempts attempts were not enough: the same command continues"
@@ -103,8 +101,7 @@ queued() {
 }
 
 cluster() {
-  exists=1
-  call submit -- "${command[@]}"
+  making call submit -- "${command[@]}"
   call finish
 }
 
@@ -114,8 +111,6 @@ bucket "$out" --run
 count "$attempts" --attempts
 command=(cocoa-stages "${stages[@]}" -- --distributed.mode=on "${options[@]}")
 "$here/stages.sh" --dry-run "${stages[@]}" >/dev/null # a wrong value is found before anything is made
-trap ended EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+guard
 if [ "$backend" = queued ]; then queued; else cluster; fi
 say "all stages are finished: $out"

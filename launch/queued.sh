@@ -4,11 +4,12 @@
 #   queued.sh VERB --name NAME --project PROJECT --zone ZONE [options] [-- COMMAND...]
 #
 # Verbs
-#   create   ask for the slices                        needs --accelerator or --type and --topology, and --runtime
+#   create   ask for the slices                        needs --accelerator or --type and --topology, and --runtime;
+#            exits with 2 where NAME is in use
 #   wait     until they are there
 #   setup    copy data to every host, pull the image   needs --image
 #   start    run COMMAND in the image on every host    needs --image
-#   up       create, wait, setup, start; what was made is deleted if any of them fails
+#   up       create, wait, setup, start; what create has made is deleted if one of the others fails
 #   log      follow the log of the first host
 #   finish   wait until COMMAND has ended, exit with its status, or with 75 where the slices were taken away
 #   stop     ask COMMAND to save and end (SIGTERM)
@@ -30,6 +31,7 @@
 #   --image IMAGE          made by launch/Dockerfile
 #   --data gs://PATH       copied to every host, /data in the container
 #   --grace SECONDS        for a save after SIGTERM [600]
+#   --replace              what has NAME and is FAILED or SUSPENDED is deleted before `create` and `up`
 #   --keep                 do not delete after a failure of `up`
 #   --dry-run              print the commands instead of running them
 #   --help                 this text
@@ -41,7 +43,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/lib.sh"
 
 verb="" name="" project="" zone="" accelerator="" type="" topology="" runtime="" slices=1 tier="" until=""
-account="" image="" data="" grace=600 keep="" command=()
+account="" image="" data="" grace=600 replace="" keep="" command=()
 
 parse() {
   begin "${BASH_SOURCE[0]}" "$@"
@@ -51,6 +53,7 @@ parse() {
     case $1 in
       --help | -h) usage "${BASH_SOURCE[0]}"; exit 0 ;;
       --dry-run) DRY_RUN=1; shift; continue ;;
+      --replace) replace=1; shift; continue ;;
       --keep) keep=1; shift; continue ;;
       --spot | --reserved)
         [ -z "$tier" ] || die "--spot and --reserved exclude each other: give one of them"
@@ -118,7 +121,20 @@ check_request() {
 # everywhere COMMAND: on all hosts of all slices at once; fails when it fails on one of them.
 everywhere() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all "--command=$1"; }
 
-create() {
+# What has the name already may be somebody's run: it is left alone. Without an answer we go on: Google Cloud refuses a
+# name that is in use, too, and what we have not made we do not delete.
+unused() {
+  local now
+  now=$(state "" 2>/dev/null) || return 0
+  case $now in
+    "") return ;;
+    FAILED | SUSPENDED) [ -z "$replace" ] || { say "$name is $now: it is made again"; delete; return; } ;;
+  esac
+  in_use "$name" "queued resource" "$now" "finish where a run is on it, else wait, setup, start" \
+    "$0" delete --name "$name" --project "$project" --zone "$zone"
+}
+
+order() {
   local request=("--runtime-version=$runtime")
   if [ -n "$accelerator" ]; then
     request+=("--accelerator-type=$accelerator")
@@ -133,10 +149,19 @@ create() {
   [ -z "$tier" ] || request+=("$tier")
   [ -z "$until" ] || request+=("--valid-until-duration=$until")
   [ -z "$account" ] || request+=("--service-account=$account")
-  run "${tpus[@]}" create "$name" "${where[@]}" "${request[@]}" --quiet
+  run "${tpus[@]}" create "$name" "${where[@]}" "${request[@]}" --quiet || {
+    local status=$?
+    loud "create failed; should $name exist and be yours, it COSTS MONEY; to end it: $(DRY_RUN=1 delete)"
+    return "$status"
+  }
 }
 
-state() { ask ACTIVE "${tpus[@]}" describe "$name" "${where[@]}" '--format=value(state.state)'; }
+create() {
+  unused
+  order
+}
+
+state() { ask "${1-ACTIVE}" "${tpus[@]}" describe "$name" "${where[@]}" '--format=value(state.state)'; }
 
 wait_active() {
   local now unanswered=0
@@ -220,7 +245,7 @@ delete() { run "${tpus[@]}" delete "$name" "${where[@]}" --force --quiet; }
 # Nothing that costs money outlives a failure, unless it was asked for.
 give_back() {
   local again
-  again=$(shown "${tpus[@]}" delete "$name" "${where[@]}" --force --quiet)
+  again=$(DRY_RUN=1 delete)
   if [ -n "$keep" ]; then
     loud "$name IS LEFT RUNNING AND COSTS MONEY (--keep); to end it: $again"
   elif delete; then
@@ -230,21 +255,14 @@ give_back() {
   fi
 }
 
-ended() {
-  local status=$?
-  trap - EXIT
-  [ "$status" -eq 0 ] || give_back
-  exit "$status"
-}
-
 up() {
-  trap ended EXIT
-  trap 'exit 130' INT
-  trap 'exit 143' TERM
-  create
+  guard
+  unused
+  making order
   wait_active
   setup
   start
+  made="" # it is what was asked for, and stays
 }
 
 parse "$@"

@@ -4,7 +4,7 @@
 #   xpk.sh VERB --name NAME --cluster CLUSTER --project PROJECT --zone ZONE [options] [-- COMMAND...]
 #
 # Verbs
-#   submit   create the workload                       needs --tpu-type and --image
+#   submit   create the workload                       needs --tpu-type and --image; exits with 2 where NAME is in use
 #   finish   wait until it has ended
 #   log      follow the log of the first host          needs kubectl
 #   stop     let COMMAND save and end: the same as delete, whose grace period is --grace
@@ -88,12 +88,28 @@ check() {
     die "--priority is '$priority': give very-low, low, medium, high or very-high"
 }
 
+# A workload that has the name already may be somebody's run: it is left alone.
+unused() {
+  local all found now
+  all=$(ask "" xpk workload list "${where[@]}" "--filter-by-job=$name") || {
+    local status=$?
+    say "the workloads of $cluster could not be listed: $all"
+    return "$status"
+  }
+  # Name, created, priority, machines needed, running and done, status; the filter finds parts of names, too.
+  while read -r found _ _ _ _ _ now _; do
+    [ "$found" != "$name" ] || in_use "$name" workload "${now:-unknown}" "log, finish" \
+      "$0" delete --name "$name" --cluster "$cluster" --project "$project" --zone "$zone"
+  done <<<"$all"
+}
+
 submit() {
+  unused
   # Without --restart-on-user-code-failure xpk takes a stage that saved and asks to be tried again for a failure.
   if ! run xpk workload create "--workload=$name" "${where[@]}" "--tpu-type=$tpu" "--num-slices=$slices" \
     "--docker-image=$image" "--priority=$priority" "--max-restarts=$restarts" --restart-on-user-code-failure \
     "--termination-grace-period-seconds=$grace" "${tier[@]}" "--command=$(shown "${command[@]}")"; then
-    loud "xpk failed; should a workload $name exist, it COSTS MONEY; to end it: $(shown xpk workload delete \
+    loud "xpk failed; should a workload $name exist and be yours, it COSTS MONEY; to end it: $(shown xpk workload delete \
       "--workload=$name" "${where[@]}" --force)"
     return 1
   fi

@@ -2,7 +2,8 @@
 
 CALLS names a file that gets one JSON list a call. ANSWERS names a file {pattern: [[status, text], ...]}: the first
 pattern found in the command line gives its answers in turn, the last of them for ever; without one it answers nothing
-and succeeds.
+and succeeds. Text goes to stderr where the status is not 0. The pattern "taken" stands for a `describe` of a queued
+resource that no call has created, or that one has deleted since.
 """
 
 import json
@@ -14,14 +15,26 @@ import time
 from pathlib import Path
 
 
+def looked_at(lines: list[str]) -> list[str]:
+    """What patterns are looked for in."""
+    there, result = False, []
+    for line in lines:
+        _, _, verb = line.partition(" queued-resources ")
+        there = verb.startswith("create ") or (there and not verb.startswith("delete "))
+        result.append("taken" if verb.startswith("describe ") and not there else line)
+    return result
+
+
 def main() -> int:
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     calls = Path(os.environ["CALLS"])
     with calls.open("a") as file:
         file.write(json.dumps(words) + "\n")
-    before = [" ".join(json.loads(line)) for line in calls.read_text().splitlines()[:-1]]
-    for pattern, answers in json.loads(Path(os.environ["ANSWERS"]).read_text()).items():
-        if re.search(pattern, " ".join(words)):
+    told = json.loads(Path(os.environ["ANSWERS"]).read_text())
+    lines = [" ".join(json.loads(line)) for line in calls.read_text().splitlines()]
+    *before, now = looked_at(lines) if "taken" in told else lines
+    for pattern, answers in told.items():
+        if re.search(pattern, now):
             asked = sum(1 for line in before if re.search(pattern, line))
             status, text = answers[min(asked, len(answers) - 1)]
             if text == "stop the caller":
@@ -30,7 +43,7 @@ def main() -> int:
             elif text.startswith("sleep"):
                 time.sleep(float(text.split()[1]))
             elif text:
-                sys.stdout.write(text + "\n")
+                (sys.stderr if status else sys.stdout).write(text + "\n")
             return status
     return 0
 

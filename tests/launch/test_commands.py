@@ -83,7 +83,14 @@ def test_command_lines(desk, case):
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("stages", "pipeline"))])
 def test_what_is_run_is_what_was_printed(desk, case):
     script, *words = shlex.split(CASES[case])
-    answers = {"describe": [[0, "ACTIVE"]], "inspect": [[0, "exited:0"]], "get jobset": [[0, "Completed"]]}
+    answers = {
+        "ignore-not-found": [[0, ""]],
+        "describe": [[0, "ACTIVE"]],
+        "inspect": [[0, "exited:0"]],
+        "get jobset": [[0, "Completed"]],
+    }
+    if case.startswith(("queued-create", "queued-up")):
+        answers["taken"] = [[1, "NOT_FOUND"]]
     ended = desk.run(script, *words, answers=answers)
     assert ended.status == 0, ended.errors
     printed = (HERE / "golden" / f"{case}.txt").read_text().splitlines()

@@ -13,7 +13,9 @@ GKE = "--name cocoa --type v5e --topology 4x4 --image r/p/i:1"
 XPK = f"{AT} --cluster k --tpu-type v5litepod-16 --image r/p/i:1"
 COMMAND = "-- cocoa-stages --base /data/m --run gs://b/r"
 STAGES = "--base /data/m --run gs://b/r"
+FREE = {"taken": [[1, "NOT_FOUND"]]}
 ACTIVE = {"describe": [[0, "ACTIVE"]]}
+ENDED = {"get jobset": [[0, "Completed"]]}
 FINISHED = {**ACTIVE, "inspect": [[0, "exited:0"]]}
 
 
@@ -83,25 +85,130 @@ def test_wrong_values_are_named_before_anything_is_made(desk, line, message):
 
 
 def up(desk, answers, *more):
-    return desk.run("queued.sh", *shlex.split(f"up {REQUEST}"), *more, *shlex.split(COMMAND), answers=answers)
+    words = [*shlex.split(f"up {REQUEST}"), *more, *shlex.split(COMMAND)]
+    return desk.run("queued.sh", *words, answers={**FREE, **answers})
 
 
 @pytest.mark.parametrize(
     ("answers", "made"),
     [
-        ({"create": [[1, ""]]}, ["create"]),
         ({"describe": [[0, "WAITING_FOR_RESOURCES"], [0, "FAILED"]]}, ["create", "describe", "describe"]),
         ({"describe": [[1, ""]]}, ["create", *["describe"] * 5]),
         ({**ACTIVE, "docker pull": [[1, "worker 3: no space left"]]}, ["create", "describe", "ssh"]),
         ({**ACTIVE, "docker run": [[1, ""]]}, ["create", "describe", "ssh", "ssh"]),
     ],
-    ids=["create", "never-there", "no-answer", "setup-on-one-host", "start"],
+    ids=["never-there", "no-answer", "setup-on-one-host", "start"],
 )
 def test_whatever_fails_the_slices_are_given_back(desk, answers, made):
     ended = up(desk, answers)
     assert ended.status != 0
-    assert [call[4] for call in ended.calls] == [*made, "delete"]
+    assert [call[4] for call in ended.calls] == ["describe", *made, "delete"]
     assert "cocoa was deleted after the failure" in ended.errors
+
+
+@pytest.mark.parametrize("more", [[], ["--keep"]])
+@pytest.mark.parametrize("unanswered", [{}, {"taken": [[1, "no network"]]}], ids=["free", "unanswered"])
+def test_what_was_not_made_is_not_deleted(desk, unanswered, more):
+    """Somebody else may have been faster, or the name could not be looked up."""
+    ended = up(desk, {**unanswered, "create": [[1, "ALREADY_EXISTS"]]}, *more)
+    assert ended.status == 1 and [call[4] for call in ended.calls] == ["describe", "create"]
+    assert "should cocoa exist and be yours, it COSTS MONEY; to end it: gcloud" in ended.errors
+
+
+ENDS = {
+    "queued": "queued.sh delete --name cocoa --project p --zone z",
+    "gke": "gke.sh delete --name cocoa --namespace default",
+    "xpk": "xpk.sh delete --name cocoa --cluster k --project p --zone z",
+}
+HEAD = "[XPK] Starting workload list\n[XPK] Workload List Output:\nJobset Name  Created Time  Priority  ...\n"
+
+
+def row(name, status):
+    return f"{name}   2026-01-01T00:00:00Z   medium   4   4   <none>   {status}   All jobs   2026-01-01T00:00:01Z\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "answers", "state"),
+    [
+        *[
+            (f"{script} {REQUEST} {more}", {"taken": [[0, state]], **FINISHED}, state)
+            for script, more, states in [
+                ("queued.sh create", "", ["ACTIVE", "FAILED"]),
+                ("queued.sh up", COMMAND, ["ACTIVE", "SUSPENDED"]),
+                ("queued.sh up", f"--replace {COMMAND}", ["ACTIVE", "SUSPENDING"]),
+                ("pipeline.sh queued", STAGES, ["ACTIVE", "WAITING_FOR_RESOURCES", "PROVISIONING", "DELETING"]),
+            ]
+            for state in states
+        ],
+        *[
+            (f"{script} {GKE} {more}", {"ignore-not-found": [[0, f"cocoa:{state}"]], **ENDED}, state or "not ended")
+            for script, more in [("gke.sh submit", COMMAND), ("pipeline.sh gke", STAGES)]
+            for state in ["", "Completed", "Failed"]
+        ],
+        *[
+            (f"{script} {XPK} {more}", {"filter-by-job": [[0, HEAD + row("cocoa", "Admitted")]]}, "Admitted")
+            for script, more in [("xpk.sh submit", COMMAND), ("pipeline.sh xpk", STAGES)]
+        ],
+    ],
+    ids=str,
+)
+def test_a_name_that_is_in_use_is_left_alone(desk, line, answers, state):
+    ended = desk.run(*shlex.split(line), answers=answers)
+    assert ended.status == 2 and ended.output == "" and ended.errors.count("\n") == 1, ended.errors
+    assert len(ended.calls) == 1  # the question; nothing is created, and nothing deleted
+    assert "--name is 'cocoa'" in ended.errors and f"of that name exists ({state}): give another name" in ended.errors
+    backend = next(backend for backend in ENDS if backend in line)
+    assert ENDS[backend] in ended.errors
+
+
+def test_a_workload_whose_name_only_begins_alike_is_another(desk):
+    answers = {"filter-by-job": [[0, HEAD + row("cocoa-2", "Admitted")]]}
+    ended = desk.run("xpk.sh", *shlex.split(f"submit {XPK} {COMMAND}"), answers=answers)
+    assert ended.status == 0 and ended.calls[-1][2] == "create", ended.errors
+
+
+@pytest.mark.parametrize(("backend", "words"), [("gke", GKE), ("xpk", XPK)])
+@pytest.mark.parametrize("failing", ["ignore-not-found|filter-by-job", "create"])
+def test_a_cluster_is_cleaned_of_nothing_that_was_not_submitted(desk, backend, words, failing):
+    ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers={failing: [[1, "no"]]})
+    assert ended.status == 1 and not any("delete" in call for call in ended.calls)
+    assert any("create" in call for call in ended.calls) == (failing == "create")
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
+def test_slices_that_are_dead_are_replaced(desk, state):
+    ended = up(desk, {"taken": [[0, state]], **ACTIVE}, "--replace")
+    assert ended.status == 0, ended.errors
+    assert [call[4] for call in ended.calls] == ["describe", "delete", "create", "describe", "ssh", "ssh"]
+    ended, done = pipeline(desk, {"taken": [[0, state]], **FINISHED})
+    assert ended.status == 0, ended.errors
+    assert done[:3] == ["describe", "delete", "create"] and done[3:].count("delete") == 1 and done[-1] == "delete"
+    assert f"cocoa is {state}: it is made again" in ended.errors
+
+
+def test_dead_slices_that_cannot_be_deleted_end_it(desk):
+    ended = up(desk, {"taken": [[0, "FAILED"]], "delete": [[1, "no rights"]]}, "--replace")
+    assert ended.status == 1 and [call[4] for call in ended.calls] == ["describe", "delete"]
+
+
+@pytest.mark.parametrize(
+    ("line", "answers"),
+    [
+        (f"queued.sh up {REQUEST} {COMMAND}", FREE),
+        (f"pipeline.sh queued {REQUEST} {STAGES}", {**FREE, **ACTIVE}),
+        (f"pipeline.sh gke {GKE} {STAGES}", {}),
+        (f"pipeline.sh xpk {XPK} {STAGES}", {}),
+    ],
+    ids=["up", "queued", "gke", "xpk"],
+)
+def test_a_signal_while_it_is_being_made_gives_it_back(desk, line, answers):
+    """The command that makes it goes on and succeeds; only then is there something to delete."""
+    process = desk.start(*shlex.split(line), answers={**answers, " create ": [[0, "sleep 1"]]})
+    while not any("create" in call for call in desk.calls()):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and "delete" in desk.calls()[-1], errors
 
 
 def test_slices_that_cannot_be_given_back_are_named_loudly(desk):
@@ -120,8 +227,8 @@ def test_slices_that_are_to_be_kept_are_named_loudly(desk):
 
 def test_interrupted_while_it_waits_it_gives_back(desk):
     words = shlex.split(f"up {REQUEST} {COMMAND}")
-    process = desk.start("queued.sh", *words, answers={"describe": [[0, "WAITING_FOR_RESOURCES"]]})
-    while not any("describe" in call for call in desk.calls()):
+    process = desk.start("queued.sh", *words, answers={**FREE, "describe": [[0, "WAITING_FOR_RESOURCES"]]})
+    while len(desk.calls()) < 3:  # it has asked for the name, created, and looked whether it is there
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
@@ -130,7 +237,8 @@ def test_interrupted_while_it_waits_it_gives_back(desk):
 
 def test_success_leaves_the_slices(desk):
     ended = up(desk, ACTIVE)
-    assert ended.status == 0 and [call[4] for call in ended.calls] == ["create", "describe", "ssh", "ssh"]
+    assert ended.status == 0
+    assert [call[4] for call in ended.calls] == ["describe", "create", "describe", "ssh", "ssh"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +260,7 @@ def test_how_a_run_ended(desk, answers, status):
 
 def pipeline(desk, answers, *more):
     words = shlex.split(f"queued {REQUEST} {STAGES}")
-    ended = desk.run("pipeline.sh", *words, *more, answers=answers)
+    ended = desk.run("pipeline.sh", *words, *more, answers={**FREE, **answers})
     return ended, [call[4] if call[4] != "ssh" else call[-1].removeprefix("--command=") for call in ended.calls]
 
 
@@ -222,12 +330,15 @@ def test_a_pipeline_whose_stages_never_start_gives_up(desk):
 
 
 @pytest.mark.parametrize(
-    ("answers", "status"),
-    [({"create": [[2, "wrong value"]]}, 2), ({"describe": [[0, "FAILED"]]}, 3)],  # as when --valid-until has passed
+    ("answers", "status", "last"),
+    [
+        ({"create": [[2, "wrong value"]]}, 2, "create"),
+        ({"describe": [[0, "FAILED"]]}, 3, "delete"),  # as when --valid-until has passed
+    ],
 )
-def test_a_request_that_stays_wrong_is_made_once(desk, answers, status):
+def test_a_request_that_stays_wrong_is_made_once(desk, answers, status, last):
     ended, done = pipeline(desk, answers)
-    assert ended.status == status and done.count("create") == 1 and done[-1] == "delete"
+    assert ended.status == status and done.count("create") == 1 and done[-1] == last
 
 
 def test_a_pipeline_gives_up_after_its_attempts(desk):
@@ -239,8 +350,9 @@ def test_a_pipeline_gives_up_after_its_attempts(desk):
 @pytest.mark.parametrize("failing", [False, True])
 def test_a_pipeline_on_a_cluster_leaves_nothing(desk, backend, failing):
     answers = {
+        "ignore-not-found": [[0, ""]],
         "get jobset": [[0, ""], [0, "Failed" if failing else "Completed"]],
-        "workload list": [[int(failing), ""]],
+        "wait-for-job": [[int(failing), ""]],
     }
     words = shlex.split(f"{backend} {GKE if backend == 'gke' else XPK} {STAGES}")
     ended = desk.run("pipeline.sh", *words, answers=answers)
