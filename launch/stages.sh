@@ -65,6 +65,8 @@ train() {
     [ -n "$told" ] || break # a signal ends wait, not the stage
   done
   child=""
+  # bash gives -1 for a stage that ended as the signal came; how it ended is lost.
+  [ "$status" -ge 0 ] || { say "$2 ended as it was asked to stop: the same command continues"; return 75; }
   [ "$status" -eq 0 ] || say "$2 ended with status $status$(retry "$status" && printf ': the same command continues')"
   return "$status"
 }

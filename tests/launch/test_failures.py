@@ -397,3 +397,12 @@ def test_no_stage_begins_after_a_signal(desk):
     assert "asked to stop before out/3-contrastive: the same command continues" in ended.errors
     ended = desk.run("stages.sh", *words, answers={"3-contrastive.yaml": [[0, "stop the caller"]]})
     assert ended.status == 0 and len(ended.calls) == 3, ended.errors  # nothing is left to do
+
+
+def test_a_stage_that_ends_as_the_signal_comes_is_finished_or_continued(desk):
+    """bash may lose its status, about one time in five here; what is sure is that the same command does no harm."""
+    (desk.folder / "cocoa").write_text("#!/bin/bash\ntrap '' TERM\nkill -TERM $PPID\n")
+    words = shlex.split("--base m --run out --configs c --stages 3-contrastive")
+    ended = [desk.run("stages.sh", *words) for _ in range(30)]
+    assert {one.status for one in ended} <= {0, 75}
+    assert all("ended as it was asked to stop" in one.errors for one in ended if one.status)
