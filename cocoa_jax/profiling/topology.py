@@ -60,7 +60,7 @@ def parse_topology(name: str, num_slices: int = 1) -> tuple[Chip, int]:
         TopologyError: the name is unknown, with those that are known.
     """
     if name not in known_topologies():
-        known = "; ".join(f"{chip.name}:{{{','.join(chip.shapes)}}}" for chip in CHIPS.values())
+        known = "; ".join(f"{chip.name}:{{{','.join(chip.shapes)}}}" for chip in CHIPS.values() if chip.shapes)
         raise TopologyError(f"topology {name!r} is unknown: choose one of {known}")
     if num_slices < 1:
         raise TopologyError(f"{num_slices} slices of {name}: give 1 or more")
