@@ -1,6 +1,8 @@
 """One CPU device for every test; programs for several devices run in a process of their own."""
 
+import json
 import os
+import shutil
 
 # Before JAX starts; processes that the tests start inherit it.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -52,6 +54,21 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vision = {"vision_width": 16, "vision_layers": 2, "vision_heads": 2, "vision_mlp_ratio": 2}
     folder = tmp_path_factory.mktemp("tiny") / "backbone"
     make_backbone(folder, ScratchConfig(vocab_size=384, **sizes, **vision), TEXTS * 20, abstract_params)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def published(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as one is published: its tokenizer has no mask token, whose row is unused; not to be written to."""
+    folder = Path(shutil.copytree(backbone, tmp_path_factory.mktemp("published") / "backbone"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<|mask|>"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    known = settings["added_tokens_decoder"]
+    settings["added_tokens_decoder"] = {row: token for row, token in known.items() if token["content"] != "<|mask|>"}
+    settings["additional_special_tokens"].remove("<|mask|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
+from cocoa_jax.checkpoints.added_tokens import add_to_tokenizer
 from cocoa_jax.checkpoints.contents import Tree, contents_of
 from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
 from cocoa_jax.checkpoints.huggingface import copy_side_files
@@ -274,11 +275,16 @@ def has_base(stage_dir: str | Path) -> bool:
     return is_adapted(stage_dir) and _steps(steps_folder(base_folder(stage_dir))) == [0]
 
 
-def carry_backbone(source: str | Path, stage_dir: str | Path) -> Path:
-    """Copy config, tokenizer and preprocessor of the folder ``source`` into a stage, once; returns where they are."""
+def carry_backbone(source: str | Path, stage_dir: str | Path, added: Mapping[str, int] | None = None) -> Path:
+    """Copy config, tokenizer and preprocessor of the folder ``source`` into a stage, once; returns where they are.
+
+    Args:
+        added: tokens by name that the tokenizer is to have too.
+    """
     folder = backbone_folder(stage_dir)
     if is_remote(stage_dir):
         copy_side_files(source, twin(folder))
+        add_to_tokenizer(twin(folder), added or {})
         folder.mkdir(parents=True, exist_ok=True)
         for path in twin(folder).iterdir():
             if not (folder / path.name).exists():  # an object is there whole or not at all, a folder is not
@@ -287,6 +293,7 @@ def carry_backbone(source: str | Path, stage_dir: str | Path) -> Path:
         partial = folder.with_name(".backbone.partial")
         shutil.rmtree(partial, ignore_errors=True)
         copy_side_files(source, partial)
+        add_to_tokenizer(partial, added or {})
         partial.replace(folder)
     return folder
 

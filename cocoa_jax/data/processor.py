@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,11 @@ class ExampleError(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Processor:
-    """The checkpoint's tokenizer and picture settings side by side; picklable, safe to share between threads."""
+    """The checkpoint's tokenizer and picture settings side by side; picklable, safe to share between threads.
+
+    Args:
+        added, used_rows: see ``MethodTokens``.
+    """
 
     config: Qwen2VLConfig
     settings: ProcessorConfig
@@ -44,6 +48,8 @@ class Processor:
     pixels: PixelSettings
     mask_id: int
     bridge_ids: tuple[int, ...]
+    added: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    used_rows: int = 0
     decoded: DecodedPictures | None = None
 
     @classmethod
@@ -74,10 +80,22 @@ class Processor:
                 f"{folder}: no usable tokenizer and preprocessor_config.json ({reason}): copy them from the checkpoint"
             ) from error
         full = tokenizer.backend_tokenizer
-        mask_id, bridge_ids = method_tokens(full, tokenizer.pad_token_id, config, settings)
+        tokens = method_tokens(full, tokenizer.pad_token_id, config, settings)
         pixels = pixel_settings(pictures, config, settings)
         decoded = DecodedPictures(decoded_mib << 20) if decoded_mib else None
-        return cls(config, settings, without_added_tokens(full), pixels, mask_id, bridge_ids, decoded)
+        plain = without_added_tokens(full)
+        return cls(config, settings, plain, pixels, **dataclasses.asdict(tokens), decoded=decoded)
+
+    def require_bridge(self, folder: str | Path) -> None:
+        """See that ``folder`` can be embedded with: only training gives a new bridge token a meaning.
+
+        Raises:
+            ProcessorError: its tokenizer lacks a bridge token.
+        """
+        if lacking := [name for name in self.settings.bridge_tokens if name in self.added]:
+            raise ProcessorError(
+                f"{folder}: its tokenizer lacks {lacking} of bridge_tokens: name those of its training"
+            )
 
     def warmup(self, content: Content, room: int | None = None) -> Example:
         """Pictures then text, no bridge: a document of stage 1; the text is cut to fit ``room`` tokens."""

@@ -26,7 +26,8 @@ class ProcessorConfig:
         min_pixels, max_pixels: limits of a resized picture or frame, its aspect kept; None takes the checkpoint's own.
         max_text_tokens: longest text of one block, the rest is cut off.
         positions: ``mrope``, or ``text_1d`` for checkpoints that counted image tokens like text.
-        mask_token, bridge_tokens: entries of the checkpoint's tokenizer.
+        mask_token, bridge_tokens: entries of the checkpoint's tokenizer; where it has none of that name, unused rows of
+            the embedding.
         resolution: in place of both limits: ``square:448`` squashes every picture to that many pixels a side, as the
             published runs do; ``dynamic:4..256`` keeps the aspect and gives a picture so many visual tokens.
     """
@@ -60,12 +61,29 @@ def without_added_tokens(full: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return plain
 
 
+@dataclasses.dataclass(frozen=True)
+class MethodTokens:
+    """The tokens that the method needs beside those of the backbone.
+
+    Args:
+        mask_id, bridge_ids: all different, and none with another meaning.
+        added: those that the tokenizer does not have, by name, in rows of the embedding that it leaves unused.
+        used_rows: how many rows it uses, the first ones.
+    """
+
+    mask_id: int
+    bridge_ids: tuple[int, ...]
+    added: Mapping[str, int]
+    used_rows: int
+
+
 def method_tokens(
     full: tokenizers.Tokenizer, pad_id: int | None, config: Qwen2VLConfig, settings: ProcessorConfig
-) -> tuple[int, tuple[int, ...]]:
-    """Ids of the mask and the bridge tokens, all different and none with another meaning."""
+) -> MethodTokens:
+    """Where the mask and the bridge tokens are in the tokenizer, or will be: the same rows whenever it is asked."""
     if not settings.bridge_tokens:
         raise ProcessorError("bridge_tokens is empty: name at least one token, such as '<|im_end|>'")
+    rows, used = config.text.vocab_size, max(full.get_vocab(with_added_tokens=True).values()) + 1
     taken = {
         pad_id: "the padding token",
         config.image_token: "the image token",
@@ -73,20 +91,25 @@ def method_tokens(
         config.vision_start_token: "the start of a picture",
         config.vision_end_token: "the end of a picture",
     }
-    ids = []
+    unused = (row for row in range(used, rows) if row not in taken)
+    ids, added = [], {}
     for role, token in [("mask_token", settings.mask_token), *(("bridge_tokens", t) for t in settings.bridge_tokens)]:
         number = full.token_to_id(token)
         if number is None:
-            raise ProcessorError(f"{role} {token!r} is not in the tokenizer: add it in an unused row or name another")
-        if number >= config.text.vocab_size:
-            raise ProcessorError(
-                f"{role} {token!r} has id {number}, the embedding has {config.text.vocab_size} rows: name another token"
-            )
+            number = added[token] if token in added else next(unused, None)
+            if number is None:
+                raise ProcessorError(
+                    f"{role} {token!r} is not in the tokenizer, and no row of the {rows} of the embedding is unused: "
+                    "name another token"
+                )
+            added[token] = number
+        if number >= rows:
+            raise ProcessorError(f"{role} {token!r} has id {number}, the embedding has {rows} rows: name another token")
         if number in taken:
             raise ProcessorError(f"{role} {token!r} (id {number}) is already {taken[number]}: name another token")
         taken[number] = f"the token {token!r} of {role}"
         ids.append(number)
-    return ids[0], tuple(ids[1:])
+    return MethodTokens(ids[0], tuple(ids[1:]), added, used)
 
 
 def pixel_settings(pictures: object, config: Qwen2VLConfig, settings: ProcessorConfig) -> PixelSettings:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from cocoa_jax.checkpoints.added_tokens import with_mean_rows
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import EvaluateConfig, to_dict
@@ -109,7 +110,8 @@ def _rebuilding(
 ) -> dict[str, Any]:
     backbone = open_backbone(folder)
     processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
-    params, look, shift = backbone.load(), looker(backbone.config, settings.compute), is_shifted(folder)
+    params = with_mean_rows(backbone.load(), processor.added.values(), processor.used_rows)
+    look, shift = looker(backbone.config, settings.compute), is_shifted(folder)
     own, other = (
         rebuild(records, others, processor, params, settings.rows, settings.visibility, look, shift, tick)
         for others in (range(len(records)), partners(records, seed))

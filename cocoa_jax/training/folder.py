@@ -8,6 +8,7 @@ STAGE/parent.json    the checkpoint that it began from, see ``Backbone.origin``
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.models.config import read_config
 
+_log = logging.getLogger(__name__)
 _PARENT = "parent.json"
 # What only says where things lie, and how a run is computed, spread and saved. Data and the checkpoint to begin with
 # are known by their contents.
@@ -84,8 +86,11 @@ def check_shared(config: TrainConfig, trained: Mapping[str, Any], where: object)
             )
 
 
-def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone) -> None:
+def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone, added: Mapping[str, int] | None = None) -> None:
     """Make the folder of the stage, or see that it is one of the same run.
+
+    Args:
+        added: tokens by name that the tokenizer of ``parent`` lacks; that of the stage has them.
 
     Raises:
         SettingsError: it is another run's; with both sides of what differs.
@@ -97,7 +102,10 @@ def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone) -> None:
     if (output / _PARENT).exists():
         _check_parent(output, parent)
     else:
-        carry_backbone(parent.side_files, output)
+        carry_backbone(parent.side_files, output, added)
+        if added:
+            names = ", ".join(f"{name} as {row}" for name, row in added.items())
+            _log.warning("the tokenizer of %s gets %s; such a row begins as the mean of the others", parent.path, names)
         _write_whole(output / _PARENT, parent.origin())
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cocoa_jax.checkpoints.added_tokens import with_mean_rows
 from cocoa_jax.checkpoints.backbone import Backbone
 from cocoa_jax.checkpoints.orbax import Restored, StageCheckpoints, base_folder, has_base, load_params, save_base
 from cocoa_jax.checkpoints.places import folder_at, twin
@@ -76,14 +77,14 @@ def _train(config: TrainConfig) -> Path:
     meter = Meter(StepFlops(config, backbone.config), share.count)
 
     # --------------------------------------------------------------------------------- the state: continued or new
-    first_alone("folder", lambda: prepare(config, mixture, backbone))
+    first_alone("folder", lambda: prepare(config, mixture, backbone, processor.added))
     with StageCheckpoints(output, config.loop.keep) as checkpoints, _stop_requests() as stopping:
         restored = checkpoints.restore_latest(_trees(wanted))
         if restored is None:
-            params = _backbone(backbone, program, wanted.params["backbone"], output)
+            params = _backbone(backbone, processor, program, wanted.params["backbone"], output)
             state = first_state(program.first_params(params), optimizer, wanted)
         else:
-            state = exchanged(_state(restored, wanted, backbone, program, output))
+            state = exchanged(_state(restored, wanted, backbone, processor, program, output))
         start = int(state.step)
         if start >= config.loop.steps:
             return output
@@ -139,11 +140,12 @@ def _train(config: TrainConfig) -> Path:
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def _backbone(parent: Backbone, program: Program, wanted: Any, output: Path) -> Any:
+def _backbone(parent: Backbone, processor: Processor, program: Program, wanted: Any, output: Path) -> Any:
     """The weights that a run begins with, in their places; frozen ones are written down in its own folder, once."""
     if program.adapter is not None and has_base(output):
         return load_params(base_folder(output), wanted)
     params = jax.tree.map(lambda leaf, want: jax.device_put(leaf, want.sharding), parent.load(wanted), wanted)
+    params = with_mean_rows(params, processor.added.values(), processor.used_rows)
     if program.adapter is not None:
         save_base(output, params)
     return params
@@ -156,10 +158,12 @@ def _trees(wanted: TrainState) -> dict[str, Any]:
     return {**trees, "optimizer": wanted.optimizer}
 
 
-def _state(restored: Restored, wanted: TrainState, parent: Backbone, program: Program, output: Path) -> TrainState:
+def _state(
+    restored: Restored, wanted: TrainState, parent: Backbone, processor: Processor, program: Program, output: Path
+) -> TrainState:
     params = {"backbone": restored.params, "head": restored.head}
     if program.adapter is not None:
-        base = _backbone(parent, program, wanted.params["backbone"], output)
+        base = _backbone(parent, processor, program, wanted.params["backbone"], output)
         params = {"backbone": base, "head": restored.head, "adapter": restored.adapter}
     # The counter too lies where the step leaves it: elsewhere it would cost a second compilation.
     return TrainState(jax.device_put(np.int32(restored.step), wanted.step.sharding), params, restored.optimizer)
