@@ -38,6 +38,7 @@ LARGE = (("v5e:16x16", 1), ("v5e:16x16", 2))  # multiplied batches
 ENDS = (("qwen2-vl-2b", "lora"), ("qwen2-vl-7b", "full"))  # the least and the most to hold and send: there alone
 SHARING = 16  # devices that share the parameters in configs/pods
 POLICIES = ("products", "full")  # of compute.remat, the faster first
+LEAST = ("full",)  # and where chips are fewest the one of least memory
 BEGIN, END = "<!-- cells: written by benchmarks/pods.py -->", "<!-- end of cells -->"
 
 
@@ -74,8 +75,13 @@ class Cell:
             found["data.rows.batch_size"] = rows.batch_size * times
             found["data.rows.shapes"] = tuple((n * times, t, p) for n, t, p in rows.shapes)
         if self.devices < SHARING:
-            found["mesh.fsdp"] = self.devices
+            found |= {"mesh.fsdp": self.devices, "compute.chunk_rows": 1}
         return found
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Of ``compute.remat``, in the order in which they are tried."""
+        return POLICIES if self.devices >= SHARING else LEAST
 
     @property
     def path(self) -> Path:
@@ -108,9 +114,9 @@ def _is_planned(where: tuple[str, int], how: str, backbone: str, stage: str) -> 
 
 
 def with_fewer(cells: list[Cell]) -> list[Cell]:
-    """``cells``, and after them the fewest chips of v5e that each plan on 16 of them lets hope for.
+    """``cells``, and after them the fewest chips of v5e that hold the state of each stage.
 
-    Where those turn out to be too few, the next slice comes after them.
+    Where those turn out to be too few for its step, the next slice comes after them.
     """
     return cells + [fewer for cell, kept in made(cells) for fewer in _fewer(cell, kept["result"])]
 
@@ -121,10 +127,7 @@ def _fewer(cell: Cell, result: dict[str, Any]) -> Iterator[Cell]:
     held = sum(result["held"].values())
     for topology in FEWER:
         candidate = dataclasses.replace(cell, topology=topology)
-        share = cell.devices / candidate.devices
-        # Stage 3 encodes a fixed number of rows at a time, the others all rows of a device.
-        rest = (result["needed"] - held) * (1 if cell.stage == STAGES[-1] else share)
-        if held * share + rest <= result["capacity"]:
+        if held * cell.devices / candidate.devices <= result["capacity"]:
             yield candidate
             if all(kept["result"]["fits"] for _, kept in made([candidate])):
                 return
@@ -138,7 +141,7 @@ def made(cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
 
 def make(cell: Cell) -> None:
     """Compile a cell with the first remat policy that fits, and write its file."""
-    for remat in POLICIES:
+    for remat in cell.policies:
         config = changed(load_config(TrainConfig, cell.path), cell.settings(remat))
         spec = plan_spec(config, cell.topology, cell.slices)
         result = Cells(None).get(spec)
