@@ -8,6 +8,7 @@
 #            is in use
 #   render   print its YAML
 #   log      follow the log of the first host
+#   tail     the last lines of the log of every host
 #   finish   wait until it has ended; exit 0 when it is complete, 1 when it has failed
 #   stop     let COMMAND save and end: the same as delete, whose grace period is --grace
 #   delete   delete the JobSet and its pods
@@ -175,6 +176,10 @@ log() {
     "--selector=jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 }
 
+tail() {
+  kubectl_here logs --prefix --container=cocoa --tail=20 "--selector=jobset.sigs.k8s.io/jobset-name=$name"
+}
+
 finish() {
   local now unanswered=0
   while true; do
@@ -186,7 +191,7 @@ finish() {
     fi
     case $now in
       Completed) return 0 ;;
-      Failed) say "$name has failed: see the log of its pods"; return 1 ;;
+      Failed) say "$name has failed: see ${0##*/} tail"; return 1 ;;
     esac
     if [ "$unanswered" -ge 5 ]; then
       loud "the state of $name could not be read $unanswered times; it MAY STILL BE RUNNING AND COST MONEY"
@@ -203,6 +208,6 @@ stop() { delete; }
 parse "$@"
 check
 case $verb in
-  submit | render | log | finish | stop | delete) "$verb" ;;
+  submit | render | log | tail | finish | stop | delete) "$verb" ;;
   *) die "unknown verb $verb (see --help)" ;;
 esac

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The three stages in order, from slices that do not exist yet to a finished model, through preemptions.
 #
-#   pipeline.sh BACKEND --base DIR --run gs://PATH [--configs DIR] [--stages LIST] [--attempts N] \
+#   pipeline.sh BACKEND --base DIR --run gs://PATH --configs DIR [--stages LIST] [--attempts N] \
 #               [options of launch/BACKEND.sh] [-- OPTION OF cocoa train...]
 #
 # BACKEND is queued, gke or xpk. With queued, slices that were taken away, also before the stages run on them, are asked
@@ -12,10 +12,10 @@
 #
 #   --base DIR       the Hugging Face folder that the first stage starts from, as the container sees it: /data/...
 #   --run gs://PATH  where the stages are written
-#   --configs DIR    holds STAGE.yaml for each stage, as the container sees it [configs/demo]
+#   --configs DIR    holds STAGE.yaml for each stage, as the container sees it: /data/configs, or configs/pods
 #   --stages LIST    names with commas between [1-warmup,2-bridge,3-contrastive]
 #   --attempts N     how often the slices may be started on [50]; on GKE and xpk see --max-restarts
-#   --spot, --reserved and all other options go to launch/BACKEND.sh
+#   --spot, --reserved (queued), --reservation NAME (gke, xpk) and all other options go to launch/BACKEND.sh
 #   --keep           leave what was made when the stages have failed for good
 #   --dry-run        print the commands instead of running them
 #   --help           this text
@@ -52,6 +52,9 @@ parse() {
   done
 }
 
+# The last lines of the log, before it goes with what it was written on.
+tell() { call tail || say "the log of the stages could not be read"; }
+
 call() { "$script" "$1" "${mine[@]}" "${@:2}"; }
 
 # Whatever ends this script, nothing that it made is left and costs money unless it was asked for.
@@ -77,7 +80,7 @@ queued() {
       unstarted=0
       call finish || status=$?
       [ "$status" -ne 0 ] || return 0
-      retry "$status" || { say "the stages have failed with status $status: see the log above"; return "$status"; }
+      retry "$status" || { tell; say "the stages have failed with status $status: see the log above"; return "$status"; }
     else
       # Slices may be taken away before anything runs on them; a wrong value or a name in use (2), or a request that has
       # failed (3), stays.
@@ -91,9 +94,12 @@ queued() {
     fi
     say "attempt $attempt of $attempts ended with status $status: trying again"
     # Slices that were taken away stay in the list under their name until they are deleted.
-    if [ -n "$made" ] && ! call wait >/dev/null; then
+    [ -n "$made" ] || continue
+    if ! call wait >/dev/null; then
       call delete
       made=""
+    elif [ "$unstarted" -eq 0 ]; then
+      tell
     fi
   done
   say "$attempts attempts were not enough: the same command continues"
@@ -102,7 +108,11 @@ queued() {
 
 cluster() {
   making call submit -- "${command[@]}"
-  call finish
+  call finish || {
+    local status=$?
+    tell
+    return "$status"
+  }
 }
 
 parse "$@"

@@ -11,6 +11,7 @@
 #   start    run COMMAND in the image on every host    needs --image
 #   up       create, wait, setup, start; what create has made is deleted if one of the others fails
 #   log      follow the log of the first host
+#   tail     the last lines of the log of every host
 #   finish   wait until COMMAND has ended, exit with its status, or with 75 where the slices were taken away
 #   stop     ask COMMAND to save and end (SIGTERM)
 #   delete   give the slices back
@@ -196,6 +197,8 @@ start() {
 
 log() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 '--command=sudo docker logs --follow cocoa'; }
 
+tail() { everywhere "sudo docker logs --tail 20 cocoa"; }
+
 inspect="--command=sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa"
 
 # cause STATUS: what began it. When COMMAND fails on one host, the others only tell that another one is gone.
@@ -269,7 +272,7 @@ parse "$@"
 tpus=(gcloud compute tpus queued-resources)
 where=("--project=$project" "--zone=$zone")
 case $verb in
-  create | setup | start | up | log | finish | stop | delete) check; "$verb" ;;
+  create | setup | start | up | log | tail | finish | stop | delete) check; "$verb" ;;
   wait) check; wait_active ;;
   *) die "unknown verb $verb (see --help)" ;;
 esac

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Run the stages of a training one after the other on this host; in the image it is called cocoa-stages.
 #
-#   stages.sh --base DIR --run PATH [options] [-- OPTION OF cocoa train...]
+#   stages.sh --base DIR --run PATH --configs DIR [options] [-- OPTION OF cocoa train...]
 #
 # Every stage starts from the one before. A finished stage is not run again and an unfinished one continues, so the
 # same command, given again on the same or on other hosts, picks up where it was. On several hosts all run it.
 #
 #   --base DIR       the Hugging Face folder that the first stage starts from
 #   --run PATH       where the stages are written, a folder or gs:// path that all hosts see
-#   --configs DIR    holds STAGE.yaml for each stage [configs/demo]
+#   --configs DIR    holds STAGE.yaml for each stage: what `cocoa run RECIPE --write DIR` makes, or configs/pods
+#                    (configs/demo is for the small backbone of `cocoa init`)
 #   --stages LIST    names with commas between [1-warmup,2-bridge,3-contrastive]
 #   --dry-run        print the commands instead of running them
 #   --help           this text
@@ -19,7 +20,7 @@ here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 # shellcheck source=launch/lib.sh
 source "$here/lib.sh"
 
-base="" out="" configs=configs/demo stages=1-warmup,2-bridge,3-contrastive options=()
+base="" out="" configs="" stages=1-warmup,2-bridge,3-contrastive options=()
 
 parse() {
   while [ $# -gt 0 ]; do
@@ -74,6 +75,7 @@ train() {
 parse "$@"
 need "$base" --base "the folder of a Qwen2-VL or Qwen2.5-VL"
 need "$out" --run "where the stages are to be written"
+need "$configs" --configs "a folder that holds STAGE.yaml for each stage"
 need "$stages" --stages "names with commas between"
 read -ra names <<<"${stages//,/ }"
 [ ${#names[@]} -gt 0 ] || die "--stages is '$stages': give names with commas between"

@@ -7,6 +7,7 @@
 #   submit   create the workload                       needs --tpu-type and --image; exits with 2 where NAME is in use
 #   finish   wait until it has ended
 #   log      follow the log of the first host          needs kubectl
+#   tail     the last lines of the log of every host   needs kubectl
 #   stop     let COMMAND save and end: the same as delete, whose grace period is --grace
 #   delete   delete the workload
 #
@@ -129,6 +130,8 @@ log() {
     "--selector=jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 }
 
+tail() { run kubectl logs --prefix --tail=20 "--selector=jobset.sigs.k8s.io/jobset-name=$name"; }
+
 delete() { run xpk workload delete "--workload=$name" "${where[@]}" --force; }
 
 stop() { delete; }
@@ -137,6 +140,6 @@ parse "$@"
 where=("--cluster=$cluster" "--project=$project" "--zone=$zone")
 check
 case $verb in
-  submit | finish | log | stop | delete) "$verb" ;;
+  submit | finish | log | tail | stop | delete) "$verb" ;;
   *) die "unknown verb $verb (see --help)" ;;
 esac

@@ -30,6 +30,7 @@ CASES = {
     "queued-start": f"queued.sh start {AT} {IMAGE} --grace 300 {COMMAND}",
     "queued-up": f"queued.sh up {AT} --accelerator v5litepod-16 {V5E} {IMAGE} --data gs://bucket/data {COMMAND}",
     "queued-log": f"queued.sh log {AT}",
+    "queued-tail": f"queued.sh tail {AT}",
     "queued-finish": f"queued.sh finish {AT}",
     "queued-stop": f"queued.sh stop {AT}",
     "queued-delete": f"queued.sh delete {AT}",
@@ -42,6 +43,7 @@ CASES = {
         f"gke.sh submit --name cocoa --type v5e --topology 1x1 --reservation mine {IMAGE} --data gs://bucket {COMMAND}"
     ),
     "gke-log": "gke.sh log --name cocoa",
+    "gke-tail": "gke.sh tail --name cocoa --namespace ml",
     "gke-finish": "gke.sh finish --name cocoa",
     "gke-stop": "gke.sh stop --name cocoa --namespace ml",
     "gke-delete": "gke.sh delete --name cocoa",
@@ -52,10 +54,14 @@ CASES = {
     "xpk-submit-reservation": f"xpk.sh submit {XPK} --tpu-type v5p-128 --reservation mine {IMAGE} {COMMAND}",
     "xpk-finish": f"xpk.sh finish {XPK}",
     "xpk-log": f"xpk.sh log {XPK}",
+    "xpk-tail": f"xpk.sh tail {XPK}",
     "xpk-stop": f"xpk.sh stop {XPK}",
     "xpk-delete": f"xpk.sh delete {XPK}",
     "stages": "stages.sh --base /data/model --run gs://bucket/run --configs /data/configs/",
-    "stages-two": "stages.sh --base m --run out --stages 1-warmup,3-contrastive -- --loop.steps=3 --mesh.fsdp=4",
+    "stages-two": (
+        "stages.sh --base m --run out --configs configs/pods --stages 1-warmup-lora,3-contrastive-lora "
+        "-- --loop.steps=3 --mesh.fsdp=4"
+    ),
     "pipeline-queued": f"pipeline.sh queued {AT} --accelerator v5litepod-16 {V5E} --spot {IMAGE} {STAGES}",
     "pipeline-queued-slices": (
         f"pipeline.sh queued {AT} --accelerator v5litepod-256 {V5E} --slices 2 --reserved {IMAGE} {STAGES}"

@@ -12,7 +12,7 @@ REQUEST = f"{AT} --accelerator v5litepod-16 --runtime v2-alpha-tpuv5-lite --imag
 GKE = "--name cocoa --type v5e --topology 4x4 --image r/p/i:1"
 XPK = f"{AT} --cluster k --tpu-type v5litepod-16 --image r/p/i:1"
 COMMAND = "-- cocoa-stages --base /data/m --run gs://b/r"
-STAGES = "--base /data/m --run gs://b/r"
+STAGES = "--base /data/m --run gs://b/r --configs c"
 FREE = {"taken": [[1, "NOT_FOUND"]]}
 ACTIVE = {"describe": [[0, "ACTIVE"]]}
 ENDED = {"get jobset": [[0, "Completed"]]}
@@ -66,12 +66,14 @@ FINISHED = {**ACTIVE, "inspect": [[0, "exited:0"]]}
         ("stages.sh --run out", "--base is missing"),
         ("stages.sh --base m", "--run is missing"),
         ("stages.sh --base m --run out --stage 1", "unknown option --stage"),
-        ("stages.sh --base m --run out --stages ,", "--stages is ','"),
+        ("stages.sh --base m --run out", "--configs is missing"),
+        ("stages.sh --base m --run out --configs c --stages ,", "--stages is ','"),
         ("stages.sh --base m --run out --configs /nowhere", "/nowhere/1-warmup.yaml does not exist"),
         ("pipeline.sh", "no backend given"),
         ("pipeline.sh slurm", "backend is 'slurm'"),
         (f"pipeline.sh queued {REQUEST} --base /data/m --run out", "--run is 'out': give a gs:// path"),
         (f"pipeline.sh queued {REQUEST} --run gs://b/r", "--base is missing"),
+        (f"pipeline.sh queued {REQUEST} --base /data/m --run gs://b/r", "--configs is missing"),
         (f"pipeline.sh queued {REQUEST} {STAGES} --attempts many", "--attempts is 'many'"),
         (f"pipeline.sh queued {REQUEST} {STAGES} --attempts 0", "--attempts is 0"),
         (f"pipeline.sh queued {AT} --runtime r {STAGES}", "--accelerator (or --type) is missing"),
@@ -281,14 +283,21 @@ def test_a_pipeline_whose_slices_are_still_there_starts_on_them(desk):
     answers = {"worker=all.*inspect": [[0, "exited:75"]], "inspect": [[0, "exited:75"], [0, "exited:0"]], **ACTIVE}
     ended, done = pipeline(desk, answers)
     assert ended.status == 0, ended.errors
+    # What the first start said is told before its container goes.
+    told = [next((word for word in ("docker logs", "docker run") if word in line), None) for line in done]
+    assert [word for word in told if word] == ["docker run", "docker logs", "docker run"]
     assert sum("docker run" in line for line in done) == 2
     assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
 
 
 def test_a_pipeline_stops_at_an_error_that_stays_and_gives_back(desk):
-    ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]]})
+    last = {"docker logs": [[0, "mixture.yaml cannot be read"]]}
+    ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]], **last})
     assert ended.status == 1 and done[-1] == "delete" and sum("docker run" in line for line in done) == 1
     assert "the stages have failed with status 1" in ended.errors
+    assert "mixture.yaml cannot be read" in ended.output and "docker logs" in done[-2]
+    ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]], "docker logs": [[255, ""]]})
+    assert ended.status == 1 and done[-1] == "delete" and "could not be read" in ended.errors
     ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]]}, "--keep")
     assert "delete" not in done and "ARE LEFT RUNNING AND COST MONEY (--keep)" in ended.errors
     ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]], "delete": [[1, ""]]})
@@ -358,6 +367,7 @@ def test_a_pipeline_on_a_cluster_leaves_nothing(desk, backend, failing):
     ended = desk.run("pipeline.sh", *words, answers=answers)
     assert (ended.status != 0) == failing, ended.errors
     assert "delete" in ended.calls[-1]
+    assert ("logs" in ended.calls[-2]) == failing
 
 
 @pytest.mark.parametrize(("script", "words"), [("gke.sh", GKE), ("xpk.sh", XPK)])
