@@ -391,8 +391,9 @@ def test_stages_run_in_order_and_a_failure_ends_them(desk):
 
 
 def test_a_stage_is_told_to_stop_and_its_status_is_that_of_the_stages(desk):
-    process = desk.start("stages.sh", "--base", "m", "--run", "out", answers={"cocoa": [[0, "sleep 30"]]})
-    while not desk.calls():
+    words = shlex.split("--base m --run out --configs configs/demo")
+    process = desk.start("stages.sh", *words, answers={"cocoa": [[0, "sleep 30"]]})
+    while not desk.calls() and process.poll() is None:
         time.sleep(0.05)
     process.terminate()
     process.communicate(timeout=10)
