@@ -75,7 +75,7 @@ def test_the_package_can_be_built_of_the_files_that_are_copied(image):
 def test_the_stages_run_by_their_name_in_the_image(image):
     path = f"{image.parent / 'bin'}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["cocoa-stages", "--base", "m", "--run", "gs://b/r", "--dry-run"],
+        shlex.split("cocoa-stages --base m --run gs://b/r --configs configs/demo --dry-run"),
         cwd=image,
         env={**os.environ, "PATH": path},
         capture_output=True,
@@ -87,7 +87,7 @@ def test_the_stages_run_by_their_name_in_the_image(image):
     assert len(commands) == 3
     for line in commands:
         words = shlex.split(line)
-        assert (image / words[words.index("--config") + 1]).is_file()  # the default lies in the working folder
+        assert (image / words[words.index("--config") + 1]).is_file()  # it lies in the working folder
 
 
 def test_people_are_told_to_build_it_as_it_says():
