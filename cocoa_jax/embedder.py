@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -136,6 +137,17 @@ def default_settings(folder: str | Path) -> EvaluateConfig:
     )
     side = 28
     return EvaluateConfig(ProcessorConfig(None, units * side**2, units - 8), rows, mesh=MeshConfig(data=1, fsdp=-1))
+
+
+def reading(folder: str | Path, settings: EvaluateConfig) -> str:
+    """Sixteen hex digits over what a folder holds beside weights: sizes, tokenizer and pixels, read with ``settings``.
+
+    Raises:
+        CheckpointError, ConfigError, ProcessorError: a folder that holds no model that can be read so.
+    """
+    backbone = open_backbone(folder)
+    processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
+    return hashlib.sha256(repr((backbone.config, processor.fingerprint())).encode()).hexdigest()[:16]
 
 
 def read_item(item: Item, name: str) -> Content:

@@ -18,7 +18,7 @@ from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import EvaluateConfig
 from cocoa_jax.data.prompts import instructions_hash
 from cocoa_jax.data.sources import Content
-from cocoa_jax.embedder import Embedder, default_settings
+from cocoa_jax.embedder import Embedder, default_settings, reading
 from cocoa_jax.evaluation.embeddings import Embeddings, load_embeddings, save_embeddings
 from cocoa_jax.evaluation.scorer import Score, score
 from cocoa_jax.evaluation.tasks import Task, picture_tasks
@@ -49,7 +49,7 @@ def evaluate(
 ) -> Evaluation:
     """Score a checkpoint on the picture tasks, beside the chance level and the model that training began with.
 
-    What an earlier call with the same weights and settings left in ``output`` is taken from there.
+    What an earlier call of the same model with the same settings left in ``output`` is taken from there.
 
     Args:
         checkpoint: a trained stage or a Hugging Face folder.
@@ -72,6 +72,7 @@ def evaluate(
         "checkpoint": str(checkpoint),
         "untrained": str(origin),
         "weights": [open_backbone(folder).fingerprint() for folder in (checkpoint, origin)],
+        "reading": [reading(folder, settings) for folder in (checkpoint, origin)],
         "splits": list(splits),
         "instructions": instructions_hash(),
         **settings.identity(),

@@ -20,7 +20,7 @@ from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.config import EvaluateConfig, SettingsError, differences, load_config, to_dict
 from cocoa_jax.data.readers.mmeb import instructions_hash
 from cocoa_jax.data.readers.ranked import LazyContents, RankedConfig, RankedFile, RankedSet, open_ranked
-from cocoa_jax.embedder import Embedder, default_settings
+from cocoa_jax.embedder import Embedder, default_settings, reading
 from cocoa_jax.evaluation import set_gallery
 from cocoa_jax.evaluation.distinct import Distinct, distinct
 from cocoa_jax.evaluation.mmeb_sets import SETS
@@ -78,7 +78,7 @@ def evaluate_sets(
     sets: Sets,
     settings: EvaluateConfig | None = None,
 ) -> dict[str, Any]:
-    """Scores every set that ``output`` does not hold yet with these weights, data and settings; returns all results.
+    """Scores every set that ``output`` does not hold yet of this model, data and settings; returns all results.
 
     The processes of one run share ``output``, which they check. Each set leaves ``sets/NAME.json``, and all together
     ``results.json`` and ``table.md``.
@@ -92,6 +92,7 @@ def evaluate_sets(
     chosen = default_settings(checkpoint) if settings is None else settings
     made_with = {
         "weights": open_backbone(checkpoint).fingerprint(),
+        "reading": reading(checkpoint, chosen),
         "instructions": instructions_hash(),
         "settings": chosen.identity(),
     }

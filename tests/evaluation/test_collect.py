@@ -155,6 +155,19 @@ def test_other_weights_and_settings_are_evaluated_anew(made, tmp_path, on_few_ta
     assert len(on_few_tasks) == 6
 
 
+def test_other_pixels_beside_the_same_weights_are_evaluated_anew(made, tmp_path, on_few_tasks):
+    folder = Path(shutil.copytree(made / "backbone", tmp_path / "backbone"))
+    evaluate(made / STAGES[-1], tmp_path, untrained=folder)
+    evaluate(folder, tmp_path / "untrained")
+    assert len(on_few_tasks) == 3
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.5, 0.5, 0.5]}))
+    evaluate(folder, tmp_path / "untrained")
+    assert len(on_few_tasks) == 4
+    evaluate(made / STAGES[-1], tmp_path, untrained=folder)
+    assert len(on_few_tasks) == 6
+
+
 def test_a_fingerprint_belongs_to_weights_not_to_folders(made, tmp_path):
     names = ["backbone", *STAGES]
     prints = [open_backbone(made / name).fingerprint() for name in names]

@@ -125,6 +125,28 @@ def test_other_settings_are_another_evaluation_and_are_said(trained, sets, embed
     assert "read otherwise than trained (processor.max_pixels: 784, 6272)" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", lambda values: values.update(rope_theta=500.0)),
+        ("preprocessor_config.json", lambda values: values.update(image_mean=[0.5, 0.5, 0.5])),
+        ("tokenizer.json", lambda values: values["model"]["merges"].pop()),
+    ],
+)
+def test_another_file_beside_the_same_weights_is_another_model(backbone, sets, embedded, tmp_path, file, change):
+    folder = Path(shutil.copytree(backbone, tmp_path / "model"))
+    evaluate_sets(folder, tmp_path / "out", sets)
+    count = len(embedded)
+    again = evaluate_sets(shutil.copytree(backbone, tmp_path / "moved"), tmp_path / "out", sets)
+    assert len(embedded) == count  # the same files in another place
+    values = json.loads((folder / file).read_text())
+    change(values)
+    (folder / file).write_text(json.dumps(values))
+    other = evaluate_sets(folder, tmp_path / "out", sets)
+    assert len(embedded) == 2 * count
+    assert all(other["config"][key] == again["config"][key] for key in ("weights", "settings"))
+
+
 def test_embeddings_that_are_not_finite_are_refused_and_not_kept(trained, sets, monkeypatch, tmp_path):
     def broken(self, contents, progress=False, tick=None):
         return np.full((len(contents), 32), np.nan, np.float32)
@@ -139,7 +161,7 @@ def test_the_results_name_everything_that_they_depend_on(trained, sets, embedded
     results = evaluate_sets(trained, tmp_path, sets)
     written = json.loads((tmp_path / "sets" / "GQA.json").read_text())
     assert written == json.loads(json.dumps(results["sets"]["GQA"]))
-    assert set(written["made_with"]) == {"weights", "instructions", "settings", "data"}
+    assert set(written["made_with"]) == {"weights", "reading", "instructions", "settings", "data"}
     assert len(written["code"]) == 12 and len(written["contents"]) == 16
     low, high = written["p_at_1_interval"]
     assert low <= written["p_at_1"] <= high
