@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import EvaluateConfig, MeshConfig, evaluate_config_of
 from cocoa_jax.data.packing import RowsConfig
 from cocoa_jax.data.pipeline import embedding_rows
-from cocoa_jax.data.pixels import ImageError, decode, open_image
+from cocoa_jax.data.pixels import decode, open_image
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.data.sources import Content, Image
@@ -35,6 +36,7 @@ from cocoa_jax.training.place import place
 from cocoa_jax.training.sharding import param_shardings
 
 Item = Mapping[str, Any]
+_NO_PNG = ("CMYK", "YCbCr", "LAB", "HSV")  # modes that PNG cannot store and that are read as RGB
 
 
 class ItemError(ValueError):
@@ -171,17 +173,25 @@ def read_item(item: Item, name: str) -> Content:
 def _read_image(source: Any, name: str) -> Image:
     try:
         if isinstance(source, PIL.Image.Image):
-            buffer = io.BytesIO()
-            source.save(buffer, "PNG")
-            data = buffer.getvalue()
+            data = _png(source)
         else:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
         image = open_image(data, name)
         decode(image)  # a damaged picture is named now, not in the middle of a batch
         return image
-    except (OSError, ImageError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:  # ImageError among them, and what Pillow says of a closed picture
         what = repr(str(source)) if isinstance(source, str | Path) else type(source).__name__
         raise ItemError(f"{name}: the image {what} cannot be read ({error}): give a picture file") from error
+
+
+def _png(picture: PIL.Image.Image) -> bytes:
+    """A picture of Pillow's as a file of which the same is read as of its own: PNG keeps no orientation."""
+    picture = PIL.ImageOps.exif_transpose(picture)
+    if picture.mode in _NO_PNG:
+        picture = picture.convert("RGB")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def read_items(lines: Iterable[tuple[int, Item]], folder: Path) -> list[Content]:

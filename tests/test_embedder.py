@@ -4,12 +4,14 @@ import io
 import json
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 
 import cocoa_jax
 from cocoa_jax.config import EvaluateConfig, parse
-from cocoa_jax.embedder import Embedder, ItemError, default_settings, embed_file
+from cocoa_jax.data.pixels import decode
+from cocoa_jax.embedder import Embedder, ItemError, default_settings, embed_file, read_item
 
 TOLERANCE = 1e-5  # float32, summed in another order
 
@@ -61,6 +63,35 @@ def test_a_picture_may_be_a_path_bytes_or_pil(embedder, picture, tmp_path):
     forms = [image, png(image), tmp_path / "noise.png", str(tmp_path / "noise.png"), image.convert("RGBA")]
     rows = embedder.embed([{"image": form} for form in forms])
     np.testing.assert_allclose(rows, np.broadcast_to(rows[0], rows.shape), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("form", "mode", "orientation"),
+    [("JPEG", "RGB", 6), ("PNG", "RGB", 5), ("TIFF", "L", 3), ("JPEG", "CMYK", 1), ("JPEG", "CMYK", 3),
+     ("TIFF", "LAB", 1), ("GIF", "P", 1)],
+)  # fmt: skip
+def test_a_picture_of_pillow_is_read_as_its_file(picture, form, mode, orientation):
+    exif, file = PIL.Image.Exif(), io.BytesIO()
+    exif[PIL.ExifTags.Base.Orientation] = orientation
+    picture(5).resize((56, 28)).convert(mode).save(file, form, exif=exif)
+    opened = PIL.Image.open(io.BytesIO(file.getvalue()))
+    assert opened.mode == mode
+    by_bytes, by_pillow = (read_item({"image": one}, "it").images[0] for one in (file.getvalue(), opened))
+    assert (by_pillow.width, by_pillow.height) == ((28, 56) if orientation >= 5 else (56, 28))
+    np.testing.assert_array_equal(decode(by_pillow), decode(by_bytes))
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16"])
+def test_a_picture_of_pillow_with_more_than_8_bits_is_refused(mode):
+    with pytest.raises(ItemError, match=r"it: the image Image cannot be read .*: give a picture file"):
+        read_item({"image": PIL.Image.new(mode, (56, 56))}, "it")
+
+
+def test_a_closed_picture_is_named(picture):
+    opened = PIL.Image.open(io.BytesIO(png(picture())))
+    opened.close()
+    with pytest.raises(ItemError, match=r"it: the image PngImageFile cannot be read .*closed"):
+        read_item({"image": opened}, "it")
 
 
 def test_order_and_company_do_not_matter(embedder, items):
