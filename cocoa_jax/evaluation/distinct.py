@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from cocoa_jax.data.readers.ranked import LazyContents, RankedSet
 from cocoa_jax.data.sources import Content
@@ -24,7 +24,8 @@ class Distinct:
         digests: a hash of each, 16 bytes in hex.
         queries: of each query, its content.
         candidates: the contents that are candidates.
-        lists, right: as those of the set, in places among ``candidates``.
+        lists, right, left_out: as those of the set, in places among ``candidates``; what is left out stays a candidate
+            where another stored one shows the same.
         repeated: how many stored candidates show what an earlier one shows.
         repeated_right: how many entries of lists, the right ones apart, show what the right candidate shows.
     """
@@ -37,12 +38,26 @@ class Distinct:
     right: tuple[frozenset[int], ...]
     repeated: int
     repeated_right: int
+    left_out: Int32[np.ndarray, " Q"] | None = None
+
+    def listed(self, query: int) -> Int[np.ndarray, " n"]:
+        """The places of the distinct candidates that a query is compared with."""
+        listed = np.arange(len(self.candidates)) if self.lists is None else np.unique(self.lists[query])
+        return listed if self.left_out is None else listed[listed != self.left_out[query]]
+
+    @property
+    def counts(self) -> Int[np.ndarray, " n"]:
+        """How many distinct candidates queries are compared with; one number where it is the same for all."""
+        if self.lists is not None:
+            return np.array([len(self.listed(query)) for query in range(len(self.queries))])
+        return len(self.candidates) - (np.zeros(1, int) if self.left_out is None else self.left_out >= 0)
 
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits over all contents, pictures too, and what belongs to what."""
         digest = hashlib.blake2b("".join(self.digests).encode(), digest_size=8)
-        for part in (self.queries, self.candidates, *(self.lists or ())):
+        left_out = () if self.left_out is None else (self.left_out,)
+        for part in (self.queries, self.candidates, *(self.lists or ()), *left_out):
             digest.update(part.astype(np.int32).tobytes())
         digest.update(repr([sorted(places) for places in self.right]).encode())
         return digest.hexdigest()
@@ -98,4 +113,10 @@ def distinct(ranked: RankedSet, tick: Tick | None = None) -> Distinct:
         right=right,
         repeated=len(stored) - len(candidates),
         repeated_right=sum(copies),
+        left_out=None if ranked.left_out is None else _alone(ranked.left_out, among),
     )
+
+
+def _alone(stored: Int32[np.ndarray, " Q"], among: Int32[np.ndarray, " C"]) -> Int32[np.ndarray, " Q"]:
+    places = np.where(stored < 0, -1, among[stored])
+    return np.where(np.bincount(among)[places] == 1, places, -1).astype(np.int32)

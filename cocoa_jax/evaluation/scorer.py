@@ -59,12 +59,13 @@ def rank(
     relevant: Sequence[AbstractSet[int]],
     lists: Sequence[Int[np.ndarray, " n"]] | None = None,
     tokens: int = 1,
+    left_out: Int[np.ndarray, " Q"] | None = None,
 ) -> Ranks:
     """Compares the right candidates of every query with its wrong ones, by cosine.
 
     Candidates must be distinct contents; `relevant[q]` holds the indices of those right for query q, at least one;
-    `lists[q]` names those that are compared at all (one named twice counts once), None all. `tokens`: see
-    `similarities`. Memory: CHUNK cosines.
+    `lists[q]` names those that are compared at all (one named twice counts once), None all; `left_out[q]` one that is
+    not, where it is not right, -1 none. `tokens`: see `similarities`. Memory: CHUNK cosines.
 
     Raises:
         EmbeddingError: rows that are not finite or not of unit length, or widths that differ.
@@ -73,6 +74,8 @@ def rank(
     queries, candidates = _checked(queries, candidates)
     count, total = len(candidates), len(queries)
     _check_indices(total, count, relevant, lists)
+    if left_out is not None and len(left_out) != total:
+        raise ValueError(f"{len(left_out)} candidates to leave out for {total} queries: give one a query, -1 for none")
     above, level = np.zeros(total, np.int64), np.zeros(total, np.int64)
     best, rival = np.zeros(total), np.zeros(total)
     for start, cosines in _chunks(queries, candidates, tokens):
@@ -81,6 +84,9 @@ def rank(
             if lists is not None:
                 wrong[row, lists[start + row]] = True
             right[row, list(relevant[start + row])] = True
+        if left_out is not None:
+            some = np.flatnonzero(left_out[start : start + len(cosines)] >= 0)
+            wrong[some, left_out[start + some]] = False
         wrong &= ~right
         nearest_right = np.where(right, cosines, -np.inf).max(axis=1, keepdims=True)
         rows = slice(start, start + len(cosines))

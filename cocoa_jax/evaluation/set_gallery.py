@@ -53,7 +53,7 @@ def shown(name: str, entries: Sequence[Mapping[str, Any]]) -> list[GalleryRow]:
 
 
 def _entry(found: Distinct, rows: Float[np.ndarray, "n W"], ranks: Ranks, query: int, tokens: int) -> dict[str, Any]:
-    listed = np.arange(len(found.candidates)) if found.lists is None else np.unique(found.lists[query])
+    listed = found.listed(query)
     contents = found.candidates[listed]
     asked = found.queries[query]
     cosines = similarities(rows[asked][None].astype(np.float64), rows[contents].astype(np.float64), tokens)[0]

@@ -157,8 +157,8 @@ def _score(
     rows = _embed(one.name, found, missing, embedder, store, bar.update)
     candidates = rows[found.candidates]
     tokens = embedder.settings.compared_apart
-    ranks = rank(rows[found.queries], candidates, found.right, found.lists, tokens)
-    most = [len(np.unique(listed)) for listed in found.lists or ()] or [len(found.candidates)]
+    ranks = rank(rows[found.queries], candidates, found.right, found.lists, tokens, found.left_out)
+    counts = found.counts
     result = {
         "name": one.name,
         "meta_task": one.meta_task,
@@ -166,7 +166,7 @@ def _score(
         **summarise(ranks),
         "queries": len(one.queries),
         "candidates": len(found.candidates),
-        "candidates_of_a_query": [min(most), max(most)],
+        "candidates_of_a_query": [int(counts.min()), int(counts.max())],
         "repeated_candidates": found.repeated,
         "repeated_right_candidates": found.repeated_right,
         "histograms": {"right": histogram(ranks.right), "wrong": histogram(ranks.wrong)},

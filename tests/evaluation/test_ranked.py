@@ -90,6 +90,17 @@ def test_what_scores_above_0_is_relevant(fruit):
     assert fruit[1]("query-id\tcorpus-id\tscore", *lines).right == (frozenset({0}), frozenset({1}))
 
 
+def test_a_document_with_the_id_of_a_query_is_none_of_its_candidates(fruit):
+    folder, judge = fruit
+    lines = ["query-id\tcorpus-id\tscore", "q0\td0\t1", "q1\td1\t1", "q2\td2\t1"]
+    assert judge(*lines).left_out is None
+    queries = (folder / "queries.jsonl").read_text()
+    (folder / "queries.jsonl").write_text(queries.replace('"q0"', '"d3"').replace('"q1"', '"d1"'))
+    one = judge(*(line.replace("q0", "d3").replace("q1", "d1") for line in lines))
+    assert one.left_out.tolist() == [3, -1, -1]  # the second is judged right, the third is no document
+    assert one.lists is None and one.right == (frozenset({0}), frozenset({1}), frozenset({2}))
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

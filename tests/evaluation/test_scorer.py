@@ -171,6 +171,26 @@ def test_random_lists_are_ranked_as_plain_numpy_ranks_them() -> None:
         assert ranks.right[q] == pytest.approx(float(queries[q] @ candidates[listed[0]]), abs=1e-6)  # float32
 
 
+def test_what_is_left_out_of_a_query_is_as_if_it_were_in_no_list(monkeypatch) -> None:
+    monkeypatch.setattr(scorer, "CHUNK", 70)  # three queries
+    rng = np.random.default_rng(4)
+    queries, candidates = unit(rng.standard_normal((20, 8))), unit(rng.standard_normal((30, 8)))
+    relevant = [{int(one)} for one in rng.integers(0, 30, 20)]
+    left_out = (queries @ candidates.T).argmax(axis=1)
+    left_out[:4] = -1
+    ranks = rank(queries, candidates, relevant, left_out=left_out)
+    lists = [
+        np.setdiff1d(np.arange(30), [one] if {one} != right else [])
+        for one, right in zip(left_out, relevant, strict=True)
+    ]
+    expected = rank(queries, candidates, relevant, lists)
+    for name, values in vars(expected).items():
+        np.testing.assert_array_equal(getattr(ranks, name), values, err_msg=name)
+    assert (ranks.level < rank(queries, candidates, relevant).level).sum() > 10
+    with pytest.raises(ValueError, match="20 candidates to leave out for 19 queries"):
+        rank(queries[:19], candidates, relevant[:19], left_out=left_out)
+
+
 def test_what_nan_would_score_by_the_published_rule_is_refused() -> None:
     rows = np.full((4, 8), np.nan, np.float32)
     assert np.mean([int(np.argmax(rows @ row)) == 0 for row in rows]) == 1  # a broken model, 100 %

@@ -269,6 +269,23 @@ def test_a_duplicate_of_a_document_is_right_where_the_document_is(own_sets):
     assert len(found.candidates) == 3 and found.repeated == 1 and found.right[0] == frozenset({0})
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_queries_that_are_documents_do_not_find_themselves(trained, embedded, tmp_path, copied):
+    """As in ArguAna; a copy of the document under another id stays, and is what is found."""
+    (tmp_path / "own" / "qrels").mkdir(parents=True)
+    documents = [{"_id": f"d{i}", "text": text} for i, text in enumerate(["a hill", "a boat"])]
+    queries = [dict(document) for document in documents]
+    documents += [{"_id": "d2", "text": "a hill"}] * copied
+    for name, lines in (("corpus", documents), ("queries", queries)):
+        (tmp_path / "own" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "own" / "qrels" / "test.tsv").write_text("d0\td1\t1\nd1\td0\t1\n")
+    (tmp_path / "sets.yaml").write_text("sets: {own: {format: beir, path: own}}")
+    result = evaluate_sets(trained, tmp_path / "out", named_sets(str(tmp_path / "sets.yaml"), None))["sets"]["own"]
+    assert result["p_at_1"] == (0.5 if copied else 1.0)
+    assert result["candidates"] == 2 and result["candidates_of_a_query"] == [1, 2 if copied else 1]
+    assert sorted(len(entry["hits"]) for entry in result["gallery"]) == [1, 2 if copied else 1]
+
+
 @pytest.mark.parametrize(
     ("tasks", "data", "wanted", "words"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -33,7 +33,8 @@ class RankedConfig:
 
     Args:
         format: ``mmeb``, an evaluation set as published; ``beir``, a folder of corpus.jsonl, queries.jsonl and
-            qrels/NAME.tsv, in which ``image`` may name a picture; ``classes``, a folder of pictures for each class.
+            qrels/NAME.tsv, in which ``image`` may name a picture, and the document with a query's id is no candidate of
+            that query unless it is right; ``classes``, a folder of pictures for each class.
         path: its folder, relative to the file that names it.
         meta_task, split: under which it is counted: ``IND`` where a training set of the kind was trained on.
         subset: of MMEB, default the set's name.
@@ -88,6 +89,7 @@ class RankedSet:
         source: a hash of its settings and of what it was read from; of pictures that lie in folders, size and time.
         instruction: of its queries.
         prompts: whose instructions these are.
+        left_out: of each query, the place of the one that is no candidate of it, -1 for none; None: of no query.
     """
 
     name: str
@@ -100,6 +102,7 @@ class RankedSet:
     source: str
     instruction: str
     prompts: str
+    left_out: Int32[np.ndarray, " Q"] | None = None
 
 
 def open_ranked(name: str, config: RankedConfig, root: Path) -> RankedSet:
@@ -215,11 +218,20 @@ def _open_beir(name: str, config: RankedConfig, root: Path) -> RankedSet:
     for path in (root / "corpus.jsonl", root / "queries.jsonl", judged):
         digest.update(hash_file(path).encode())
     digest.update(_stamps(open_store([root]), [path for _, path in (*corpus.values(), *asked.values())]).encode())
+    own = _own_documents(right, place)
+    digest.update(b"" if own is None else own.tobytes())
     return RankedSet(
         name, config.meta_task, config.split,
         LazyContents([asked[key] for key in right], make[0]), LazyContents(list(corpus.values()), make[1]),
-        None, tuple(frozenset(places) for places in right.values()), digest.hexdigest(), config.instruction, OWN,
+        None, tuple(frozenset(places) for places in right.values()), digest.hexdigest(), config.instruction, OWN, own,
     )  # fmt: skip
+
+
+def _own_documents(right: Mapping[str, set[int]], place: Mapping[str, int]) -> Int32[np.ndarray, " Q"] | None:
+    """As BEIR leaves them out: where queries are documents (ArguAna, Quora), each would find itself first."""
+    own = np.array([place.get(query, -1) for query in right], np.int32)
+    own[np.array([found in places for found, places in zip(own, right.values(), strict=True)], bool)] = -1
+    return own if (own >= 0).any() else None
 
 
 def _judgement(line: str) -> tuple[str, str, bool]:
