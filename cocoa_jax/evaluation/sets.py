@@ -17,6 +17,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import EvaluateConfig, SettingsError, differences, load_config, to_dict
 from cocoa_jax.data.readers.mmeb import instructions_hash
 from cocoa_jax.data.readers.ranked import LazyContents, RankedConfig, RankedFile, RankedSet, open_ranked
@@ -138,7 +139,9 @@ def _reading(checkpoint: str | Path, settings: EvaluateConfig) -> dict[str, Any]
     trained, own = to_dict(default_settings(checkpoint)), to_dict(settings)
     parts = ("processor", "visibility", "pooling", "tokens", "width")
     other = [line for part in parts for line in differences(own[part], trained[part], part)]
-    return {"trained_here": open_backbone(checkpoint).trained, "read_otherwise": other}
+    # A checkpoint that was converted is a stage without settings of a training.
+    here = open_backbone(checkpoint).trained and read_metadata(checkpoint)["config"] is not None
+    return {"trained_here": here, "read_otherwise": other}
 
 
 def _stamp(made_with: Mapping[str, Any], one: RankedSet) -> dict[str, Any]:

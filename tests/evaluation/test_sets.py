@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cocoa_jax import cli, embedder
+from cocoa_jax.checkpoints.convert import hf_to_orbax
 from cocoa_jax.config import SettingsError, to_dict
 from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.data.readers.ranked import open_ranked
@@ -233,6 +234,9 @@ def test_the_table_says_how_it_was_read_and_prompted(trained, backbone, sets, em
         "instructions of MMEB-eval: those of training in 1 sets, others in 1 (MSCOCO_t2i: 'Find me an everyday image "
         "that matches the given caption:', trained 'Find:'); training tells none for 1."
     ) in told
+    hf_to_orbax(backbone, tmp_path / "converted")
+    evaluate_sets(tmp_path / "converted", tmp_path / "c", sets)
+    assert "; not trained here." in (tmp_path / "c" / "table.md").read_text()
     evaluate_sets(backbone, tmp_path / "b", sets)
     told = (tmp_path / "b" / "table.md").read_text()
     assert "; not trained here." in told
