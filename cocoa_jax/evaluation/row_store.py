@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-_STAMP, _DIGESTS, _ROWS = "made_with", "digests", "rows"
+_STAMP, _DIGESTS, _ROWS, _CODE = "made_with", "digests", "rows", "code"
 
 
 class RowStore:
@@ -22,10 +22,12 @@ class RowStore:
     Args:
         folder: where the files lie.
         made_with: plain values that name weights and settings.
+        code: version of the code, noted beside rows that are saved; those of other versions are seen too.
     """
 
-    def __init__(self, folder: Path, made_with: Mapping[str, Any]):
-        self._folder, self._stamp = folder, json.dumps(made_with, sort_keys=True)
+    def __init__(self, folder: Path, made_with: Mapping[str, Any], code: str):
+        self._folder, self._stamp, self._code = folder, json.dumps(made_with, sort_keys=True), code
+        self._codes: dict[Path, str] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         for path in sorted(folder.glob("*.npz")):
             self.note(path)
@@ -51,6 +53,10 @@ class RowStore:
         """The places of digests whose rows are not known."""
         return [place for place, digest in enumerate(digests) if digest not in self._places]
 
+    def codes(self, digests: Sequence[str]) -> list[str]:
+        """The versions of the code that made the rows of digests that are all known; "unknown" where none was noted."""
+        return sorted({self._codes[path] for path in {self._places[digest][0] for digest in digests}})
+
     def path_of(self, name: str, digests: Sequence[str]) -> Path:
         """The file for rows of these digests, which set ``name`` brings."""
         return self._folder / f"{name}-{hashlib.blake2b(''.join(digests).encode(), digest_size=4).hexdigest()}.npz"
@@ -60,7 +66,8 @@ class RowStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".partial")
         with aside.open("wb") as file:
-            np.savez(file, **{_STAMP: np.array(self._stamp), _DIGESTS: np.array(digests, "S32"), _ROWS: rows})  # type: ignore[arg-type]
+            stamps = {_STAMP: np.array(self._stamp), _CODE: np.array(self._code)}
+            np.savez(file, **stamps, **{_DIGESTS: np.array(digests, "S32"), _ROWS: rows})  # type: ignore[arg-type]
         os.replace(aside, path)
 
     def note(self, path: Path) -> None:
@@ -68,6 +75,7 @@ class RowStore:
         try:
             with np.load(path) as file:
                 if str(file[_STAMP]) == self._stamp:
+                    self._codes[path] = str(file[_CODE]) if _CODE in file else "unknown"
                     for row, digest in enumerate(file[_DIGESTS]):
                         self._places.setdefault(digest.decode(), (path, row))
         except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):

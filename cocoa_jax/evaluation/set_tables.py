@@ -43,7 +43,9 @@ def markdown(runs: Mapping[str, Results]) -> str:
 def said(results: Results) -> list[str]:
     """What a reader must know about a run beside its scores."""
     config, sets = results["config"], [result for result in results["sets"].values() if result]
-    ties, codes = sum(result["ties"] for result in sets), sorted({result["code"] for result in sets})
+    ties = sum(result["ties"] for result in sets)
+    # Embeddings of before an upgrade are not made again; results of before do not tell.
+    codes = sorted({code for result in sets for code in (result["code"], *result.get("embedded_by", ()))})
     read = "read as in training" if config["trained_here"] else "not trained here"
     if config["read_otherwise"]:
         usual = "trained" if config["trained_here"] else "by default"

@@ -101,7 +101,7 @@ def evaluate_sets(
     done = {name: _read(folder / "sets" / f"{name}.json", _stamp(made_with, opened[name])) for name in opened}
     left = [opened[name] for name, result in done.items() if result is None]
     if left:
-        store = RowStore(folder / "embeddings", made_with)
+        store = RowStore(folder / "embeddings", made_with, code_version())
         embedder = Embedder(checkpoint, chosen)
         _together("the sets to do are known")
         total = 2 * sum(len(one.queries) + len(one.candidates) for one in left)  # each is read, and embedded if new
@@ -176,6 +176,7 @@ def _score(
         "gallery": set_gallery.collect(found, rows, ranks, tokens),
         "contents": found.fingerprint,
         "code": code_version(),
+        "embedded_by": store.codes(found.digests),
         "seconds": round(time.perf_counter() - began, 1),
         "made_with": _stamp(made_with, one),
     }

@@ -306,17 +306,35 @@ def test_what_cannot_be_scored_is_named(mmeb_eval_root, tasks, data, wanted, wor
 
 def test_rows_are_kept_by_content_and_for_the_same_weights_only(tmp_path):
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)
-    store = RowStore(tmp_path, {"weights": "a"})
+    store = RowStore(tmp_path, {"weights": "a"}, "v1")
     digests = [f"{i:032x}" for i in range(3)]
     store.save(store.path_of("one", digests[:2]), digests[:2], rows[:2])
     store.save(store.path_of("two", digests[2:]), digests[2:], rows[2:])
-    again = RowStore(tmp_path, {"weights": "a"})
+    again = RowStore(tmp_path, {"weights": "a"}, "v2")
     assert again.missing([*digests, "f" * 32]) == [3]
     np.testing.assert_array_equal(again.known([digests[2], digests[0], digests[2], digests[1]]), rows[[2, 0, 2, 1]])
-    assert RowStore(tmp_path, {"weights": "b"}).missing(digests) == [0, 1, 2]
+    assert RowStore(tmp_path, {"weights": "b"}, "v1").missing(digests) == [0, 1, 2]
     torn = next(tmp_path.glob("two*"))
     torn.write_bytes(torn.read_bytes()[:100])
-    assert RowStore(tmp_path, {"weights": "a"}).missing(digests) == [2]
+    assert RowStore(tmp_path, {"weights": "a"}, "v1").missing(digests) == [2]
+
+
+def test_a_set_says_which_code_embedded_it(trained, sets, embedded, monkeypatch, tmp_path):
+    """What is embedded before an upgrade is not embedded again after it."""
+    monkeypatch.setattr(sets_module, "code_version", lambda: "before")
+    evaluate_sets(trained, tmp_path, {"GQA": sets["GQA"]})
+    older = next((tmp_path / "embeddings").glob("*.npz"))
+    with np.load(older) as file:
+        np.savez(older.with_name("older.npz"), **{name: file[name] for name in file.files if name != "code"})
+    shutil.rmtree(tmp_path / "sets")
+    monkeypatch.setattr(sets_module, "code_version", lambda: "after")
+    found = evaluate_sets(trained, tmp_path, sets)["sets"]
+    told = {name: (one["code"], one["embedded_by"]) for name, one in found.items()}
+    assert told["GQA"] == ("after", ["before"]) and told["MSCOCO_t2i"] == ("after", ["after"])
+    assert "code after, before; read as in training" in (tmp_path / "table.md").read_text()
+    older.unlink()
+    shutil.rmtree(tmp_path / "sets")
+    assert evaluate_sets(trained, tmp_path, {"GQA": sets["GQA"]})["sets"]["GQA"]["embedded_by"] == ["unknown"]
 
 
 def test_settings_come_from_a_file(trained, own_sets, embedded, tmp_path):
