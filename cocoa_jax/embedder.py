@@ -212,12 +212,13 @@ def embed_file(checkpoint: str | Path, source: str | Path, output: str | Path) -
     """
     path = Path(source)
     items = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    # Text may hold what Python and Unicode take for ends of lines: JSON lines end with \n alone.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             item = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             raise ItemError(f"{path} line {number}: no JSON ({error}): give one object a line") from None
         if not isinstance(item, dict):
             raise ItemError(f"{path} line {number}: a {type(item).__name__}, expected an object with text or image")

@@ -167,6 +167,24 @@ def test_a_file_of_items(trained, embedder, picture, tmp_path):
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["out.npz"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_end_with_a_newline_alone(trained, embedder, tmp_path, end):
+    texts = ["a\u2028kiwi", "a\u2029boat", "a\x85car", "h\u00fcgel"]
+    lines = end.join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "items.jsonl").write_bytes((lines + end).encode())
+    embed_file(trained, tmp_path / "items.jsonl", tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as made:
+        np.testing.assert_allclose(
+            made["embeddings"], embedder.embed([{"text": text} for text in texts]), atol=TOLERANCE
+        )
+
+
+def test_a_line_that_is_no_utf8_is_named(trained, tmp_path):
+    (tmp_path / "items.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
+    with pytest.raises(ItemError, match=r"items.jsonl line 2: no JSON \('utf-8' codec can't decode"):
+        embed_file(trained, tmp_path / "items.jsonl", tmp_path / "out.npz")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
