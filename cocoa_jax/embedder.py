@@ -204,8 +204,12 @@ def read_items(lines: Iterable[tuple[int, Item]], folder: Path) -> list[Content]
     return contents
 
 
-def embed_file(checkpoint: str | Path, source: str | Path, output: str | Path) -> None:
+def embed_file(
+    checkpoint: str | Path, source: str | Path, output: str | Path, settings: EvaluateConfig | None = None
+) -> None:
     """Embed a JSON-lines file into ``embeddings`` of an npz file, whole or not at all.
+
+    ``settings`` are those of `Embedder.load`.
 
     Raises:
         ItemError: naming the line that is no JSON object, or whose picture cannot be read.
@@ -224,7 +228,7 @@ def embed_file(checkpoint: str | Path, source: str | Path, output: str | Path) -
             raise ItemError(f"{path} line {number}: a {type(item).__name__}, expected an object with text or image")
         items.append((number, item))
     contents = read_items(items, path.parent)
-    rows = Embedder.load(checkpoint).embed_contents(contents, progress=True)
+    rows = Embedder.load(checkpoint, settings).embed_contents(contents, progress=True)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(target.name + ".partial")

@@ -7,9 +7,10 @@ import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import pytest
+import yaml
 
 import cocoa_jax
-from cocoa_jax.config import EvaluateConfig, parse
+from cocoa_jax.config import EvaluateConfig, parse, to_dict
 from cocoa_jax.data.pixels import decode
 from cocoa_jax.embedder import Embedder, ItemError, default_settings, embed_file, read_item
 
@@ -165,6 +166,18 @@ def test_a_file_of_items(trained, embedder, picture, tmp_path):
     want = embedder.embed([{"text": "a kiwi"}, {"image": picture(2)}, {"text": "x", "image": picture(2)}])
     np.testing.assert_allclose(rows, want, atol=TOLERANCE)
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["out.npz"]
+
+
+def test_the_command_reads_with_the_settings_of_a_file(trained, embedder, call, tmp_path):
+    settings = to_dict(default_settings(trained))
+    settings["width"] = 8
+    (tmp_path / "read.yaml").write_text(yaml.safe_dump(settings))
+    write(tmp_path / "items.jsonl", {"text": "a kiwi"})
+    command = ["embed", "--checkpoint", trained, "--input", tmp_path / "items.jsonl", "--output", tmp_path / "out.npz"]
+    assert call(*command, "--settings", tmp_path / "read.yaml")[0] == 0
+    want = embedder.embed([{"text": "a kiwi"}])[:, :8]
+    with np.load(tmp_path / "out.npz") as made:
+        np.testing.assert_allclose(made["embeddings"], want / np.linalg.norm(want, axis=1), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

@@ -22,6 +22,7 @@ from cocoa_jax.training.hosts import is_first, join
 PICTURES = "pictures"
 SPLITS = "test_seen,test_unseen"
 CHECKPOINT_HELP = "a trained stage or a Hugging Face folder"
+SETTINGS_HELP = "YAML of how to read pixels and text; default: as in training"
 
 
 def _evaluate_options(parser: ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def _evaluate_options(parser: ArgumentParser) -> None:
     parser.add_argument("--tasks", default=PICTURES, help=f"{PICTURES} (the embedded ones), {MMEB}, or a YAML of sets")
     parser.add_argument("--data", default=None, help="folder of MMEB-eval, or where the paths of the YAML begin")
     parser.add_argument("--sets", default="", help="only these of the tasks, by commas")
-    parser.add_argument("--settings", default=None, help="YAML of how to read pixels and text; default: as in training")
+    parser.add_argument("--settings", default=None, help=SETTINGS_HELP)
     parser.add_argument("--splits", default=None, help=f"of validation, test_seen, test_unseen; default: {SPLITS}")
     parser.add_argument("--untrained", default=None, help="model to compare with; default: where training began")
     parser.add_class_arguments(DistributedConfig, "distributed", help="the processes of one evaluation, one a host")
@@ -38,7 +39,7 @@ def _evaluate_options(parser: ArgumentParser) -> None:
 
 def _evaluate(given: Namespace) -> None:
     join(DistributedConfig(**vars(given.distributed)))
-    settings = load_config(EvaluateConfig, given.settings) if given.settings else None
+    settings = _settings(given)
     if given.tasks == PICTURES:
         if given.sets or given.data:
             raise SettingsError("--sets and --data are not for the embedded pictures: name other tasks by --tasks")
@@ -55,10 +56,15 @@ def _evaluate(given: Namespace) -> None:
         sys.stdout.write(f"{markdown({str(given.checkpoint): results})}\nreport: {page}\n")
 
 
+def _settings(given: Namespace) -> EvaluateConfig | None:
+    return load_config(EvaluateConfig, given.settings) if given.settings else None
+
+
 def _embed_options(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
     parser.add_argument("--input", required=True, help='lines like {"text": "a kiwi", "image": "kiwi.png"}')
     parser.add_argument("--output", required=True, help="npz file with embeddings [n, D], float32")
+    parser.add_argument("--settings", default=None, help=SETTINGS_HELP)
 
 
 def _report_options(parser: ArgumentParser) -> None:
@@ -88,7 +94,7 @@ EMBED = Command(
     about="Embed the items of a JSON-lines file: text, image, or both.",
     example="cocoa embed --checkpoint runs/demo/3-contrastive --input items.jsonl --output out.npz",
     options=_embed_options,
-    run=lambda given: embed_file(given.checkpoint, given.input, given.output),
+    run=lambda given: embed_file(given.checkpoint, given.input, given.output, _settings(given)),
 )
 REPORT = Command(
     about="Write the page of a run: scores, losses, neighbours, drawings; or of evaluations side by side.",
