@@ -14,6 +14,7 @@ from tqdm import tqdm
 from cocoa_jax.checkpoints.added_tokens import with_mean_rows
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
+from cocoa_jax.checkpoints.places import folder_at
 from cocoa_jax.config import EvaluateConfig, to_dict
 from cocoa_jax.data.masking import Purpose, example_rng
 from cocoa_jax.data.pairs import picture_source
@@ -97,7 +98,7 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def _named(checkpoints: Sequence[str | Path], names: Sequence[str] | None) -> dict[str, Path]:
-    paths = [Path(folder) for folder in checkpoints]
+    paths = [folder_at(folder) for folder in checkpoints]
     if names is not None:
         if len(names) != len(paths) or len(set(names)) < len(names) or "" in names:
             raise ValueError(f"names are {list(names)} for {len(paths)} checkpoints: give each one of its own")
@@ -124,7 +125,7 @@ def is_shifted(folder: str | Path) -> bool:
 
     So it is, as in the paper, where no stage did, or where the stage before is not there any more.
     """
-    path = Path(folder)
+    path = folder_at(folder)
     while path.is_dir() and open_backbone(path).trained:
         metadata = read_metadata(path)
         masking = metadata["config"] and metadata["config"]["data"]["masking"]
@@ -132,7 +133,7 @@ def is_shifted(folder: str | Path) -> bool:
             return bool(masking["shift"])
         if metadata["parent"] is None:
             break
-        path = Path(metadata["parent"]["path"])
+        path = folder_at(metadata["parent"]["path"])
     return True
 
 

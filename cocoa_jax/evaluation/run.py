@@ -15,6 +15,7 @@ import numpy as np
 
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
+from cocoa_jax.checkpoints.places import folder_at
 from cocoa_jax.config import EvaluateConfig
 from cocoa_jax.data.prompts import instructions_hash
 from cocoa_jax.data.sources import Content
@@ -67,7 +68,7 @@ def evaluate(
     check_shared(output)
     settings = default_settings(checkpoint) if settings is None else settings
     tasks = tuple(task for split in splits for task in picture_tasks(split))
-    origin = first_ancestor(checkpoint) if untrained is None else Path(untrained)
+    origin = first_ancestor(checkpoint) if untrained is None else folder_at(untrained)
     config = {
         "checkpoint": str(checkpoint),
         "untrained": str(origin),
@@ -83,7 +84,7 @@ def evaluate(
         first_alone("embeddings", partial(save_embeddings, output / EMBEDDINGS, trained, config))
     elif (done := _read(output / RESULTS, config)) is not None:
         return Evaluation(tasks, trained, done, settings.compared_apart)
-    first = trained if origin == Path(checkpoint) else embed_tasks(Embedder(origin, settings), tasks)
+    first = trained if origin == folder_at(checkpoint) else embed_tasks(Embedder(origin, settings), tasks)
     tokens = settings.compared_apart
     scores = {task.name: score(*trained[task.name], task.relevant, tokens) for task in tasks}
     before = {task.name: score(*first[task.name], task.relevant, tokens) for task in tasks}
@@ -110,12 +111,12 @@ def embed_tasks(embedder: Embedder, tasks: Iterable[Task]) -> dict[str, Embeddin
     return {task.name: (pick(task.queries), pick(task.candidates)) for task in tasks}
 
 
-def first_ancestor(checkpoint: str | Path) -> Path:
+def first_ancestor(checkpoint: str | Path) -> Any:
     """The folder that training began with, found by following what each stage noted about its parent."""
-    folder = Path(checkpoint)
+    folder = folder_at(checkpoint)
     # A stage without a parent was converted, not trained: training began with it.
     while open_backbone(folder).trained and (parent := read_metadata(folder)["parent"]) is not None:
-        folder = Path(parent["path"])
+        folder = folder_at(parent["path"])
     return folder
 
 

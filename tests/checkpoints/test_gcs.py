@@ -17,6 +17,8 @@ from gcp_storage_emulator.server import create_server
 from cocoa_jax import cli
 from cocoa_jax.config import TrainConfig, parse
 from cocoa_jax.embedder import Embedder
+from cocoa_jax.evaluation.probe import is_shifted
+from cocoa_jax.evaluation.run import first_ancestor
 from cocoa_jax.training import loop
 from cocoa_jax.training.loop import Stopped, train
 
@@ -83,5 +85,8 @@ def test_data_and_stages_in_a_bucket_are_those_on_a_disk(bucket, backbone, stage
 
     on_disk = made(str(tmp_path / "disk"), interrupted=False)
     assert made(f"{bucket}/all", interrupted=True) == on_disk
+    # Evaluation and probe find what came before a stage that lies there.
+    assert first_ancestor(f"{bucket}/all/contrastive") == backbone
+    assert is_shifted(f"{bucket}/all/contrastive") == is_shifted(tmp_path / "disk" / "contrastive")
     # Nothing of a bucket was taken for a folder of this machine.
     assert {path.name for path in tmp_path.iterdir()} == {"disk", "compiled", "mixture.yaml"}
