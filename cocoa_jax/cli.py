@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(_installed(sys.argv[1:] if arguments is None else arguments))
     command, given = chosen(verbs, parsed)
     try:
+        command.require_local(given)
         command.run(chosen(verbs, parser.instantiate(parsed))[1] if command.config else given)
     except (Stopped, PeerLost, UnavailableCheckpointError) as stopped:
         sys.stderr.write(f"cocoa: {stopped}\n")

@@ -83,6 +83,42 @@ def test_an_error_shows_where_it_came_from_when_asked(stage_settings, tmp_path):
         cli.main(["train", "--config", str(tmp_path / "run.yaml"), "--debug"])
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate --checkpoint x --output gs://b/o",
+        "evaluate --checkpoint x --output o --tasks gs://b/sets.yaml",
+        "evaluate --checkpoint x --output o --tasks mmeb-v1 --data gs://b/eval",
+        "embed --checkpoint x --input gs://b/items.jsonl --output o.npz",
+        "embed --checkpoint x --input items.jsonl --output gs://b/o.npz",
+        "probe --checkpoints x --output gs://b/o",
+        "report --run gs://b/run",
+        "report --evaluations o,gs://b/other",
+        "report --evaluations o --output gs://b/both.html",
+        "convert hf-to-orbax x gs://b/stage",
+        "convert orbax-to-hf x gs://b/hub",
+        "adapter export x gs://b/peft",
+        "adapter merge x gs://b/merged",
+        "adapter merge x merged --adapter gs://b/peft",
+        "study pictures --output gs://b/study --list",
+        "study report x --docs gs://b/docs",
+        "data synthesize x --output gs://b/rows --endpoint.url y --endpoint.model z",
+    ],
+)
+def test_a_bucket_is_refused_where_only_a_path_of_this_machine_will_do(call, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(call(*command.split()), "gs://b/", ": give a path of this machine")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_of_data_goes_to_no_bucket(call, backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for verb, name in (("inspect", "page.html"), ("check", "bad.json")):
+        command = ["data", verb, "--config", "configs/demo/2-bridge.yaml", f"--checkpoint={backbone}"]
+        assert_one_line(call(*command, f"--output=gs://b/{name}"), f"output is gs://b/{name}", "on this machine")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["evaluate", "embed"])
 def test_a_checkpoint_that_is_none_is_one_line(call, tmp_path, command):
     (tmp_path / "items.jsonl").write_text('{"text": "a"}\n')

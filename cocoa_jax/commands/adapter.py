@@ -26,12 +26,14 @@ _EXPORT = Command(
     example="cocoa adapter export runs/lora/3-contrastive runs/peft",
     options=_export_options,
     run=lambda given: export_adapter(given.stage, given.destination),
+    local=("destination",),
 )
 _MERGE = Command(
     about="Write weights with their adapter merged as a Hugging Face folder.",
     example="cocoa adapter merge runs/lora/3-contrastive runs/merged --dtype bfloat16",
     options=_merge_options,
     run=lambda given: merge_checkpoint(given.checkpoint, given.destination, given.adapter, given.dtype),
+    local=("destination", "adapter"),
 )
 GROUP = Group(
     "Write a LoRA or DoRA adapter as PEFT does, or merged into its weights.", {"export": _EXPORT, "merge": _MERGE}

@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from cocoa_jax.checkpoints.places import is_remote
+from cocoa_jax.config import SettingsError
+
 CONFIG_HELP = "YAML file of settings, in this folder or installed; a setting on the command line comes before it"
 
 
@@ -33,6 +36,7 @@ class Command:
         options: adds what it takes to its parser.
         run: does it; gets the parsed values, with settings as the objects they describe.
         config: whether settings may come from a YAML file.
+        local: which of its options take paths of this machine and none in a bucket.
     """
 
     about: str
@@ -40,6 +44,19 @@ class Command:
     options: Callable[[ArgumentParser], object]
     run: Callable[[Namespace], object]
     config: bool = False
+    local: tuple[str, ...] = ()
+
+    def require_local(self, given: Namespace) -> None:
+        """See that what must lie on this machine does not name a bucket, which would become a folder ``gs:`` here.
+
+        Raises:
+            SettingsError: naming the option.
+        """
+        for name in self.local:
+            if is_remote(given[name] or ""):
+                raise SettingsError(
+                    f"{name} is {given[name]}: give a path of this machine, and copy from or to the bucket yourself"
+                )
 
     def parser(self) -> ArgumentParser:
         """Its own parser."""

@@ -31,12 +31,14 @@ _TO_ORBAX = Command(
     example="cocoa convert hf-to-orbax Qwen2-VL-2B-Instruct runs/start",
     options=_folders,
     run=lambda given: hf_to_orbax(given.source, given.destination, progress=sys.stderr.isatty()),
+    local=("destination",),
 )
 _TO_HF = Command(
     about="Make a Hugging Face folder out of a stage's newest checkpoint.",
     example="cocoa convert orbax-to-hf runs/demo/3-contrastive runs/hub --dtype bfloat16",
     options=_hf_options,
     run=_to_hf,
+    local=("destination",),
 )
 GROUP = Group(
     "Turn a Hugging Face folder into a stage, or a stage into a Hugging Face folder.",

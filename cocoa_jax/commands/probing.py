@@ -30,4 +30,5 @@ PROBE = Command(
     example="cocoa probe --checkpoints runs/demo/backbone,runs/demo/2-bridge --output runs/demo/probe",
     options=_options,
     run=_probe,
+    local=("output",),
 )

@@ -89,16 +89,19 @@ EVALUATE = Command(
     example="cocoa evaluate --checkpoint runs/demo/3-contrastive --output runs/demo/evaluation",
     options=_evaluate_options,
     run=_evaluate,
+    local=("output", "tasks", "data", "settings"),
 )
 EMBED = Command(
     about="Embed the items of a JSON-lines file: text, image, or both.",
     example="cocoa embed --checkpoint runs/demo/3-contrastive --input items.jsonl --output out.npz",
     options=_embed_options,
     run=lambda given: embed_file(given.checkpoint, given.input, given.output, _settings(given)),
+    local=("input", "output", "settings"),
 )
 REPORT = Command(
     about="Write the page of a run: scores, losses, neighbours, drawings; or of evaluations side by side.",
     example="cocoa report --run runs/demo",
     options=_report_options,
     run=_report,
+    local=("run", "evaluations", "output"),
 )

@@ -55,12 +55,14 @@ PICTURES = Command(
     example="cocoa study pictures --output runs/study --only recipes-steps,recipes-compute",
     options=_options,
     run=_study,
+    local=("output",),
 )
 REPORT = Command(
     about="Write tables and plots of the pieces that are there.",
     example="cocoa study report runs/study --docs docs",
     options=_report_options,
     run=_report,
+    local=("run", "docs"),
 )
 GROUP = Group(
     about="Many short runs that answer questions about the method.", verbs={"pictures": PICTURES, "report": REPORT}

@@ -41,4 +41,5 @@ SYNTHESIZE = Command(
     options=_options,
     run=_run,
     config=True,
+    local=("output",),
 )

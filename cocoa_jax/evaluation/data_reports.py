@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.checkpoints.places import is_remote
 from cocoa_jax.config import SettingsError, TrainConfig
 from cocoa_jax.data.bad import KnownBad
 from cocoa_jax.data.intake import check
@@ -71,8 +72,8 @@ def check_data(config: TrainConfig) -> tuple[int, int]:
 
 def _check_suffix(output: str, suffix: str) -> None:
     # A stage's own settings name its folder, which is no place to overwrite.
-    if Path(output).suffix != suffix:
-        raise SettingsError(f"output is {output}: give --output=NAME{suffix}")
+    if Path(output).suffix != suffix or is_remote(output):
+        raise SettingsError(f"output is {output}: give --output=NAME{suffix}, on this machine")
 
 
 def _processor(config: TrainConfig) -> Processor:
