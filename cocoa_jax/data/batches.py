@@ -16,7 +16,6 @@ from cocoa_jax.data.packing import plan_batch, share
 from cocoa_jax.data.pixels import ImageError
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.rows import Arrays, hide_tokens, hide_units, write_rows
-from cocoa_jax.data.sources import content_key
 
 if TYPE_CHECKING:
     from cocoa_jax.data.batch_config import BatchConfig
@@ -193,6 +192,6 @@ def numbered_keys(targets: np.ndarray, shown: np.ndarray, nothing: object, held:
 
 def _keys(taken: Sequence[Taken], held: Bool[np.ndarray, "N K"]) -> Arrays:
     records = [one.record for one in taken]
-    wrong = [content_key(content) for record in records for content in record.negatives[: held.shape[1]]]
+    wrong = [key for record in records for key in record.wrong_keys()[: held.shape[1]]]
     targets = np.array([*(record.target_key for record in records), *wrong])
     return numbered_keys(targets, np.array([record.image_key for record in records]), "", held)

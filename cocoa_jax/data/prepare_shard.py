@@ -24,7 +24,7 @@ from cocoa_jax.data.pixels import ImageError, PixelSettings, decode
 from cocoa_jax.data.prepared import SPLIT, Lengths, serialize
 from cocoa_jax.data.processor import ExampleError, Processor
 from cocoa_jax.data.readers.stages import Stage, for_stage
-from cocoa_jax.data.sources import Content, Image, Record, RecordError, content_key
+from cocoa_jax.data.sources import Content, Image, Record, RecordError
 
 if TYPE_CHECKING:
     from cocoa_jax.data.pairs import RecordSource
@@ -161,8 +161,9 @@ def prepare_record(
         query=stored(record.query),
         target=stored(record.target),
         negatives=tuple(map(stored, record.negatives)),
+        negative_keys=record.wrong_keys(),
     )
-    keys = [record.target_key, record.image_key, *map(content_key, record.negatives)]
+    keys = [small.target_key, small.image_key, *small.negative_keys]
     return small, (*_measured(small, work.processor, work.made_for, count), list(map(_hash, keys))), sizes
 
 

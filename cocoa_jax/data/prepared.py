@@ -29,12 +29,14 @@ def features() -> Any:
     """The columns of a record for `tensorflow_datasets`.
 
     `text`, `instruction` and `pictures` (how many) have one entry a content: query, target, then wrong targets.
-    `image` holds the encoded pictures of all contents in order; `width` and `height` their sizes.
+    `negative_keys` has one a wrong target.
+    `image` holds the encoded pictures of all contents in order; `width` and `height` their sizes. The keys are those of
+    the contents as they were read: a picture that was made smaller no longer tells its own.
     """
     import tensorflow_datasets as tfds
 
     single = {name: tfds.features.Text() for name in ("id", "dataset", "target_key", "image_key")}
-    words = {name: tfds.features.Sequence(tfds.features.Text()) for name in ("text", "instruction")}
+    words = {name: tfds.features.Sequence(tfds.features.Text()) for name in ("text", "instruction", "negative_keys")}
     numbers = {name: tfds.features.Sequence(tfds.features.Scalar(np.int64)) for name in ("pictures", "width", "height")}
     image = tfds.features.Sequence(tfds.features.Tensor(shape=(), dtype=np.object_))
     return tfds.features.FeaturesDict({**single, **words, **numbers, "image": image})
@@ -50,6 +52,7 @@ def serialize(record: Record) -> bytes:
         feature[name].bytes_list.value.append(getattr(record, name).encode())
     contents = (record.query, record.target, *record.negatives)
     images = [image for content in contents for image in content.images]
+    feature["negative_keys"].bytes_list.value.extend(key.encode() for key in record.wrong_keys())
     feature["text"].bytes_list.value.extend(content.text.encode() for content in contents)
     feature["instruction"].bytes_list.value.extend(content.instruction.encode() for content in contents)
     feature["pictures"].int64_list.value.extend(len(content.images) for content in contents)
@@ -85,6 +88,8 @@ def parse(data: bytes) -> Record:
         target_key=feature["target_key"].bytes_list.value[0].decode(),
         negatives=tuple(contents[2:]),
         image_key=feature["image_key"].bytes_list.value[0].decode(),
+        # Folders of earlier versions have none.
+        negative_keys=tuple(key.decode() for key in feature["negative_keys"].bytes_list.value),
     )
 
 

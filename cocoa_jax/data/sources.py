@@ -74,6 +74,7 @@ class Record:
 
     Records of equal `target_key`, or of equal `image_key` other than "", are never each other's negatives: the first
     says what the target shows, the second which pictures the query shows (two captions of one picture are both right).
+    `negative_keys` say the same of `negatives` as `target_key` of the target; () leaves it to their contents.
     """
 
     id: str
@@ -83,6 +84,11 @@ class Record:
     target_key: str
     negatives: tuple[Content, ...] = ()
     image_key: str = ""
+    negative_keys: tuple[str, ...] = ()
+
+    def wrong_keys(self) -> tuple[str, ...]:
+        """The key of each wrong target, to be compared with target keys."""
+        return self.negative_keys or tuple(map(content_key, self.negatives))
 
 
 def content_key(content: Content) -> str:

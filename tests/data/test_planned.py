@@ -13,7 +13,7 @@ from cocoa_jax.data.pipeline import STATS, BatchConfig, MaskingConfig, built_ahe
 from cocoa_jax.data.planned import PlannedBuilder
 from cocoa_jax.data.prepare import BuildConfig, build
 from cocoa_jax.data.prepared import PreparedSource
-from cocoa_jax.data.sources import RecordError
+from cocoa_jax.data.sources import Content, RecordError, content_key
 
 ROWS = RowsConfig(batch_size=6, shapes=((4, 64, 192), (8, 64, 192)), examples_per_row=4, masked_per_row=24)
 MASKING = MaskingConfig(text_ratio=0.5, image_ratio=0.5)
@@ -28,7 +28,10 @@ STAGES = {
 def prepared(noise, mixed_pairs, processors, tmp_path_factory):
     @dataclasses.dataclass(frozen=True)
     class Long(mixed_pairs):
-        """All records are of use to all stages, and their texts are of different lengths."""
+        """All records are of use to all stages, and their texts are of different lengths.
+
+        Pictures that are made smaller are wrong targets of some and, by their keys, the right ones of others.
+        """
 
         def record(self, index, rng):
             record = super().record(index, rng)
@@ -36,9 +39,12 @@ def prepared(noise, mixed_pairs, processors, tmp_path_factory):
             target = dataclasses.replace(record.target, text="two small boats " * (1 + index % 3), images=())
             key = record.image_key if index % 4 else ""
             wrong = tuple(dataclasses.replace(c, text=f"{c.text} {index % 5}") for c in record.negatives)
+            wrong = tuple(dataclasses.replace(c, images=c.images and (large[index % 4],)) for c in wrong)
+            record = dataclasses.replace(record, target_key=content_key(Content(images=(large[index % 5],))))
             return dataclasses.replace(record, query=query, target=target, image_key=key, negatives=wrong)
 
     sizes = [(28 * (1 + i % 4), 28 * (1 + i // 4 % 3)) for i in range(11)]
+    large = [noise(400, 300, 20 + i) for i in range(5)]
     source = Long(tuple(noise(w, h, i) for i, (w, h) in enumerate(sizes)), name="long")
     folder = tmp_path_factory.mktemp("prepared")
     return build("long", source, "x", processors["2"], str(folder), BuildConfig(workers=0, shard_records=8))
@@ -72,7 +78,7 @@ def test_it_is_what_reading_all_records_makes(prepared, processors, stage, negat
     with monkeypatch.context() as patch:
         patch.setattr("cocoa_jax.data.pipeline.stored_lengths", lambda *_: None)
         plain = dataset(prepared, processors, stage, config)
-    absent = no_picture = 0
+    absent = no_picture = both = 0
     for step in range(8):
         left, right = planned[step], plain[step]
         if stage == "contrastive":  # hashes are numbered in another order than the keys themselves
@@ -85,8 +91,10 @@ def test_it_is_what_reading_all_records_makes(prepared, processors, stage, negat
                 np.testing.assert_array_equal(mine == -1, other == -1)
             no_picture += int((pairs[0][0] == -1).sum())
             absent += int((pairs[1][0] == -1).sum())
+            both += int(np.isin(pairs[1][0][6:], pairs[1][0][:6]).sum())
         assert_same(left, right)
     assert (absent > 0) == (negatives > 0) and (no_picture > 0) == (stage == "contrastive")
+    assert (both > 0) == (negatives == 2), "wrong targets that are the right ones of others"
 
 
 def test_others_stand_in_for_records_of_no_use(noise, mixed_pairs, processors, tmp_path):

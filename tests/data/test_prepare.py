@@ -19,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tensorflow_datasets.proto import tf_example_pb2
 
 from cocoa_jax import cli
 from cocoa_jax.data.bad import BadConfig, TooManyBad
@@ -28,11 +29,11 @@ from cocoa_jax.data.naming import open_named
 from cocoa_jax.data.pixels import decode
 from cocoa_jax.data.prepare import BuildConfig, PrepareError, build, summary
 from cocoa_jax.data.prepare_shard import working_picture
-from cocoa_jax.data.prepared import LENGTHS, STATISTICS, open_prepared
+from cocoa_jax.data.prepared import LENGTHS, STATISTICS, open_prepared, parse, serialize
 from cocoa_jax.data.processor import ExampleError, Processor
 from cocoa_jax.data.processor_settings import ProcessorConfig, ProcessorError
 from cocoa_jax.data.readers.tfds import open_tfds
-from cocoa_jax.data.sources import Content, Image, RecordError, SourceError
+from cocoa_jax.data.sources import Content, Image, RecordError, SourceError, content_key
 
 WORDS = st.text("abc kiwi", max_size=40)
 
@@ -55,6 +56,7 @@ def test_records_come_back_with_smaller_pictures(mixed, processors, tmp_path):
         before, after = mixed.record(index, None), prepared.record(index)
         for field in ("id", "dataset", "target_key", "image_key"):
             assert getattr(before, field) == getattr(after, field)
+        assert before.wrong_keys() == after.wrong_keys() == after.negative_keys
         pairs = zip(
             (before.query, before.target, *before.negatives), (after.query, after.target, *after.negatives), strict=True
         )
@@ -64,6 +66,15 @@ def test_records_come_back_with_smaller_pictures(mixed, processors, tmp_path):
                 assert other.width * other.height <= one.width * one.height
                 # PNG loses nothing: the model sees the very same pixels.
                 np.testing.assert_array_equal(processor.pixels.patches(one), processor.pixels.patches(other))
+
+
+def test_records_of_an_earlier_version_are_read(mixed):
+    record = mixed.record(8, None)
+    stored = tf_example_pb2.Example.FromString(serialize(record))
+    del stored.features.feature["negative_keys"]
+    before = parse(stored.SerializeToString())
+    assert len(record.negatives) == 2 and before.negative_keys == ()
+    assert before.wrong_keys() == record.wrong_keys() == tuple(map(content_key, record.negatives))
 
 
 def test_tensorflow_datasets_opens_it_without_tensorflow(mixed, processors, tmp_path):

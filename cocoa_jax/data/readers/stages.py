@@ -51,15 +51,16 @@ def for_stage(record: Record, stage: Stage) -> Record:
     Raises:
         RecordError: stage 2 and both sides have pictures, or no words are left to rebuild.
     """
-    query, target = record.query, record.target
     if stage == "contrastive":
         return record
+    record = replace(record, negatives=(), negative_keys=())
+    query, target = record.query, record.target
     if stage == "warmup":
         words = " ".join(dict.fromkeys(part for part in (query.words, target.words) if part))
-        return replace(record, query=Content(words, query.images + target.images), target=Content(), negatives=())
+        return replace(record, query=Content(words, query.images + target.images), target=Content())
     if target.images and query.images:
         raise RecordError("query and target have pictures, stage 2 rebuilds words: leave the data set out of it")
     a, b = (target, query) if target.images else (query, target)
     if not b.words:
         raise RecordError("there are no words to rebuild, stage 2 needs some: leave the data set out of it")
-    return replace(record, query=a, target=Content(b.words), negatives=())
+    return replace(record, query=a, target=Content(b.words))
