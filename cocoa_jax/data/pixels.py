@@ -197,8 +197,11 @@ def open_image(data: bytes, name: str) -> Image:
     try:
         with PIL.Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
             (width, height), mode = opened.size, opened.mode
-            # For its orientation Pillow decodes a whole PNG, so only one that can have any is asked.
-            told = opened.format != "PNG" or any(mark in data for mark in (b"eXIf", b"exif", b"adobe.xmp"))
+            # A TIFF tells its upright size. For the orientation of a PNG Pillow decodes it whole, so only one that can
+            # have any is asked.
+            told = opened.format != "TIFF"
+            if opened.format == "PNG":
+                told = any(mark in data for mark in (b"eXIf", b"exif", b"adobe.xmp"))
             if told and width * height <= _MOST_PIXELS:
                 turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5  # these swap width and height
                 width, height = (height, width) if turned else (width, height)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.features
 import PIL.Image
 import pytest
 import tokenizers
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from cocoa_jax.data.pixels import ImageError, decode
+from cocoa_jax.data.pixels import ImageError, decode, open_image
 from cocoa_jax.data.processor import ExampleError, Processor
 from cocoa_jax.data.processor_settings import ProcessorConfig, ProcessorError, without_added_tokens
 from cocoa_jax.data.sources import Content, Image
@@ -95,17 +96,24 @@ def test_transparency_is_white(encoded):
     assert decode(encoded(palette, transparency=1)).getpixel((3, 3)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_exif_orientation_is_applied(noise, encoded, form):
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize(("orientation", "turn"), [(5, "TRANSPOSE"), (6, "ROTATE_270"), (3, "ROTATE_180")])
+def test_exif_orientation_is_applied(noise, encoded, form, orientation, turn):
+    if form == "AVIF" and not PIL.features.check("avif"):
+        pytest.skip("this Pillow writes no AVIF")
     picture = PIL.Image.open(io.BytesIO(noise(20, 30).data))
     exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # stored turned by 90 degrees
-    stored = encoded(picture, form=form, exif=exif, **({} if form == "PNG" else {"quality": 95}))
-    turned = decode(dataclasses.replace(stored, width=30, height=20))
-    plain = encoded(picture, form=form, **({} if form == "PNG" else {"quality": 95}))
-    np.testing.assert_array_equal(turned, decode(plain).transpose(PIL.Image.Transpose.ROTATE_270))
-    with pytest.raises(ImageError, match="announced were 20x30"):
-        decode(stored)
+    exif[0x0112] = orientation  # how far the stored picture has to be turned
+    quality = {"quality": 95} if form in ("JPEG", "WEBP", "AVIF") else {}
+    stored = encoded(picture, form=form, exif=exif, **quality)
+    plain = decode(encoded(picture, form=form, **quality))
+    upright = plain.transpose(PIL.Image.Transpose[turn])
+    opened = open_image(stored.data, "turned")
+    assert (opened.width, opened.height) == upright.size
+    np.testing.assert_array_equal(decode(opened), upright)
+    width, height = opened.height, opened.width
+    with pytest.raises(ImageError, match=f"announced were {width}x{height}"):
+        decode(dataclasses.replace(stored, width=width, height=height))
 
 
 def test_mirrored_flips_columns(noise):
