@@ -113,14 +113,19 @@ def _draws(
     size, shares = config.rows.batch_size, [weights[name] for name in names]
     if config.stage == "contrastive":
         part = size // config.interleave
-        draws = grain.MapDataset.mix([order.batch(part) for order in orders], shares)
+        draws = grain.MapDataset.mix([_batched(order, part) for order in orders], shares)
         if config.interleave > 1:
             draws = draws.batch(config.interleave).map(_Joined())
     else:
-        draws = grain.MapDataset.mix(orders, shares).batch(size * config.rows.window)
+        draws = _batched(grain.MapDataset.mix(orders, shares), size * config.rows.window)
     if config.rows.window > 1:
         draws = grain.MapDataset.range(steps).map(_InWindow(draws, config.rows.window))
     return draws[:steps], tuple(sources[name] for name in names)
+
+
+def _batched(draws: grain.MapDataset[np.ndarray], size: int) -> grain.MapDataset[np.ndarray]:
+    # A dataset that repeats for ever is as long as a length can be, and Grain cannot count its batches of one.
+    return draws.batch(size) if size > 1 else draws.map(_Alone())
 
 
 def _builder(
@@ -230,6 +235,14 @@ class _Tag:
 
     def __call__(self, index: int) -> np.ndarray:
         return np.array([self.kind, index], np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alone:
+    """A draw as a batch of one, [1, 2]."""
+
+    def __call__(self, draw: np.ndarray) -> np.ndarray:
+        return draw[None]
 
 
 @dataclasses.dataclass(frozen=True)

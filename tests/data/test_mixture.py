@@ -103,8 +103,8 @@ def test_the_fingerprint_sees_contents_and_settings_but_no_place(written, tmp_pa
 
 def test_interleaved_parts_come_from_one_data_set_each(written, processors):
     opened = open_mixture(mixture(written), "contrastive")
-    rows = RowsConfig(batch_size=8, shapes=((16, 48, 64),), examples_per_row=2, masked_per_row=2)
-    for parts in (1, 4):
+    for size, parts in ((8, 1), (8, 4), (8, 8), (1, 1)):
+        rows = RowsConfig(batch_size=size, shapes=((16, 48, 64),), examples_per_row=2, masked_per_row=2)
         config = BatchConfig("contrastive", rows, interleave=parts)
         seen = []
 
@@ -124,11 +124,11 @@ def test_interleaved_parts_come_from_one_data_set_each(written, processors):
         spies = {name: Spy(source, name, seen) for name, source in opened.sources.items()}
         made = stage_dataset(config, spies, opened.weights, processors["2"], seed=0, steps=12)
         kinds = [int(made[step]["stats"][STATS.index("kind")]) for step in range(12)]
-        names = np.array(seen).reshape(12 * parts, 8 // parts)
+        names = np.array(seen).reshape(12 * parts, size // parts)
         assert (names == names[:, :1]).all() and len(set(names[:, 0])) == 4
         assert (len(set(kinds)) > 1) == (parts == 1) and (parts == 1 or set(kinds) == {-1})
     with pytest.raises(ValueError, match="choose a divisor"):
-        BatchConfig("contrastive", rows, interleave=3)
+        BatchConfig("contrastive", dataclasses.replace(rows, batch_size=8), interleave=3)
 
 
 def test_equal_pictures_and_targets_have_equal_keys(written, processors):

@@ -317,8 +317,9 @@ def test_a_contrastive_batch_has_one_kind_and_equal_keys_are_equal(sources, proc
     assert kinds.count(0) == 6 and kinds.count(1) == 3  # weights 2 : 1
 
 
-def test_an_epoch_uses_every_record_once(sources, processors):
-    """13 records in batches of 6: the first 13 drawn are all different, and the next epoch has another order."""
+@pytest.mark.parametrize(("size", "steps"), [(6, 5), (1, 26)])
+def test_an_epoch_uses_every_record_once(sources, processors, size, steps):
+    """13 records, 6 or 1 a batch: the first 13 drawn are all different, and the next epoch has another order."""
     seen: list[str] = []
 
     @dataclasses.dataclass(frozen=True)
@@ -328,8 +329,9 @@ def test_an_epoch_uses_every_record_once(sources, processors):
             return super().record(index, rng)
 
     spy = {"both": Spy("both", sources["both"].pictures)}
-    batches = stage_dataset(STAGES["bridge"], spy, {"both": 1.0}, processors["2"], seed=0, steps=5)
-    for step in range(5):
+    config = dataclasses.replace(STAGES["bridge"], rows=dataclasses.replace(ROWS, batch_size=size))
+    batches = stage_dataset(config, spy, {"both": 1.0}, processors["2"], seed=0, steps=steps)
+    for step in range(steps):
         batches[step]
     assert len(set(seen[:13])) == len(set(seen[13:26])) == 13 and seen[:13] != seen[13:26]
 
