@@ -33,8 +33,9 @@ class BadConfig:
     Args:
         action: ``skip`` draws another one in its place, ``stop`` ends the run; neither ever shows a made-up picture.
         ceiling: ``skip`` stops as well when more than this share of all drawn records, of a thousand at least, is bad.
-        known: the file that ``cocoa data check`` wrote; its records are skipped without being read, and hosts need not
-            decode each other's pictures to agree on what is bad.
+            A list of ``known`` ones that is longer, as a share of all records, is refused with either action.
+        known: the file that ``cocoa data check`` wrote; its records are skipped without being read, also by ``stop``,
+            and hosts need not decode each other's pictures to agree on what is bad.
     """
 
     action: Literal["skip", "stop"] = "stop"
@@ -53,7 +54,8 @@ class Bad:
     Args:
         source, index: which one it is.
         reason: why, in words for the user.
-        step, place: the batch and the place in it that it was drawn for, and that another takes.
+        step, place: the batch, or the window of batches planned together, and the place in it that it was drawn for,
+            and that another takes.
     """
 
     source: str
@@ -93,7 +95,7 @@ class Ledger:
                     self._write(bad)
                     self._named.add((bad.source, bad.index))
             over = self._bad > self._config.ceiling * max(self._drawn, _FEWEST)
-            if last is not None and over:
+            if last is not None and over and self._config.action == "skip":
                 raise TooManyBad(
                     f"{self._bad} of {self._drawn} records drawn cannot be used, the ceiling is a share of "
                     f"{self._config.ceiling}; the last: {last.reason}; all are in {self._path or 'no file'}: repair "

@@ -68,7 +68,7 @@ class BatchBuilder:
 
     def _build(self, step: int, draws: np.ndarray, intake: Intake) -> Arrays:
         config = self.config
-        taken, replaced = intake.take(draws, step)
+        taken, bad = intake.take(draws, step)
         examples = arranged(taken)
         bridge = config.stage == "bridge"
         allowed = {
@@ -90,7 +90,8 @@ class BatchBuilder:
         kind = int(draws[0, 0]) if config.stage == "contrastive" and config.interleave == 1 else -1
         extra = 0 if shape in config.rows.shapes else shape.rows - config.rows.widest.rows
         tokens, patches, _ = lengths.sum(axis=0)
-        batch["stats"] = np.array([kind, len(plan), len(examples), tokens, patches, extra, replaced, dropped], np.int32)
+        batch["stats"] = np.array([kind, len(plan), len(examples), tokens, patches, extra, len(bad), dropped], np.int32)
+        intake.note(len(draws), bad)  # now that it is built: one that a bad picture ends is built again
         return batch
 
 

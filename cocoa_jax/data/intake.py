@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cocoa_jax.data.pairs import RecordSource
     from cocoa_jax.data.sources import Content, Record
 
+Use = TypeVar("Use")
 _TRIES = 64  # records drawn in a row that are all bad: the ceiling stops a data set long before, but not a small one
 
 
@@ -39,7 +40,7 @@ class Intake:
     """Draws -> records and examples: a function of (seed, step) and of the data alone.
 
     Args:
-        known: what a check of all records found.
+        known: what a check of all records found; others stand in for these, whatever the action.
         verify: decode every picture before its record is taken. Hosts decode their own rows only, so without a
             check all of them must look at all pictures to agree on what is bad.
     """
@@ -52,35 +53,57 @@ class Intake:
     known: KnownBad | None = None
     verify: bool = False
 
-    def take(self, draws: np.ndarray, step: int) -> tuple[list[Taken], int]:
-        """The record of every draw [N, 2] (source, index), or the one in its place, and how many were replaced.
+    def take(self, draws: np.ndarray, step: int) -> tuple[list[Taken], list[Bad]]:
+        """The record of every draw [N, 2] (source, index), or the one in its place, and those that were replaced.
 
         Raises:
             RecordError, ImageError, ExampleError, PackingError: a bad record, and the settings say stop.
-            TooManyBad: more bad ones than the settings allow.
         """
         found: list[Bad] = []
-        taken = [self._take(step, place, int(kind), int(index), found) for place, (kind, index) in enumerate(draws)]
-        self.ledger.note(len(draws), found)
-        return taken, len(found)
+        taken = []
+        for place, (kind, index) in enumerate(draws):
+            build = partial(self._drawn, step, place, int(kind))
+            taken.append(self.usable(step, place, int(kind), int(index), found, build))
+        return taken, found
+
+    def note(self, places: int, found: list[Bad]) -> None:
+        """Count what was drawn until so many places held a record; once a batch.
+
+        Raises:
+            TooManyBad: more bad ones than the settings allow.
+        """
+        self.ledger.note(places + len(found), found)
 
     def one(self, step: int, place: int, kind: int, index: int) -> Taken:
         """The record of one draw, which is known to be good."""
-        return self._built(self.sources[kind], index, self._rng(step, place, 0))
+        return self._drawn(step, place, kind, index, 0)
 
-    def _take(self, step: int, place: int, kind: int, index: int, found: list[Bad]) -> Taken:
+    def usable(
+        self, step: int, place: int, kind: int, index: int, found: list[Bad], use: Callable[[int, int], Use]
+    ) -> Use:
+        """What ``use(index, attempt)`` makes of a drawn record, or of the first of those drawn in its place.
+
+        Args:
+            found: the bad ones are added, those of the list, which are never read, and those that ``use`` refuses.
+        """
         source = self.sources[kind]
+        listed = {} if self.known is None else self.known.reasons.get(source.name, {})
         for attempt in range(_TRIES):
             if attempt:
                 index = int(self._rng(step, place, attempt).integers(len(source)))
-            try:
-                return self._built(source, index, self._rng(step, place, attempt))
-            except BAD as error:
-                if self.config.bad.action == "stop":
-                    raise
-                found.append(Bad(source.name, index, str(error), step, place))
-        self.ledger.note(1, found)
+            if (reason := listed.get(index)) is None:
+                try:
+                    return use(index, attempt)
+                except BAD as error:
+                    if self.config.bad.action == "stop":
+                        raise
+                    reason = str(error)
+            found.append(Bad(source.name, index, reason, step, place))
+        self.note(place, found)
         raise RecordError(f"{source.name}: {_TRIES} records in a row cannot be used, the last: {found[-1].reason}")
+
+    def _drawn(self, step: int, place: int, kind: int, index: int, attempt: int) -> Taken:
+        return self._built(self.sources[kind], index, self._rng(step, place, attempt))
 
     def _rng(self, step: int, place: int, attempt: int) -> np.random.Generator:
         if not attempt:
@@ -88,8 +111,6 @@ class Intake:
         return np.random.default_rng((self.seed, step, place, int(Purpose.RECORD), attempt))
 
     def _built(self, source: RecordSource, index: int, rng: np.random.Generator) -> Taken:
-        if self.known is not None and index in (bad := self.known.reasons.get(source.name, {})):
-            raise RecordError(bad[index])
         record = source.record(index, rng)
         taken = Taken(record, examples_of(record, self.config, self.processor))
         if self.verify:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
 from cocoa_jax.data.batches import choose, flat_index, held_places, hide, in_places, numbered_keys
-from cocoa_jax.data.masking import Purpose
 from cocoa_jax.data.mixture import CappedSource, NamedSource
 from cocoa_jax.data.packing import PackingError, plan_batch, share
 from cocoa_jax.data.prepared import Lengths, PreparedSource
@@ -19,14 +19,13 @@ from cocoa_jax.data.rows import Arrays, write_rows
 from cocoa_jax.data.sources import RecordError
 
 if TYPE_CHECKING:
+    from cocoa_jax.data.bad import Bad
     from cocoa_jax.data.batch_config import BatchConfig
     from cocoa_jax.data.example import Example
     from cocoa_jax.data.intake import Intake
     from cocoa_jax.data.pairs import RecordSource
     from cocoa_jax.data.processor import Processor
     from cocoa_jax.data.sources import Record
-
-_TRIES = 64  # records drawn in a row that are of no use to the stage
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -87,7 +86,9 @@ class PlannedBuilder:
     def __call__(self, step: int, draws: np.ndarray) -> Arrays:
         config = self.config
         window, turn = divmod(step, config.rows.window)
-        draws, table, replaced = self._useful(draws, window)
+        draws, table, bad = self._useful(draws, window)
+        if not turn:  # once for all steps of the window
+            self.intake.note(len(draws), bad)
         owner, part = _arrangement([len(found) for found in table])
         parts = np.stack([table[record][place] for record, place in zip(owner, part, strict=True)])
         allowed = {i: _allowed(*entry) for i, entry in enumerate(parts[:, [0, 2, 3]].tolist())}
@@ -113,7 +114,7 @@ class PlannedBuilder:
         extra = 0 if shape in config.rows.shapes else shape.rows - config.rows.widest.rows
         used = [i for row in plan for i in row]
         tokens, patches, _ = lengths[used].sum(axis=0)
-        batch["stats"] = np.array([kind, len(plan), len(used), tokens, patches, extra, replaced, dropped], np.int32)
+        batch["stats"] = np.array([kind, len(plan), len(used), tokens, patches, extra, len(bad), dropped], np.int32)
         return batch
 
     def records(self, step: int, draws: np.ndarray) -> list[Record]:
@@ -122,28 +123,25 @@ class PlannedBuilder:
         chosen = self._useful(draws, window)[0]
         return [self.intake.one(window, place, *map(int, draw)).record for place, draw in enumerate(chosen)]
 
-    def _useful(self, draws: np.ndarray, window: int) -> tuple[np.ndarray, list[np.ndarray], int]:
-        """Draws and the stored lengths [x, 4] of each; others stand in for records of no use to the stage."""
-        config = self.config
-        chosen, table, replaced = draws.copy(), [], 0
+    def _useful(self, draws: np.ndarray, window: int) -> tuple[np.ndarray, list[np.ndarray], list[Bad]]:
+        """Draws, the stored lengths [x, 4] of each, and the records that others stand in for."""
+        chosen, table = draws.copy(), []
+        bad: list[Bad] = []
         for place, (kind, index) in enumerate(draws):
-            known = self.lengths[kind]
-            for attempt in range(_TRIES):
-                if attempt:
-                    rng = np.random.default_rng((self.seed, window, place, int(Purpose.RECORD), attempt))
-                    index = int(rng.integers(len(self.intake.sources[kind])))
-                found = known.lengths.examples(known.stored(int(index)), config.stage, config.negatives)
-                if (found[:, 0] >= 0).all():
-                    break
-                replaced += 1
-                if config.bad.action == "stop" or attempt + 1 == _TRIES:
-                    raise RecordError(
-                        f"{known.source.name} record {index} is of no use to stage {config.stage!r}: "
-                        "leave its data set out of the stage or set bad.action to skip"
-                    )
-            chosen[place, 1] = index
+            measure = partial(self._measured, int(kind))
+            chosen[place, 1], found = self.intake.usable(window, place, int(kind), int(index), bad, measure)
             table.append(found)
-        return chosen, table, replaced
+        return chosen, table, bad
+
+    def _measured(self, kind: int, index: int, _: int) -> tuple[int, np.ndarray]:
+        config, known = self.config, self.lengths[kind]
+        found = known.lengths.examples(known.stored(index), config.stage, config.negatives)
+        if (found[:, 0] < 0).any():
+            raise RecordError(
+                f"{known.source.name} record {index} is of no use to stage {config.stage!r}: "
+                "leave its data set out of the stage or set bad.action to skip"
+            )
+        return index, found
 
     def _read(
         self, draws: np.ndarray, window: int, wanted: list[tuple[int, int, int]], lengths: np.ndarray

@@ -127,7 +127,19 @@ def test_hosts_agree_on_a_picture_that_one_of_them_alone_decodes(spoilt, process
         np.testing.assert_array_equal(np.concatenate([part["patches"] for part in parts]), whole[step]["patches"])
 
 
-def test_what_a_check_found_is_skipped_unread(spoilt, processors, tmp_path):
+def test_every_host_counts_what_was_drawn_once(spoilt, processors, monkeypatch):
+    """One host alone finds out by decoding, and builds such a batch anew; whatever is drawn in a place counts too."""
+    noted = []
+    monkeypatch.setattr(Ledger, "note", lambda self, drawn, found: noted.append((drawn, len(found))))
+    alone, half = batches(spoilt, processors), batches(spoilt, processors, process_index=1, process_count=2)
+    counts = [int(alone[step]["stats"][STATS.index("bad_records")]) for step in range(5)]
+    assert sum(counts) >= 4 and noted == [(6 + bad, bad) for bad in counts]
+    noted.clear()
+    assert all(half[step] for step in range(5))
+    assert noted == [(6 + bad, bad) for bad in counts]
+
+
+def test_what_a_check_found_is_skipped_unread(spoilt, processors, tmp_path, monkeypatch):
     found = list(check(CONFIG, spoilt, processors["2"], seed=0, threads=2))
     assert [index for _, index, _ in found] == list(range(14))
     reasons = {index: reason for _, index, reason in found if reason}
@@ -141,6 +153,16 @@ def test_what_a_check_found_is_skipped_unread(spoilt, processors, tmp_path):
         for step in range(5):
             rows = whole[step]["tokens"]
             np.testing.assert_array_equal(half[step]["tokens"], np.split(rows, 2)[part])
+    stop, plain, read = dataclasses.replace(CONFIG, bad=BadConfig("stop", ceiling=0.5)), Spoilt.record, []
+    monkeypatch.setattr(Spoilt, "record", lambda self, index, rng: read.append(index) or plain(self, index, rng))
+    for config in (CONFIG, stop):
+        made = batches(spoilt, processors, config=config, known=known)
+        for step in range(5):
+            same(made[step], whole[step])
+    assert read and not set(read) & (UNREADABLE | UNDECODABLE)
+    unlisted = dataclasses.replace(known, reasons={"some": {index: "listed" for index in UNREADABLE}})
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        list(batches(spoilt, processors, config=stop, known=unlisted))
     with pytest.raises(ValueError, match="about data abc, this is xyz"):
         KnownBad.load(tmp_path / "bad.json", "xyz", ceiling=0.5)
     with pytest.raises(TooManyBad, match="4 of 14 records"):
@@ -170,8 +192,11 @@ def test_a_failing_disk_is_no_bad_record(spoilt, processors, monkeypatch):
 
 def test_a_source_of_bad_records_alone_ends(spoilt, processors, monkeypatch):
     monkeypatch.setattr(f"{__name__}.UNREADABLE", set(range(14)))
+    noted = []
+    monkeypatch.setattr(Ledger, "note", lambda self, drawn, found: noted.append((drawn, len(found))))
     with pytest.raises(RecordError, match="some: 64 records in a row cannot be used, the last: some "):
         batches(spoilt, processors)[0]
+    assert noted == [(64, 64)]
 
 
 def test_the_ceiling_is_a_share_of_a_thousand_records_at_least():
@@ -182,6 +207,7 @@ def test_the_ceiling_is_a_share_of_a_thousand_records_at_least():
         ledger.note(8, [drawn("s", 3, "three")])
     with pytest.raises(TooManyBad):
         Ledger(BadConfig("skip", ceiling=0.0), None).note(8, [drawn("s", 1, "one")])
+    Ledger(BadConfig("stop", ceiling=0.0), None).note(8, [drawn("s", 1, "of the list, whose ceiling was its own")])
     wide = Ledger(BadConfig("skip", ceiling=0.002), None)
     wide.note(5000, [drawn("s", i, "many") for i in range(10)])
     with pytest.raises(ValueError, match="it is a share"):

@@ -1,18 +1,20 @@
 """Batches planned from stored lengths are the batches that reading all records would have made."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cocoa_jax.data.bad import BadConfig
+from cocoa_jax.data.bad import BadConfig, KnownBad, Ledger, TooManyBad
 from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
 from cocoa_jax.data.packing import PackingError, RowsConfig
 from cocoa_jax.data.pipeline import STATS, BatchConfig, MaskingConfig, built_ahead, stage_dataset
 from cocoa_jax.data.planned import PlannedBuilder
 from cocoa_jax.data.prepare import BuildConfig, build
 from cocoa_jax.data.prepared import PreparedSource
+from cocoa_jax.data.readers.stages import StagedSource
 from cocoa_jax.data.sources import Content, RecordError, content_key
 
 ROWS = RowsConfig(batch_size=6, shapes=((4, 64, 192), (8, 64, 192)), examples_per_row=4, masked_per_row=24)
@@ -97,15 +99,58 @@ def test_it_is_what_reading_all_records_makes(prepared, processors, stage, negat
     assert (both > 0) == (negatives == 2), "wrong targets that are the right ones of others"
 
 
-def test_others_stand_in_for_records_of_no_use(noise, mixed_pairs, processors, tmp_path):
+def test_others_stand_in_for_records_of_no_use(noise, mixed_pairs, processors, tmp_path, monkeypatch):
     """Every second target is of pictures alone, which stage 2 does not rebuild."""
     pictures = mixed_pairs(tuple(noise(28, 28, seed) for seed in range(4)))
     made = build("mixed", pictures, "x", processors["2"], str(tmp_path), BuildConfig(workers=0))
     config = dataclasses.replace(STAGES["bridge"], bad=BadConfig("skip", 1.0))
-    batch = dataset(made, processors, "bridge", config, steps=1)[0]
-    assert batch["stats"][STATS.index("bad_records")] > 0 and (batch["pool"] >= 0).sum() == 6
+    report, noted, plain = tmp_path / "bad.jsonl", [], Ledger.note
+
+    def spy(self, drawn, found):
+        noted.append((drawn, [(bad.source, bad.index, bad.step, bad.place) for bad in found]))
+        plain(self, drawn, found)
+
+    monkeypatch.setattr(Ledger, "note", spy)
+    made_of = dataset(made, processors, "bridge", config, report=report)
+    planned = [made_of[step] for step in range(8)]
+    for batch, (drawn, found) in zip(planned, noted, strict=True):
+        assert (batch["pool"] >= 0).sum() == 6
+        assert batch["stats"][STATS.index("bad_records")] == len(found) == drawn - 6
+    named = [json.loads(line) for line in report.read_text().splitlines()]
+    assert sorted(bad["index"] for bad in named) == [0, 2, 4, 6]
+    assert all("of no use to stage 'bridge'" in bad["reason"] for bad in named)
+    counted = noted.copy()
+    noted.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("cocoa_jax.data.pipeline.stored_lengths", lambda *_: None)
+        plain_of = dataset(made, processors, "bridge", config)
+        for step in range(8):
+            assert_same(planned[step], plain_of[step])
+    assert noted == counted
+    strict = dataset(made, processors, "bridge", dataclasses.replace(config, bad=BadConfig("skip", 0.01)))
+    with pytest.raises(TooManyBad, match=r"the ceiling is a share of 0\.01; the last: .* of no use to stage 'bridge'"):
+        [strict[step] for step in range(8)]
     with pytest.raises(RecordError, match=r"of no use to stage 'bridge': leave its data set out of the stage"):
         dataset(made, processors, "bridge", steps=1)[0]
+
+
+@pytest.mark.parametrize("action", ["skip", "stop"])
+def test_what_a_check_found_is_skipped_unread(prepared, processors, monkeypatch, action):
+    listed = KnownBad("x", {"long": 17}, {"long": {3: "listed", 8: "listed"}})
+    config = dataclasses.replace(STAGES["contrastive"], bad=BadConfig(action, 1.0))
+    read, plain = [], StagedSource.record
+    monkeypatch.setattr(StagedSource, "record", lambda self, index, rng: read.append(index) or plain(self, index, rng))
+    planned = dataset(prepared, processors, "contrastive", config, known=listed)
+    assert sum(int(planned[step]["stats"][STATS.index("bad_records")]) for step in range(8)) > 0
+    assert len(read) == 48 and not {3, 8} & set(read)
+
+
+def test_a_window_counts_its_records_once(prepared, processors, monkeypatch):
+    noted = []
+    monkeypatch.setattr(Ledger, "note", lambda self, drawn, found: noted.append((drawn, len(found))))
+    planned = dataset(prepared, processors, "warmup", dataclasses.replace(STAGES["warmup"], rows=WINDOW), steps=6)
+    assert all(planned[step] for step in range(6))
+    assert noted == [(15, 0), (15, 0)]
 
 
 def test_an_example_that_is_not_as_long_as_stored_ends_the_run(prepared, processors, monkeypatch):
