@@ -61,7 +61,8 @@ class DataConfig:
         rows: shapes of a batch.
         visibility: what tokens see.
         masking: what is hidden in stages 1 and 2; null in stage 3.
-        negatives: hard negatives of each record in stage 3, or as many as it has: one that it lacks is no negative.
+        negatives: hard negatives of each record in stage 3, at most 8, or as many as it has: one that it lacks is no
+            negative.
         interleave: in how many equal parts a batch of stage 3 is drawn, each from one data set.
         bad: what happens to records that cannot be used.
         decoded_mib: MiB of memory in which pictures stay decoded, for data that is seen many times and fits.

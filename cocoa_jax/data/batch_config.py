@@ -9,6 +9,7 @@ from cocoa_jax.data.bad import BadConfig
 from cocoa_jax.data.masking import MaskingConfig
 from cocoa_jax.data.packing import RowsConfig
 from cocoa_jax.data.rows import VisibilityConfig
+from cocoa_jax.data.sources import MOST_NEGATIVES
 
 Stage = Literal["warmup", "bridge", "contrastive"]
 
@@ -19,7 +20,7 @@ class BatchConfig:
 
     Args:
         masking: what to hide; None in stage 3.
-        negatives: hard negatives taken from each record of stage 3, fewer from one that has fewer.
+        negatives: hard negatives taken from each record of stage 3, fewer from one that has fewer; 8 at most.
         interleave: stage 3, in how many equal parts a batch is drawn, each from one source.
         bad: what happens to records that cannot be used.
         steps: length of the run, over which mask ratios may move.
@@ -45,6 +46,10 @@ class BatchConfig:
             raise ValueError(f"stage {self.stage!r} with masking={self.masking}: stages 1 and 2 need it, 3 has none")
         if self.stage == "bridge" and self.visibility.attention != "bidirectional":
             raise ValueError("stage 'bridge' is truncated at the bridge, not causal: set attention to 'bidirectional'")
+        if not 0 <= self.negatives <= MOST_NEGATIVES:
+            raise ValueError(
+                f"negatives is {self.negatives}: a record brings {MOST_NEGATIVES} wrong targets at most, set 0 to that"
+            )
         if self.negatives and self.stage != "contrastive":
             raise ValueError(f"stage {self.stage!r} has no use for {self.negatives} negatives: set negatives to 0")
         if self.interleave < 1 or self.rows.batch_size % self.interleave:

@@ -15,6 +15,7 @@ PICTURES = Path(__file__).parent / "pictures" / "1.0.0"
 SPLITS = ("train", "validation", "test_seen", "test_unseen")
 SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 NO_LABEL = ("unsorted", "special", "miscellaneous")  # folders that say nothing about what is in them
+MOST_NEGATIVES = 8  # wrong targets that are read of a record, however long its list is
 SIDED = ("left", "right", "clockwise")
 
 

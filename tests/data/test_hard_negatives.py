@@ -71,6 +71,16 @@ def test_a_record_has_as_many_as_its_list_holds(tmp_path, to_parquet, processors
     assert all(np.isfinite(value) for value in metrics.values())
 
 
+def test_as_many_as_are_read_of_a_long_list(tmp_path, to_parquet, processors):
+    found = opened(tmp_path, to_parquet, [[f"boat {i} {j}" for j in range(20)] for i in range(N)])
+    config = BatchConfig("contrastive", ROWS, negatives=8)
+    batch = stage_dataset(config, found.sources, found.weights, processors["2"], seed=0, steps=1)[0]
+    assert batch["example"].shape == (10 * N,) and (batch["example"] >= 0).all()
+    for number in (9, -1):
+        with pytest.raises(ValueError, match=f"negatives is {number}: a record brings 8 wrong targets at most"):
+            BatchConfig("contrastive", ROWS, negatives=number)
+
+
 @pytest.mark.parametrize("more", [{"symmetric": True}, {"false_negatives": True}, {"hardness": 2.0}])
 def test_what_stands_in_the_place_of_none_is_never_seen(more):
     """Loss, metrics and gradients are those without the place, whatever the settings."""

@@ -13,7 +13,7 @@ import numpy as np
 from cocoa_jax.data.pixels import ImageError, open_image
 from cocoa_jax.data.readers.stores import PictureStore
 from cocoa_jax.data.readers.tables import Row, Table
-from cocoa_jax.data.sources import Content, Image, Record, RecordError, content_key, image_key
+from cocoa_jax.data.sources import MOST_NEGATIVES, Content, Image, Record, RecordError, content_key, image_key
 
 Split = Callable[[str], tuple[str, str]]
 """A stored text -> (its instruction, "" if there is none or none is known; the words after it)."""
@@ -77,7 +77,7 @@ class TableSource:
     split_query: Split = plain_text
     split_target: Split = plain_text
     list_targets: bool = False
-    negatives: int = 8
+    negatives: int = MOST_NEGATIVES
 
     def __len__(self) -> int:
         return len(self.table)
