@@ -216,7 +216,8 @@ class TrainConfig:
         stage: ``warmup`` (1), ``bridge`` (2) or ``contrastive`` (3).
         checkpoint: a Hugging Face folder, or the output of the stage before.
         output: folder of this stage: checkpoints, metrics, config.
-        seed: of sampling, masking and noise; the same seed gives the same run.
+        seed: of sampling, masking and noise; the same seed gives the same run. Noise that all hidden units share
+            (``warmup.noise``) is a matter of the step alone, and the same with any seed.
         lora: train an adapter on the frozen backbone; null trains all of the backbone.
     """
 
