@@ -194,7 +194,7 @@ class LoopConfig:
         profile: steps to record for TensorBoard's profile plugin or xprof, in the folder ``trace`` of the stage.
         compilation_cache: folder, also in a bucket, of compiled programs, for runs of the same settings to begin
             faster; null compiles anew.
-        wandb: project of Weights & Biases that gets the metrics too; needs ``cocoa-jax[wandb]``.
+        wandb: project of Weights & Biases that gets the metrics too; needs the extra ``wandb``.
     """
 
     steps: int

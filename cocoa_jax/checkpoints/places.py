@@ -22,7 +22,7 @@ def is_remote(path: str | Path) -> bool:
 
 
 def folder_at(path: str | Path) -> Any:
-    """A path with pathlib's verbs, whatever it names; needs ``cocoa-jax[gcs]`` for a bucket.
+    """A path with pathlib's verbs, whatever it names; needs the extra ``gcs`` for a bucket.
 
     Plain ``Path`` would make one slash of the two that follow ``gs:``.
     """

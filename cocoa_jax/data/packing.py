@@ -89,7 +89,7 @@ class RowsConfig:
         for shape in self.shapes:
             if shape[0] % parts:
                 raise PackingError(
-                    f"the {shape[0]} rows of {shape} cannot be shared by {parts} {by}: change rows.shapes"
+                    f"the {shape[0]} rows of {shape} cannot be shared by {parts} {by}: change data.rows.shapes"
                 )
 
 
@@ -178,6 +178,6 @@ def share(rows: int, process_index: int, process_count: int) -> slice:
     if not 0 <= process_index < process_count:
         raise PackingError(f"process_index is {process_index} of {process_count} processes: count from 0")
     if rows % process_count:
-        raise PackingError(f"{rows} rows cannot be shared by {process_count} processes: change rows.shapes")
+        raise PackingError(f"{rows} rows cannot be shared by {process_count} processes: change data.rows.shapes")
     part = rows // process_count
     return slice(process_index * part, (process_index + 1) * part)

@@ -22,7 +22,8 @@ def check_installed(project: str | None) -> None:
     """
     if project is not None and importlib.util.find_spec("wandb") is None:
         raise SettingsError(
-            f"loop.wandb is {project!r} and wandb is not installed: pip install 'cocoa-jax[wandb]', or leave it null"
+            f"loop.wandb is {project!r} and wandb is not installed: pip install '.[wandb]' in the clone of "
+            "cocoa_jax, or leave it null"
         )
 
 

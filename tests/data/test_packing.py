@@ -101,7 +101,7 @@ def test_refusals_name_value_limit_and_remedy():
     with pytest.raises(PackingError, match="process_index is 2 of 2"):
         share(8, 2, 2)
     with pytest.raises(
-        PackingError, match=r"the 6 rows of \(6, 9, 9\) cannot be shared by 4 devices: change rows.shap"
+        PackingError, match=r"the 6 rows of \(6, 9, 9\) cannot be shared by 4 devices: change data.rows.shap"
     ):
         config((4, 9, 8), (6, 9, 9)).check_shared(4, "devices")
 

@@ -172,7 +172,7 @@ def test_nothing_is_said_to_help_that_does_not(stage3):
         ("v5e:4x4", 1, {"mesh.slice": 2}, "mesh.slice is 2, the number of slices is 1: leave it at -1"),
         ("v5e:4x4", 2, {"mesh.slice": 1}, "mesh.slice is 1, the number of slices is 2: leave it at -1"),
         ("v5e:4x4", 1, {"compute.chunk_rows": 5}, "compute.chunk_rows is 5, a device has 32 rows: choose a divisor"),
-        ("v5e:16x16", 2, {}, "the 256 rows of (256, 1280, 4096) cannot be shared by 512 devices: change rows.shapes"),
+        ("v5e:16x16", 2, {}, "256 rows of (256, 1280, 4096) cannot be shared by 512 devices: change data.rows.shapes"),
         ("v5e:16x16", 0, {}, "0 slices of v5e:16x16: give 1 or more"),
         ("v5e:4x4", 1, {"checkpoint": "nowhere"}, "nowhere holds no config.json: give the folder of a Qwen2-VL"),
     ],
@@ -270,7 +270,7 @@ def test_a_search_begins_with_the_mesh_of_the_config(stage3):
 
 def test_a_search_of_what_cannot_be_compiled_says_why(stage3):
     few = changed(stage3, {"data.rows.shapes": ((128, 1280, 4096),)})
-    with pytest.raises(ValueError, match=r"cannot be shared by 512 devices: change rows\.shapes"):
+    with pytest.raises(ValueError, match=r"cannot be shared by 512 devices: change data\.rows\.shapes"):
         search(few, "v5e:16x16", 2, 3, Made(20), lambda _: None)
 
 

@@ -94,7 +94,7 @@ def test_a_window_of_nothing_is_refused(settings, tmp_path, window):
 
 def test_wandb_that_is_not_installed_is_said_before_any_work(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match=r"loop.wandb is 'mine' and wandb is not installed: pip install 'cocoa-jax"):
+    with pytest.raises(SettingsError, match=r"loop\.wandb is 'mine' and .* not installed: pip install '\.\[wandb\]'"):
         train(settings(tmp_path / "run", loop={"wandb": "mine"}))
     assert not (tmp_path / "run").exists()
 

@@ -173,7 +173,9 @@ class ParquetTable:
             import pyarrow
             from pyarrow import parquet
         except ImportError as error:
-            raise SourceError(f"{paths[0]} is Parquet, which needs pyarrow: install cocoa-jax[data]") from error
+            raise SourceError(
+                f"{paths[0]} is Parquet, which needs pyarrow: pip install '.[data]' in the clone of cocoa_jax"
+            ) from error
 
         self._paths, self._columns = tuple(paths), tuple(dict.fromkeys(columns))
         self._files, rows = [], []

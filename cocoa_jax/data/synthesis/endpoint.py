@@ -92,7 +92,9 @@ class Endpoint:
         try:
             import openai
         except ImportError as error:
-            raise EndpointError("the client `openai` is not installed: install cocoa-jax[synthesize]") from error
+            raise EndpointError(
+                "the client `openai` is not installed: pip install '.[synthesize]' in the clone of cocoa_jax"
+            ) from error
         self.config = config
         self._errors = openai
         self._client = openai.OpenAI(
