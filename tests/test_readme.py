@@ -1,6 +1,7 @@
 """What the README and the docs show is run: Python as it stands, commands through the real parser."""
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import yaml
 
 from cocoa_jax import cli
+from cocoa_jax.config import EvaluateConfig, evaluate_config_of, load_config, to_dict
+from cocoa_jax.recipe import read_recipe, stage_configs
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -49,6 +53,30 @@ def test_extras_are_those_of_the_package_in_the_clone():
     named = [re.findall(r"'\.\[([\w,]+)\]'", path.read_text()) for path in (README, *DOCS, *code)]
     assert {extra for found in named for some in found for extra in some.split(",")} <= set(ast.literal_eval(line))
     assert [path for path in code if "cocoa-jax[" in path.read_text()] == []
+
+
+def test_the_recipe_that_is_shown_is_one(call, tmp_path, monkeypatch):
+    (text,) = [block for block in blocks(ROOT / "docs/recipes.md", "yaml") if block.startswith("# mine.yaml")]
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "mixture.yaml").write_text("datasets: {mine: {format: cocoa-captions, path: captions.jsonl}}")
+    line = json.dumps({"image_path": "1.jpg", "caption": "a kiwi"})
+    (tmp_path / "captions.jsonl").write_text(f"{line}\n" * 100)
+    monkeypatch.chdir(tmp_path)
+    assert call("run", "mine.yaml", "--write", "stages")[0] == 0
+    steps = {path.stem: yaml.safe_load(path.read_text())["loop"]["steps"] for path in Path("stages").iterdir()}
+    assert steps == {"2-bridge": 2, "3-contrastive": 900}  # one epoch of 100 records in batches of 64
+
+
+def test_the_settings_that_are_shown_read_as_a_recipe_trains(tmp_path):
+    (text,) = [block for block in blocks(ROOT / "docs/evaluation.md", "yaml") if block.startswith("# settings.yaml")]
+    (tmp_path / "settings.yaml").write_text(text)
+    shown = load_config(EvaluateConfig, tmp_path / "settings.yaml")
+    stage = stage_configs(read_recipe(ROOT / "configs/recipes/cocoa_qwen2_vl_2b.yaml"), (1, 1, 1))[-1]
+    trained = evaluate_config_of(to_dict(stage))
+    for field in ("processor", "visibility", "pooling", "tokens", "mesh"):
+        assert getattr(shown, field) == getattr(trained, field), field
+    assert shown.compute.dtype == trained.compute.dtype and shown.rows.widest[1:] == trained.rows.widest[1:]
 
 
 def test_its_python_runs(trained, tmp_path, monkeypatch):
