@@ -92,7 +92,8 @@ def method_tokens(
         config.vision_end_token: "the end of a picture",
     }
     unused = (row for row in range(used, rows) if row not in taken)
-    ids, added = [], {}
+    added: dict[str, int] = {}
+    ids = []
     for role, token in [("mask_token", settings.mask_token), *(("bridge_tokens", t) for t in settings.bridge_tokens)]:
         number = full.token_to_id(token)
         if number is None:
