@@ -15,7 +15,7 @@ from etils import epath
 from tqdm import tqdm
 
 from cocoa_jax.data.bad import BadConfig, TooManyBad
-from cocoa_jax.data.prepare_shard import PARTS, Part, Work, read_part
+from cocoa_jax.data.prepare_shard import PARTS, Part, Work, changed_pictures, read_part, usable
 from cocoa_jax.data.prepare_workers import run_shards
 from cocoa_jax.data.prepared import (
     FORMAT,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 VERSION = "1.0.0"
 PLAN = "plan.json"
+STAMPS = "stamps.json"  # of the pictures that were read from folders, by path
 
 
 class PrepareError(ValueError):
@@ -78,7 +79,8 @@ def build(
         output: a local folder or ``gs://``.
         made_for: a stage for which the records are made already.
     Raises:
-        PrepareError: the folder was begun with other data or settings, or there are no records to write.
+        PrepareError: the folder was begun with other data or settings, or finished and its pictures have changed since;
+            or there are no records to write.
         TooManyBad: more records cannot be used than ``config.bad`` allows; RecordError: one, and it says stop.
     """
     folder = epath.Path(output) / _slug(name) / VERSION
@@ -94,8 +96,10 @@ def build(
         "made_for": made_for,
     }
     _begin(folder, plan)
-    if not (folder / STATISTICS).exists():
-        work = Work(source, processor, str(folder), _slug(name), config.quality, config.shard_records, made_for)
+    work = Work(source, processor, str(folder), _slug(name), config.quality, config.shard_records, made_for)
+    if (folder / STATISTICS).exists():
+        _check_unchanged(folder, work)
+    else:
         parts = _written(work, shards, config)
         _finish(folder, work, shards, parts, plan)
     return open_prepared(str(folder), name)
@@ -119,6 +123,22 @@ def _begin(folder: epath.Path, plan: Mapping[str, Any]) -> None:
     if changed:
         raise PrepareError(
             f"{folder} was begun with other data or settings ({'; '.join(changed)}): give another output or remove it"
+        )
+
+
+def _check_unchanged(folder: epath.Path, work: Work) -> None:
+    """See that finished data are what a build of the same source would give now."""
+    stamps = json.loads((folder / STAMPS).read_text()) if (folder / STAMPS).exists() else {}
+    if changed := changed_pictures(work.source, stamps):
+        raise PrepareError(
+            f"{folder} was built from other pictures ({len(changed)} of {len(stamps)} have changed since, the first: "
+            f"{changed[0]!r}): give another output or remove it"
+        )
+    rejected = [json.loads(line)["index"] for line in (folder / REJECTED).read_text().splitlines()]
+    if repaired := [index for index in rejected if usable(work, index)]:
+        raise PrepareError(
+            f"{folder} was built without records that can be used now ({len(repaired)}, the first is number "
+            f"{repaired[0]}): give another output or remove it"
         )
 
 
@@ -180,6 +200,8 @@ def _finish(folder: epath.Path, work: Work, shards: int, parts: Sequence[Part], 
     rejected = [(index, reason) for part in parts for index, reason in part.rejected]
     lines = [json.dumps({"index": index, "reason": reason}) + "\n" for index, reason in rejected]
     (folder / REJECTED).write_text("".join(lines))
+    stamps = {path: stamp for part in parts for path, stamp in part.stamps.items()}
+    (folder / STAMPS).write_text(json.dumps(stamps))
     digest = hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()[:16]
     statistics = {
         **plan,

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from cocoa_jax.data.masking import Purpose, example_rng
 from cocoa_jax.data.pixels import ImageError, PixelSettings, decode
 from cocoa_jax.data.prepared import SPLIT, Lengths, serialize
 from cocoa_jax.data.processor import ExampleError, Processor
+from cocoa_jax.data.readers.records import TableSource
 from cocoa_jax.data.readers.stages import Stage, for_stage
 from cocoa_jax.data.sources import Content, Image, Record, RecordError
 
@@ -64,8 +65,9 @@ class Part:
 
     Args:
         seen: records of the source, the rejected ones too.
-        sizes: of each picture: width and height in the source and as stored.
         digest: over the records' bytes.
+        sizes: of each picture: width and height in the source and as stored.
+        stamps: of each file of a folder that a picture came from, by its path.
     """
 
     shard: int
@@ -75,6 +77,7 @@ class Part:
     rejected: tuple[tuple[int, str], ...]
     lengths: Lengths
     sizes: Int32[np.ndarray, "p 4"]
+    stamps: Mapping[str, str]
 
 
 def write_shard(work: Work, shard: int, shards: int, progress: Callable[[int], object]) -> Part:
@@ -82,6 +85,7 @@ def write_shard(work: Work, shard: int, shards: int, progress: Callable[[int], o
     first = shard * work.shard_records
     indices = range(first, min(first + work.shard_records, len(work.source)))
     rows, rejected, sizes = [], [], []
+    stamps: dict[str, str] = {}
     digest, total = hashlib.sha256(), 0
     count = functools.lru_cache(_TEXTS_KNOWN)(work.processor.count)
     local = not work.folder.startswith("gs://")
@@ -100,30 +104,67 @@ def write_shard(work: Work, shard: int, shards: int, progress: Callable[[int], o
                 total += len(data)
                 rows.append(measured)
                 sizes += shown
+                stamps |= _stamps(work.source, record)
             progress(1)
         writer.close()
         _publish(path, work.path(shard, shards))
         table = np.array(sizes, np.int32).reshape(-1, 4)
-        part = Part(shard, len(indices), total, digest.hexdigest(), tuple(rejected), _lengths(rows), table)
+        part = Part(shard, len(indices), total, digest.hexdigest(), tuple(rejected), _lengths(rows), table, stamps)
         known = {field: getattr(part, field) for field in ("shard", "seen", "bytes", "digest", "rejected")}
         path = os.path.join(aside, "part")
         with open(path, "wb") as file:
             arrays: dict[str, Any] = {"known": np.array(json.dumps(known)), "sizes": table, **part.lengths.arrays()}
+            arrays["stamps"] = np.frombuffer(json.dumps(stamps).encode(), np.uint8)
             np.savez(file, **arrays)
         _publish(path, work.part(shard))
     return part
 
 
 def read_part(work: Work, shard: int) -> Part | None:
-    """What an earlier run found in a shard; None where it has to be written."""
+    """What an earlier run found in a shard; None where it has to be written, since what it was made of is not the same.
+
+    That is so where a picture was changed, or a record that was rejected can be used now.
+    """
     path = work.part(shard)
     if not path.exists():
         return None
     with path.open("rb") as file, np.load(file) as stored:
         arrays = dict(stored)
+    if "stamps" not in arrays:  # of an earlier version, which kept none
+        return None
     known, sizes = json.loads(str(arrays.pop("known"))), arrays.pop("sizes")
+    stamps = json.loads(arrays.pop("stamps").tobytes())
     known["rejected"] = tuple((index, reason) for index, reason in known["rejected"])
-    return Part(**known, lengths=Lengths(**arrays), sizes=sizes)
+    if changed_pictures(work.source, stamps) or any(usable(work, index) for index, _ in known["rejected"]):
+        return None
+    return Part(**known, lengths=Lengths(**arrays), sizes=sizes, stamps=stamps)
+
+
+def changed_pictures(source: RecordSource, stamps: Mapping[str, str]) -> list[str]:
+    """The paths whose files are others now; one that is gone has not changed what was made of it."""
+    if not isinstance(source, TableSource) or source.images is None:
+        return []
+    now = ((path, source.images.stamp(path)) for path in stamps)
+    return [path for path, stamp in now if stamp.strip() and stamp != stamps[path]]
+
+
+def usable(work: Work, index: int) -> bool:
+    """Whether a record that was rejected can be used now."""
+    try:
+        prepare_record(work, index, work.processor.count)
+    except BAD:
+        return False
+    return True
+
+
+def _stamps(source: RecordSource, record: Record) -> dict[str, str]:
+    """Of the pictures that lie in folders; those of zips and inside tables are part of the source's fingerprint."""
+    if not isinstance(source, TableSource) or source.images is None:
+        return {}
+    contents = (record.query, record.target, *record.negatives)
+    # A picture that was read by its path is called by it; another one's name is no path, and has no stamp.
+    stamps = {image.name: source.images.stamp(image.name) for content in contents for image in content.images}
+    return {path: stamp for path, stamp in stamps.items() if stamp.strip()}
 
 
 Measured = tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int, int]], list[int]]

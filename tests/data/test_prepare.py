@@ -234,6 +234,54 @@ def test_rejected_records_are_named_and_counted_by_reason(mixed, processors, tmp
         made(broken, processors["2"], tmp_path / "ceiling", bad=BadConfig("skip", ceiling=0.002))
 
 
+@pytest.fixture
+def lying_beside(tmp_path, to_lines, picture):
+    """A table of six pictures in a folder, two of them broken, opened anew each time."""
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(b"<html>" if i in (1, 4) else picture(i))
+    to_lines(tmp_path / "rows.jsonl", [{"image_path": f"{i}.jpg", "caption": f"caption {i}"} for i in range(6)])
+    mixture = MixtureConfig({"mine": DatasetConfig("cocoa-captions", "rows.jsonl")}, str(tmp_path))
+    return lambda: next(open_named("mixture", mixture))
+
+
+def test_what_was_repaired_or_changed_is_built_again_and_nothing_else(
+    lying_beside, processors, tmp_path, monkeypatch, picture
+):
+    def again(**options):
+        opened = lying_beside()
+        config = BuildConfig(workers=0, shard_records=2, **options)
+        return build("mine", opened.source, opened.contents, processors["2"], str(tmp_path / "out"), config)
+
+    def stopped(folder, work, shards, parts, plan):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "out" / "mine" / "1.0.0"
+    with pytest.raises(TooManyBad, match="1 of 2 records cannot be used, the first: mine 1"):
+        again(bad=BadConfig("stop"))
+    (tmp_path / "1.jpg").write_bytes(picture(1))
+    with pytest.raises(TooManyBad, match="1 of 6 records cannot be used, the first: mine 4"):
+        again(bad=BadConfig("stop"))
+    # Before it is finished a changed picture is read again; shards with neither stay.
+    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr("cocoa_jax.data.prepare._finish", stopped)
+        again()
+    shards = sorted(folder.glob("*.array_record-*"))
+    before = [shard.stat().st_mtime_ns for shard in shards]
+    (tmp_path / "2.jpg").write_bytes(picture(22))
+    (tmp_path / "0.jpg").unlink()  # what it gave is there
+    prepared = again()
+    assert [old == shard.stat().st_mtime_ns for old, shard in zip(before, shards, strict=True)] == [True, False, True]
+    assert [prepared.record(i).query.images[0].data for i in range(5)] == [picture(i) for i in (0, 1, 22, 3, 5)]
+    assert again().fingerprint() == prepared.fingerprint()
+    # Finished data are what somebody may train on: they are never changed, and never silently old.
+    (tmp_path / "4.jpg").write_bytes(picture(4))
+    with pytest.raises(PrepareError, match=r"without records that can be used now \(1, the first is number 4\): give"):
+        again()
+    (tmp_path / "3.jpg").write_bytes(picture(33))
+    with pytest.raises(PrepareError, match=r"other pictures \(1 of 5 have changed since, the first: '3.jpg'\): give"):
+        again()
+
+
 def test_a_bucket_is_written_like_a_folder(mixed, processors, tmp_path, monkeypatch):
     """A local folder stands in for the bucket: every file must reach it through the path library."""
     from etils.epath import backend, gpath
