@@ -97,7 +97,7 @@ def build(
     }
     _begin(folder, plan)
     work = Work(source, processor, str(folder), _slug(name), config.quality, config.shard_records, made_for)
-    if (folder / STATISTICS).exists():
+    if _finished(folder):
         _check_unchanged(folder, work)
     else:
         parts = _written(work, shards, config)
@@ -124,6 +124,15 @@ def _begin(folder: epath.Path, plan: Mapping[str, Any]) -> None:
         raise PrepareError(
             f"{folder} was begun with other data or settings ({'; '.join(changed)}): give another output or remove it"
         )
+
+
+def _finished(folder: epath.Path) -> bool:
+    """Whether the last file of a build is there, and whole."""
+    try:
+        json.loads((folder / STATISTICS).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _check_unchanged(folder: epath.Path, work: Work) -> None:
@@ -214,8 +223,18 @@ def _finish(folder: epath.Path, work: Work, shards: int, parts: Sequence[Part], 
         "tokens": {stage: _spread(values) for stage, values in _lengths_by_stage(lengths, 0)},
         "patches": {stage: _spread(values) for stage, values in _lengths_by_stage(lengths, 1)},
     }
-    (folder / STATISTICS).write_text(json.dumps(statistics, indent=1))
+    _write_whole(folder / STATISTICS, json.dumps(statistics, indent=1))
     (folder / PARTS).rmtree()
+
+
+def _write_whole(path: epath.Path, text: str) -> None:
+    """Write a file whole or not at all, as a store of objects does by itself."""
+    if str(path).startswith("gs://"):
+        path.write_text(text)
+        return
+    aside = path.with_name(f"{path.name}.partial")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def summary(made: PreparedSource) -> str:

@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -280,6 +281,28 @@ def test_what_was_repaired_or_changed_is_built_again_and_nothing_else(
     (tmp_path / "3.jpg").write_bytes(picture(33))
     with pytest.raises(PrepareError, match=r"other pictures \(1 of 5 have changed since, the first: '3.jpg'\): give"):
         again()
+
+
+def test_statistics_that_a_kill_cut_short_are_written_again(mixed, processors, tmp_path, monkeypatch):
+    whole = made(mixed, processors["2"], tmp_path / "whole")
+    folder = Path(made(mixed, processors["2"], tmp_path / "cut").folder)
+    statistics = (folder / STATISTICS).read_text()
+    for left in ("", statistics[:40]):  # as earlier versions could leave them
+        (folder / STATISTICS).write_text(left)
+        made(mixed, processors["2"], tmp_path / "cut")
+        assert files(str(folder)) == files(whole.folder)
+    (folder / STATISTICS).unlink()
+    written = epath.Path.write_text
+
+    def cut_short(path, text, *more, **options):
+        written(path, text[:40] if path.name.startswith(STATISTICS) else text, *more, **options)
+        if path.name.startswith(STATISTICS):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(type(epath.Path(folder)), "write_text", cut_short)
+        made(mixed, processors["2"], tmp_path / "cut")
+    assert not (folder / STATISTICS).exists()
 
 
 def test_a_bucket_is_written_like_a_folder(mixed, processors, tmp_path, monkeypatch):
