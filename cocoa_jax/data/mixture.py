@@ -38,7 +38,8 @@ class DatasetConfig:
             other ``columns``; ``pictures``, the embedded ones; ``tfds``, the folder of a version that TensorFlow
             Datasets prepared as ArrayRecord; ``prepared``, one that ``cocoa data build`` made.
         path: a folder (MMEB) or files, ``*`` allowed; relative to the mixture's ``root``.
-        images: folder or zip of the pictures, or several; default where the format keeps them, else beside the files.
+        images: folder or zip of the pictures, or several; default where the format keeps them, else beside the files,
+            which must lie in one folder then.
         subset, split: of MMEB, or the split of the embedded pictures; default the data set's name, and the first.
         kind: of the embedded pictures.
         columns: of a ``table``.
@@ -195,8 +196,14 @@ def _open_table(columns: Columns | None) -> Callable[[str, DatasetConfig, Path],
         paths = [Path(path) for path in sorted(glob.glob(str(root / dataset.path)))]
         if not dataset.path or not paths:
             raise SourceError(f"no file is called {str(root / dataset.path)!r}: correct `path`")
-        store = _store(dataset, root) or open_store([paths[0].parent])
+        folders = sorted({path.parent for path in paths})
+        store = _store(dataset, root) or (open_store(folders) if len(folders) == 1 else None)
         source = TableSource(name, open_table(paths, chosen.names), chosen, store, dataset.instruction)
+        if store is None and (first := next(source.paths(), None)) is not None:
+            raise SourceError(
+                f"its files lie in {len(folders)} folders, the first is {folders[0]}, and {first!r} may be in any: set "
+                "`images` to a folder that all paths begin in, or make a data set of each folder"
+            )
         return source, source.fingerprint()
 
     return open_

@@ -77,6 +77,27 @@ def test_what_stages_make_of_a_pair(written, picture):
         source.record(0, RNG)
 
 
+def test_files_of_several_folders_do_not_share_the_first_one_s_pictures(tmp_path, to_lines, to_parquet, picture):
+    for i, name in enumerate("ab"):
+        to_lines(tmp_path / name / "rows.jsonl", [{"image_path": "0.jpg", "caption": name}])
+        (tmp_path / name / "0.jpg").write_bytes(picture(i))
+        to_parquet(
+            tmp_path / name / "in.parquet", [{"image_path": {"bytes": picture(i), "path": "0"}, "caption": name}]
+        )
+
+    def opened(path, **more):
+        return open_mixture(
+            MixtureConfig({"x": DatasetConfig("cocoa-captions", path, **more)}, str(tmp_path)), "warmup"
+        )
+
+    with pytest.raises(SourceError, match=r"data set x: its files lie in 2 folders, .* '0\.jpg' may be in any: set"):
+        opened("*/rows.jsonl")
+    assert opened("b/rows.jsonl").sources["x"].record(0, RNG).query.images[0].data == picture(1)
+    inside = opened("*/in.parquet").sources["x"]
+    assert [inside.record(i, RNG).query.images[0].data for i in range(2)] == [picture(0), picture(1)]
+    assert opened("*/rows.jsonl", images=["a"]).sources["x"].record(1, RNG).query.images[0].data == picture(0)
+
+
 def test_a_cap_is_the_same_random_choice_every_time(written):
     def chosen(seed):
         sources = open_mixture(mixture(written), "contrastive").sources

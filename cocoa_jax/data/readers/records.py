@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -117,7 +117,7 @@ class TableSource:
 
     def fingerprint(self) -> str:
         """Changes with the rows, the mapping, the instruction, and (in zips) the pictures."""
-        stored = self.images.fingerprint() if self.images else ""
+        stored = self.settled.fingerprint() if self.settled else ""
         seen = [self.name, self.table.fingerprint(), stored, repr(self.columns), self.instruction]
         return hashlib.blake2b("\n".join(seen).encode(), digest_size=16).hexdigest()
 
@@ -138,9 +138,29 @@ class TableSource:
             return (open_image(value, name),)
         if not isinstance(value, str):
             raise RecordError(f"a picture is a {type(value).__name__}, expected a path or bytes")
-        if self.images is None:
+        if self.settled is None:
             raise RecordError(f"path {value!r} needs a folder of pictures: set `images`")
-        return (open_image(self.images.read(value), value),)
+        return (open_image(self.settled.read(value), value),)
+
+    @cached_property
+    def settled(self) -> PictureStore | None:
+        """``images``, where zips are known to lack which folders of the paths; the same in every process."""
+        if self.images is not None:
+            self.images.settle(self.paths())
+        return self.images
+
+    def paths(self) -> Iterator[str]:
+        """The paths of pictures, column by column; of a column that holds pictures themselves nothing is read."""
+        columns = self.columns
+        for name in filter(None, (columns.query_image, columns.target_image, columns.negative_image)):
+            for cell in self.table.column(name):
+                values = cell if isinstance(cell, list) else [cell]
+                values = [
+                    value.get("bytes") or value.get("path") if isinstance(value, dict) else value for value in values
+                ]
+                if any(isinstance(value, bytes) for value in values):
+                    break
+                yield from (value for value in values if isinstance(value, str) and value)
 
     def query_content(self, text: str, images: tuple[Image, ...], instruction: str = "") -> Content:
         """A query of these words, with its own instruction or the one that replaces it."""

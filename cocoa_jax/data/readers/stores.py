@@ -9,7 +9,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +38,14 @@ class PictureStore(Protocol):
         """
         ...
 
+    def settle(self, paths: Iterable[str]) -> None:
+        """Find out from the paths of a table, in their order, which of their leading folders a zip lacks.
+
+        Raises:
+            SourceError: they do not tell in which of several zips a picture is meant.
+        """
+        ...
+
     def fingerprint(self) -> str: ...
 
     def stamp(self, path: str) -> str:
@@ -46,7 +54,7 @@ class PictureStore(Protocol):
 
 
 def open_store(places: Sequence[Path]) -> PictureStore:
-    """Folders and zips; a picture is taken from the first that holds it.
+    """Folders and zips; a picture is taken from the first that holds it under its whole path, else without folders.
 
     Raises:
         SourceError: a place that does not exist or is no zip.
@@ -111,6 +119,9 @@ class FolderStore:
                 raise RecordError(f"path {path[:80]!r}... cannot name a file ({error}): correct the row") from error
             raise
 
+    def settle(self, paths: Iterable[str]) -> None:
+        """A folder lacks nothing."""
+
     def fingerprint(self) -> str:
         """Nothing of a folder: to hash a million files would take longer than to train a while on them."""
         return "folder"
@@ -128,11 +139,11 @@ class ZipStore:
     """Members of a zip, read at random; 56 bytes of memory a member instead of zipfile's half a kilobyte.
 
     A row's path may have leading folders that the zip lacks, and the other way round: published zips were made at
-    different levels.
+    different levels. `settle` fixes these folders for all rows; before that any are left out.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, lacks: tuple[str, ...] | None = None):
+        self._path, self.lacks = path, lacks
         try:
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if not member.is_dir()]
@@ -157,7 +168,7 @@ class ZipStore:
         self._digest = digest.hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ZipStore, (self._path,)
+        return ZipStore, (self._path, self.lacks)
 
     def __del__(self) -> None:
         if "_file" in self.__dict__:
@@ -167,14 +178,35 @@ class ZipStore:
         return len(self._keys)
 
     def read(self, path: str) -> bytes:
-        parts = inside(path)
-        names = ["/".join(parts[skip:]) for skip in range(len(parts))]
-        names += [f"{self._top}/{name}" for name in names[:1] if self._top]
-        for name in names:
-            place = int(np.searchsorted(self._keys, np.uint64(_key(name))))
-            if place < len(self._keys) and self._keys[place] == _key(name):
-                return self._member(self._members[place], path)
-        raise MissingPicture(f"path {path!r}: not in {self._path.name}: fetch it or correct `images`")
+        place = self.place(inside(path))
+        if place is None:
+            raise MissingPicture(f"path {path!r}: not in {self._path.name}: fetch it or correct `images`")
+        return self._member(self._members[place], path)
+
+    def place(self, parts: tuple[str, ...]) -> int | None:
+        """The number of the member that a path means; None: of none."""
+        whole = self.whole(parts)
+        if whole is not None or self.lacks == ():
+            return whole
+        lacking = parts[: self.lacking(parts)] if self.lacks is None else self.lacks
+        return self.whole(parts[len(lacking) :]) if parts[: len(lacking)] == lacking else None
+
+    def whole(self, parts: tuple[str, ...]) -> int | None:
+        """The number of the member of exactly this path, perhaps below the one folder that holds all."""
+        name = "/".join(parts)
+        for full in (name, f"{self._top}/{name}") if self._top else (name,):
+            key = np.uint64(_key(full))
+            place = int(np.searchsorted(self._keys, key))
+            if place < len(self._keys) and self._keys[place] == key:
+                return place
+        return None
+
+    def lacking(self, parts: tuple[str, ...]) -> int:
+        """Without how many leading folders the zip holds a path; 0 also where it holds none of its ends."""
+        return next((skip for skip in range(1, len(parts)) if self.whole(parts[skip:]) is not None), 0)
+
+    def settle(self, paths: Iterable[str]) -> None:
+        FirstOf((self,)).settle(paths)
 
     def _member(self, fields: np.ndarray, path: str) -> bytes:
         offset, packed, size, crc, method, flags = (int(field) for field in fields)
@@ -196,6 +228,16 @@ class ZipStore:
             raise RecordError(f"path {path!r}: not the {size} bytes that {self._path.name} lists: fetch it again")
         return data
 
+    @property
+    def name(self) -> str:
+        """The file's, without its ending: perhaps that of the folder that was packed."""
+        return self._path.stem
+
+    def checksum(self, parts: tuple[str, ...]) -> tuple[int, ...]:
+        """Size and checksum of the member of exactly this path, () for none."""
+        place = self.whole(parts)
+        return () if place is None else tuple(int(field) for field in self._members[place, 2:4])
+
     def fingerprint(self) -> str:
         """Over names, sizes and checksums of all members."""
         return self._digest
@@ -205,21 +247,59 @@ class ZipStore:
 
 
 class FirstOf:
-    """Several stores; the first that holds a path gives it."""
+    """Several stores; the first that holds a path gives it, whole paths before those that a zip lacks folders of."""
 
     def __init__(self, stores: tuple[PictureStore, ...]):
         self._stores = stores
+        self._zips = [store for store in stores if isinstance(store, ZipStore)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FirstOf, (self._stores,)
 
     def read(self, path: str) -> bytes:
-        for store in self._stores:
+        parts = inside(path)
+        whole = [store for store in self._stores if not isinstance(store, ZipStore) or store.whole(parts) is not None]
+        for store in (*whole, *self._zips):
             try:
                 return store.read(path)
             except MissingPicture as error:
                 missing = error
         raise missing
+
+    def settle(self, paths: Iterable[str]) -> None:
+        left = [store for store in self._zips if store.lacks is None]
+        for path in paths if left else ():
+            try:
+                parts = inside(path)
+            except RecordError:
+                continue
+            meant = self._meant(path, parts, left)
+            if meant is not None:
+                meant.lacks = parts[: meant.lacking(parts)] if meant.whole(parts) is None else ()
+                left.remove(meant)
+            if not left:
+                break
+        for store in left:  # nothing in them is asked for
+            store.lacks = ()
+
+    def _meant(self, path: str, parts: tuple[str, ...], left: Sequence[ZipStore]) -> ZipStore | None:
+        """Which zip of those that are not settled a path tells something about, if any."""
+        for store in self._zips:
+            if store.whole(parts) is not None:
+                return store if store in left else None
+        if any(store.place(parts) is not None for store in self._zips if store.lacks is not None):
+            return None
+        found = {store: skip for store in left if (skip := store.lacking(parts))}
+        if not found or any(store.stamp(path) for store in self._stores if not isinstance(store, ZipStore)):
+            return None
+        named = [store for store, skip in found.items() if store.name in parts[:skip]] or list(found)
+        if len({store.checksum(parts[found[store] :]) for store in named}) > 1:
+            zips = " and ".join(f"{store.name}.zip" for store in named)
+            raise SourceError(
+                f"path {path!r}: {zips} hold different pictures of this name without all of its folders: call each zip "
+                "like its folder, or pack the folders too"
+            )
+        return named[0]
 
     def fingerprint(self) -> str:
         return "+".join(store.fingerprint() for store in self._stores)

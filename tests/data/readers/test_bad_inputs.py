@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import struct
 import tracemalloc
 import zipfile
@@ -198,6 +199,67 @@ def test_a_zip_that_cannot_be_opened_says_why(tmp_path, picture):
         ZipStore(path)
     with pytest.raises(SourceError, match=r"cannot be read .*correct the path"):
         ZipStore(tmp_path)
+
+
+def zipped(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def shown(places: list[Path], paths: list[str]) -> list[int | str]:
+    """The red of each row's picture, or why there is none; a pickled copy reads the rows from the last to the first."""
+    table = places[0].parent / "rows.jsonl"
+    table.write_text("".join(json.dumps({"image": path, "caption": "x"}) + "\n" for path in paths))
+    made = TableSource("mine", JsonTable([table]), PAIRS, open_store(places))
+    made.fingerprint()  # as all openers do; a copy keeps what this found out about zips
+    copy = pickle.loads(pickle.dumps(made))
+    found: list[int | str] = []
+    for index in reversed(range(len(paths))):
+        try:
+            found.insert(0, decode(copy.record(index).query.images[0]).getpixel((0, 0))[0])
+        except RecordError as error:
+            found.insert(0, "missing" if "not in" in str(error) else str(error))
+    return found
+
+
+def red(value: int) -> bytes:
+    return encoded(PIL.Image.new("RGB", (4, 4), (value, 0, 0)), "PNG")
+
+
+def test_flat_zips_give_the_pictures_of_their_own_folders(tmp_path):
+    train = zipped(tmp_path / "train.zip", {"0.png": red(1), "1.png": red(2)})
+    val = zipped(tmp_path / "val.zip", {"0.png": red(3), "2.png": red(4)})
+    rows = ["train/0.png", "train/1.png", "val/0.png", "val/1.png", "val/2.png", "gone/dir/0.png", "train/2.png"]
+    for places in ([train, val], [val, train]):
+        assert shown(places, rows) == [1, 2, 3, "missing", 4, "missing", "missing"]
+    # Zips whose names say nothing are settled by the first row that only one of them can mean.
+    part, rest = tmp_path / "part-1.zip", tmp_path / "part-2.zip"
+    train.rename(part), val.rename(rest)
+    assert shown([part, rest], ["train/1.png", "train/0.png", "val/2.png", "val/0.png", "x/0.png"]) == [
+        2,
+        1,
+        4,
+        3,
+        "missing",
+    ]
+    with pytest.raises(SourceError, match=r"path 'train/0.png': part-1.zip and part-2.zip hold different pictures"):
+        shown([part, rest], rows)
+    same = zipped(tmp_path / "same.zip", {"0.png": red(1)})
+    assert shown([part, same], ["train/0.png"]) == [1]
+
+
+def test_a_whole_path_is_looked_for_everywhere_before_a_part_of_it(tmp_path):
+    flat = zipped(tmp_path / "flat.zip", {"0.png": red(1), "1.png": red(2)})
+    deep = zipped(tmp_path / "deep.zip", {"val/0.png": red(3), "val/1.png": red(4), "a/0.png": red(5)})
+    assert shown([flat, deep], ["train/1.png", "val/0.png", "val/1.png", "train/0.png"]) == [2, 3, 4, 1]
+    assert shown([flat, zipped(tmp_path / "more.zip", {"b/0.png": red(7)})], ["b/1.png", "b/0.png"]) == [2, 7]
+    (tmp_path / "folder" / "val").mkdir(parents=True)
+    (tmp_path / "folder" / "val" / "0.png").write_bytes(red(6))
+    assert shown([flat, tmp_path / "folder"], ["val/0.png", "0.png", "up/0.png"]) == [6, 1, "missing"]
+    assert shown([flat, tmp_path / "folder"], ["val/0.png", "up/1.png"]) == [6, 2]
+    assert shown([tmp_path / "folder", deep], ["x/val/1.png", "x/a/0.png", "y/a/0.png"]) == [4, 5, "missing"]
 
 
 def test_an_encrypted_member_of_a_zip_is_named(tmp_path, picture):
