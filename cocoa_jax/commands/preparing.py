@@ -12,7 +12,7 @@ from cocoa_jax.chips import CHIPS
 from cocoa_jax.commands.command import Command, fields
 from cocoa_jax.config import TrainConfig, find_config, load_mixture
 from cocoa_jax.data.naming import NAMES, open_named
-from cocoa_jax.data.prepare import BuildConfig, build, summary
+from cocoa_jax.data.prepare import BuildConfig, build, drawn_once, summary
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.models.config import read_config
@@ -33,6 +33,8 @@ def _build(given: Namespace) -> None:
     for words in given.sources:
         mixture = load_mixture(words) if words.endswith((".yaml", ".yml")) else None
         for named in open_named(words, mixture):
+            if told := drawn_once(named.source):
+                sys.stdout.write(f"{told}\n")
             made = build(named.name, named.source, named.contents, processor, given.output, given.build, named.made_for)
             sys.stdout.write(f"{summary(made)}\n")
 

@@ -15,6 +15,7 @@ from etils import epath
 from tqdm import tqdm
 
 from cocoa_jax.data.bad import BadConfig, TooManyBad
+from cocoa_jax.data.pairs import PictureSource, RecordSource
 from cocoa_jax.data.prepare_shard import PARTS, Part, Work, changed_pictures, read_part, usable
 from cocoa_jax.data.prepare_workers import run_shards
 from cocoa_jax.data.prepared import (
@@ -28,9 +29,9 @@ from cocoa_jax.data.prepared import (
     features,
     open_prepared,
 )
+from cocoa_jax.data.readers.tfds import TfdsSource
 
 if TYPE_CHECKING:
-    from cocoa_jax.data.pairs import RecordSource
     from cocoa_jax.data.processor import Processor
 
 VERSION = "1.0.0"
@@ -246,6 +247,15 @@ def summary(made: PreparedSource) -> str:
         f"{known['bytes'] / 1e6:.1f} MB, fingerprint {known['fingerprint']}"
     )
     return "\n".join([line, *(f"  {count} rejected: {reason}" for reason, count in known["rejected"].items())])
+
+
+def drawn_once(source: RecordSource) -> str:
+    """In words, what training would draw anew each time and prepared data keep as it was drawn once; "" for nothing."""
+    if isinstance(source, PictureSource):
+        return f"{source.name}: words and flips are drawn once here, at every visit when training on the pictures"
+    if isinstance(source, TfdsSource) and not source.labels:
+        return f"{source.name}: of several captions one is drawn and kept, a training on the data set itself sees all"
+    return ""
 
 
 def _lengths_by_stage(lengths: Lengths, column: int) -> Iterator[tuple[str, np.ndarray]]:

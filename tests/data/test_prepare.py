@@ -28,7 +28,7 @@ from cocoa_jax.data.example import BLOCK_B
 from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
 from cocoa_jax.data.naming import open_named
 from cocoa_jax.data.pixels import decode
-from cocoa_jax.data.prepare import BuildConfig, PrepareError, build, summary
+from cocoa_jax.data.prepare import BuildConfig, PrepareError, build, drawn_once, summary
 from cocoa_jax.data.prepare_shard import working_picture
 from cocoa_jax.data.prepared import LENGTHS, STATISTICS, open_prepared, parse, serialize
 from cocoa_jax.data.processor import ExampleError, Processor
@@ -369,7 +369,9 @@ def test_a_classification_set_of_tensorflow_datasets(processors, noise, tmp_path
     prepared = build(
         named.name, named.source, named.contents, processors["2"], str(tmp_path / "out"), BuildConfig(workers=0)
     )
-    assert [prepared.record(i).target.text for i in range(4)] == ["rose", "sun flower"] * 2
+    assert [prepared.record(i).target.text for i in range(4)] == ["rose", "sun flower"] * 2 and not drawn_once(
+        named.source
+    )
     assert prepared.record(1).query.images[0].width == 31
     assert prepared.record(0).target_key == prepared.record(2).target_key != prepared.record(1).target_key
     mixture = {"flowers": DatasetConfig("tfds", path="flowers/1.0.0", instruction="Name the flower:")}
@@ -400,6 +402,9 @@ def test_an_image_caption_set_of_tensorflow_datasets(noise, tmp_path):
     (named,) = open_named(f"{folder}:train", None)
     drawn = {named.source.record(0, np.random.default_rng(seed)).target.text for seed in range(9)}
     assert drawn == {"a", "b"} and named.name == "captions"
+    assert drawn_once(named.source) == (
+        "captions: of several captions one is drawn and kept, a training on the data set itself sees all"
+    )
 
 
 def test_what_cannot_be_read_is_refused_with_the_remedy(tmp_path):
@@ -423,7 +428,9 @@ def test_the_command(backbone, tmp_path, capsys):
     options = ["--output", str(tmp_path), "--checkpoint", str(backbone), "--build.workers=0"]
     cli.main(["data", "build", "pictures:skin-tone:validation", *options, "--processor.resolution=dynamic:1..4"])
     told = capsys.readouterr().out
-    assert told.startswith(f"{tmp_path}/skin_tone/1.0.0: ") and "fingerprint" in told
+    first, rest = told.split("\n", 1)
+    assert first.startswith("skin-tone: words and flips are drawn once here")
+    assert rest.startswith(f"{tmp_path}/skin_tone/1.0.0: ") and "fingerprint" in rest
     assert len(open_prepared(f"{tmp_path}/skin_tone/1.0.0")) > 10
     with pytest.raises(SystemExit):
         cli.main(["data", "build", "nowhere", *options])
