@@ -144,8 +144,7 @@ def open_mixture(config: MixtureConfig, stage: Stage) -> Mixture:
     identity: dict[str, Any] = {}
     for name, dataset in chosen.items():
         source, contents = open_dataset(name, dataset, Path(config.root))
-        made_for = source.made_for if isinstance(source, PreparedSource) else dataset.kind
-        staged = stage if made_for not in STAGES else "contrastive"
+        staged = "contrastive" if made_for(dataset, source) else stage  # which leaves records as they are
         source = StagedSource(_capped(source, dataset.cap, name), staged)
         sources[name] = NamedSource(name, source)
         settings = dataclasses.asdict(dataset)
@@ -164,6 +163,13 @@ def open_dataset(name: str, dataset: DatasetConfig, root: Path) -> tuple[RecordS
         return _OPENERS[dataset.format](name, dataset, root)
     except SourceError as error:
         raise SourceError(f"data set {name}: {error}") from error
+
+
+def made_for(dataset: DatasetConfig, source: RecordSource) -> Literal["", "warmup", "bridge"]:
+    """The stage for which the records of an opened data set are made already, "" for pairs."""
+    if dataset.format == "pictures":
+        return KINDS[dataset.kind].made_for
+    return source.made_for if isinstance(source, PreparedSource) else ""  # type: ignore[return-value]
 
 
 def _capped(source: RecordSource, cap: int | None, name: str) -> RecordSource:
@@ -215,8 +221,8 @@ def _open_pictures(name: str, dataset: DatasetConfig, root: Path) -> Opened:
         raise SourceError(f"split {split!r} of the embedded pictures is not for training: choose train or validation")
     if dataset.kind not in KINDS:
         raise SourceError(f"kind {dataset.kind!r} does not exist: choose one of {', '.join(KINDS)}")
-    if dataset.kind in STAGES and set(dataset.stages) != {dataset.kind}:
-        raise SourceError(f"kind {dataset.kind!r} is made for its stage alone: set stages to [{dataset.kind}]")
+    if (stage := KINDS[dataset.kind].made_for) and set(dataset.stages) != {stage}:
+        raise SourceError(f"kind {dataset.kind!r} is made for its stage alone: set stages to [{stage}]")
     if dataset.instruction:
         raise SourceError("the embedded pictures bring their instructions: leave `instruction` out")
     pictures = load_pictures(split)

@@ -9,8 +9,9 @@ from typing import Literal
 
 from etils import epath
 
-from cocoa_jax.data.mixture import STAGES, DatasetConfig, MixtureConfig, open_dataset
-from cocoa_jax.data.pairs import RecordSource
+from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, made_for, open_dataset
+from cocoa_jax.data.pairs import KINDS, RecordSource
+from cocoa_jax.data.readers.stages import Stage
 from cocoa_jax.data.readers.tfds import open_tfds
 from cocoa_jax.data.sources import SourceError
 
@@ -43,7 +44,8 @@ def open_named(words: str, mixture: MixtureConfig | None) -> Iterator[OpenedSour
             yield _opened(name, dataset, Path(mixture.root))
     elif words.startswith("pictures:"):
         kind, _, split = words.removeprefix("pictures:").partition(":")
-        stages = [stage for stage in STAGES if stage == kind] or list(STAGES)
+        # An unknown kind is refused where it is opened.
+        stages: list[Stage] = [(KINDS[kind].made_for if kind in KINDS else "") or "contrastive"]
         yield _opened(kind, DatasetConfig("pictures", kind=kind, split=split, stages=stages), Path())
     else:
         folder, split = words, "train"
@@ -59,5 +61,4 @@ def open_named(words: str, mixture: MixtureConfig | None) -> Iterator[OpenedSour
 
 def _opened(name: str, dataset: DatasetConfig, root: Path) -> OpenedSource:
     source, contents = open_dataset(name, dataset, root)
-    made_for = dataset.kind if dataset.kind in ("warmup", "bridge") else ""
-    return OpenedSource(name, source, contents, made_for)  # type: ignore[arg-type]
+    return OpenedSource(name, source, contents, made_for(dataset, source))

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 from zlib import crc32
 
 import numpy as np
@@ -273,21 +273,22 @@ def _find_tiles(pictures: Sequence[Picture]) -> list[Entry]:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of record: which pictures make one, and how."""
+    """One kind of record: which pictures make one, how, and for which stage it is made already; "" for pairs."""
 
     find: Callable[[Sequence[Picture]], list[Entry]]
     make: Callable[[PictureSource, Entry, np.random.Generator], Made]
+    made_for: Literal["", "warmup", "bridge"] = ""
 
 
 KINDS: dict[str, Kind] = {
-    "warmup": Kind(_all, _warmup),
-    "warmup-long": Kind(_all, _warmup_long),
-    "bridge": Kind(_all, _bridge),
-    "bridge-long": Kind(_all, _bridge_long),
-    "bridge-other": Kind(_other_style, _bridge),
-    "bridge-picture": Kind(_all, _bridge_picture),
-    "bridge-other-picture": Kind(_other_style, _bridge_picture),
-    "bridge-from-words": Kind(_all, _bridge_words),
+    "warmup": Kind(_all, _warmup, "warmup"),
+    "warmup-long": Kind(_all, _warmup_long, "warmup"),
+    "bridge": Kind(_all, _bridge, "bridge"),
+    "bridge-long": Kind(_all, _bridge_long, "bridge"),
+    "bridge-other": Kind(_other_style, _bridge, "bridge"),
+    "bridge-picture": Kind(_all, _bridge_picture, "bridge"),
+    "bridge-other-picture": Kind(_other_style, _bridge_picture, "bridge"),
+    "bridge-from-words": Kind(_all, _bridge_words, "bridge"),
     "caption": Kind(_all, _caption),
     "picture-caption": Kind(_all, _picture_caption),
     "flat-3d": Kind(lambda pictures: find_style_pairs(pictures, "flat emoji", "3d emoji"), _style),

@@ -189,7 +189,10 @@ def _finish(folder: epath.Path, work: Work, shards: int, parts: Sequence[Part], 
 
     counts = [part.seen - len(part.rejected) for part in parts]
     if not sum(counts):
-        raise PrepareError(f"data set {plan['name']}: none of {plan['records']} records can be used: see the reasons")
+        reason = next(reason for part in parts for _, reason in part.rejected)
+        raise PrepareError(
+            f"data set {plan['name']}: none of {plan['records']} records can be used, the first: {reason}"
+        )
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name=work.slug, split=SPLIT, filetype_suffix="array_record"
     )

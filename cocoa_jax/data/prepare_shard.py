@@ -240,6 +240,8 @@ def _measured(
         try:
             found.append(_staged(record, processor, stage, made_for == stage, count))
         except (RecordError, ExampleError) as error:
+            if made_for == stage:
+                raise
             found.append(_NONE)
             why = str(error)
     try:

@@ -12,10 +12,21 @@ import yaml
 from cocoa_jax.config import SettingsError, load_mixture
 from cocoa_jax.data.masking import Purpose, example_rng
 from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
+from cocoa_jax.data.naming import open_named
+from cocoa_jax.data.pairs import KINDS, picture_source
 from cocoa_jax.data.pipeline import STATS, BatchConfig, RowsConfig, stage_dataset, step_records
 from cocoa_jax.data.readers.records import Columns
 from cocoa_jax.data.readers.stages import for_stage
-from cocoa_jax.data.sources import Content, Image, Record, RecordError, SourceError, content_key, image_key
+from cocoa_jax.data.sources import (
+    Content,
+    Image,
+    Record,
+    RecordError,
+    SourceError,
+    content_key,
+    image_key,
+    load_pictures,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -75,6 +86,23 @@ def test_what_stages_make_of_a_pair(written, picture):
     source = open_mixture(mixture(written, both=both), "bridge").sources["both"]
     with pytest.raises(RecordError, match="both 0: query and target have pictures"):
         source.record(0, RNG)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_in_a_mixture_is_the_task_that_it_is_alone(kind):
+    stage = KINDS[kind].made_for
+    mixture = {"x": DatasetConfig("pictures", kind=kind, split="validation", stages=[stage or "contrastive"])}
+    source = open_mixture(MixtureConfig(mixture), stage or "contrastive").sources["x"]
+    alone = picture_source(kind, load_pictures("validation"), mirror=True)
+    (named,) = open_named(f"pictures:{kind}:validation", None)
+    assert named.made_for == stage and len(source) == len(alone) == len(named.source)
+    for index in (0, len(alone) - 1):
+        shown, wanted = source.record(index, np.random.default_rng(3)), alone.record(index, np.random.default_rng(3))
+        assert (shown.query, shown.target) == (wanted.query, wanted.target)
+    if stage:
+        assert kind.startswith(stage)
+        with pytest.raises(SourceError, match=rf"made for its stage alone: set stages to \[{stage}\]"):
+            open_mixture(MixtureConfig({"x": dataclasses.replace(mixture["x"], stages=["contrastive"])}), "contrastive")
 
 
 def test_files_of_several_folders_do_not_share_the_first_one_s_pictures(tmp_path, to_lines, to_parquet, picture):

@@ -25,7 +25,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from cocoa_jax import cli
 from cocoa_jax.data.bad import BadConfig, TooManyBad
 from cocoa_jax.data.example import BLOCK_B
-from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
+from cocoa_jax.data.mixture import CappedSource, DatasetConfig, MixtureConfig, open_mixture
 from cocoa_jax.data.naming import open_named
 from cocoa_jax.data.pixels import decode
 from cocoa_jax.data.prepare import BuildConfig, PrepareError, build, drawn_once, summary
@@ -99,6 +99,24 @@ def test_stored_lengths_are_those_of_the_examples(mixed, processors, tmp_path):
         examples = [processor.embedding(content) for content in contents]
         assert found[:, :2].tolist() == [[len(example.tokens), example.patches] for example in examples]
         assert (lengths.bridge[index, 0] < 0) == bool(record.target.images)  # pictures on both sides
+
+
+def test_what_is_made_for_a_stage_is_prepared_for_it_alone(processors, tmp_path):
+    def made_of(kind):
+        (named,) = open_named(f"pictures:{kind}:validation", None)
+        few, config = CappedSource(named.source, np.arange(3)), BuildConfig(workers=0)
+        return build(kind, few, "", processors["2"], str(tmp_path), config, made_for=named.made_for)
+
+    prepared = made_of("warmup-long")
+    lengths = [processors["2"].measure(prepared.record(i).query, with_bridge=False)[:2] for i in range(3)]
+    assert prepared.lengths.warmup[:, :2].tolist() == [list(length) for length in lengths]
+    mixture = MixtureConfig({"long": DatasetConfig("prepared", path=prepared.folder, stages=["warmup"])})
+    (again,) = open_named("mixture", mixture)
+    assert again.made_for == prepared.made_for == "warmup", "prepared data may be prepared again"
+    # Rows of these cannot be planned from lengths: refused, where a training would find that none is of use.
+    for kind in ("bridge-picture", "bridge-from-words"):
+        with pytest.raises(PrepareError, match=r"none of 3 records can be used, the first: .*block B is text alone"):
+            made_of(kind)
 
 
 contents = st.tuples(WORDS, st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), max_size=2))
