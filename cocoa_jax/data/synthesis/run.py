@@ -310,14 +310,17 @@ def _row(task: Task, texts: TextsConfig) -> Row:
 
 
 def _note(row: Row, answer: Answer, tries: int) -> None:
-    """Where a text is from."""
+    """Where a text is from, and what all its tries took: tokens of each that the endpoint counts, and seconds."""
+    tokens = {
+        name: max(row[name], 0) + count if count >= 0 else row[name]
+        for name, count in (("tokens_in", answer.tokens_in), ("tokens_out", answer.tokens_out))
+    }
     row |= {
         "model": answer.model,
         "asked": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "finish": answer.finish,
-        "seconds": round(answer.seconds, 3),
-        "tokens_in": answer.tokens_in,
-        "tokens_out": answer.tokens_out,
+        "seconds": round(row.get("seconds", 0.0) + answer.seconds, 3),
+        **tokens,
         "tries": tries,
     }
 

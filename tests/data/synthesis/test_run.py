@@ -216,6 +216,32 @@ def test_what_no_filter_passes_is_kept_apart_with_its_reason(server, photos, tmp
     assert not (tmp_path / "pictures").exists()
 
 
+def test_every_try_is_paid_for(server, photos, tmp_path, chatted, said):
+    """The first answer to each request is none; later such answers say nothing of their tokens."""
+    texts = dataclasses.replace(TEXTS, probe=4)
+    prices = {"price_in": 1000.0, "price_out": 5000.0, "concurrency": 1, "max_pixels": 28 * 28}
+    sorry = chatted("I'm sorry, I cannot help with that.")
+    server.answer = lambda request: said(request) if len(server.requests) % 2 == 0 else sorry
+    told = []
+    made = run(server, photos, tmp_path / "a", texts, told, **prices)
+    assert made.rows == 12 and len(server.requests) == 24
+    assert {(row["tokens_in"], row["tokens_out"], row["tries"]) for row in lines(tmp_path / "a")} == {(600, 40, 2)}
+    assert "estimate from 4 answers: 8 requests, 0.005 M tokens there, 0.000 M back, 6.40 US dollars" in told[1]
+    server.requests.clear()
+    with pytest.raises(SynthesisError, match=r"6\.40 US dollars, .* above texts\.budget, 5\.00"):
+        run(server, photos, tmp_path / "b", dataclasses.replace(texts, budget=5.0), **prices)
+    free = dataclasses.replace(
+        sorry, body=sorry.body.replace(b"prompt_tokens", b"x").replace(b"completion_tokens", b"y")
+    )
+    server.answer = lambda request: said(request) if len(server.requests) % 2 == 0 else free
+    server.requests.clear()
+    run(server, photos, tmp_path / "c", **prices)
+    assert {(row["tokens_in"], row["tokens_out"]) for row in lines(tmp_path / "c")} == {(300, 20)}
+    server.answer = lambda request: free
+    run(server, photos, tmp_path / "d", **prices)
+    assert {(row["tokens_in"], row["tokens_out"]) for row in lines(tmp_path / "d", REJECTED)} == {(-1, -1)}
+
+
 def test_equal_texts_and_equal_pictures_are_there_once(server, photos, tmp_path, chatted, said):
     server.answer = lambda request: chatted("It is a picture of a dog on the sofa.")
     assert run(server, photos, tmp_path / "a").rejected == {"repeat": 11}
