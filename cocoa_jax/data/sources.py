@@ -55,7 +55,8 @@ class Video:
 class Content:
     """What one side of a pair shows: pictures, then videos, then text (an instruction, words, or both).
 
-    `instruction` says how much of the text's beginning is an instruction, where that is known; it shows nothing itself.
+    `instruction` says what of the text is an instruction, where that is known; it shows nothing itself. It is the
+    beginning of the text, or both ends of it with `{text}` in the words' place.
     """
 
     text: str = ""
@@ -66,7 +67,8 @@ class Content:
     @property
     def words(self) -> str:
         """The text without its instruction."""
-        return self.text.removeprefix(self.instruction).strip()
+        before, _, after = self.instruction.partition("{text}")
+        return self.text.removeprefix(before.strip()).removesuffix(after.strip()).strip()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
 from cocoa_jax.data.naming import open_named
 from cocoa_jax.data.pairs import KINDS, picture_source
 from cocoa_jax.data.pipeline import STATS, BatchConfig, RowsConfig, stage_dataset, step_records
-from cocoa_jax.data.readers.records import Columns
+from cocoa_jax.data.prepared import parse, serialize
+from cocoa_jax.data.readers.records import Columns, instructed
 from cocoa_jax.data.readers.stages import for_stage
 from cocoa_jax.data.sources import (
     Content,
@@ -75,7 +76,7 @@ def test_every_format_gives_records_to_every_stage(written, picture, processors)
 def test_what_stages_make_of_a_pair(written, picture):
     warm, bridge = (open_mixture(mixture(written), stage).sources for stage in ("warmup", "bridge"))
     assert warm["captions"].record(2, RNG).query.text == "caption 2"
-    assert warm["pairs"].record(2, RNG).query.text == "what 2? that 0", "no instruction is rebuilt"
+    assert warm["pairs"].record(2, RNG).query.text == "what 2 that 0", "no instruction is rebuilt"
     pair = Record("0", "same", Content("a kiwi"), Content("a kiwi"), "")
     assert for_stage(pair, "warmup").query.text == "a kiwi", "equal words stand there once"
     turned = bridge["inside"].record(0, RNG)  # text to image: the words belong to the picture
@@ -124,6 +125,29 @@ def test_files_of_several_folders_do_not_share_the_first_one_s_pictures(tmp_path
     inside = opened("*/in.parquet").sources["x"]
     assert [inside.record(i, RNG).query.images[0].data for i in range(2)] == [picture(0), picture(1)]
     assert opened("*/rows.jsonl", images=["a"]).sources["x"].record(1, RNG).query.images[0].data == picture(0)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "text"),
+    [
+        ("Find: {text}. Answer with a picture.", "Find: two boats. Answer with a picture."),
+        ("{text}, in a picture?", "two boats, in a picture?"),
+        ("Name it: {text}", "Name it: two boats"),
+        ("Name it:", "Name it: two boats"),
+        ("Find: {text}. {text}", "Find: two boats. {text}"),
+        ("", "two boats"),
+    ],
+)
+def test_no_end_of_an_instruction_is_rebuilt(instruction, text):
+    image = Image(b"", 2, 2, "a")
+    asked, shown = (instructed(instruction, words, (image,) if not words else ()) for words in ("two boats", ""))
+    assert asked.text == text and asked.words == "two boats" and shown.words == ""
+    find = Record("0", "x", asked, Content("", (image,)), "")
+    assert for_stage(find, "bridge").target == Content("two boats")
+    assert for_stage(find, "warmup").query == Content("two boats", (image,))
+    name = Record("0", "x", shown, Content("cat"), "")
+    assert for_stage(name, "warmup").query == Content("cat", (image,))
+    assert parse(serialize(find)).query.words == "two boats", "prepared data keep both ends"
 
 
 def test_a_cap_is_the_same_random_choice_every_time(written):

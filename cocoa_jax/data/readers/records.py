@@ -216,7 +216,7 @@ def instructed(instruction: str, words: str, images: tuple[Image, ...]) -> Conte
         return Content(words, images)
     if "{text}" in instruction:
         before, after = instruction.split("{text}", 1)
-        return Content(f"{before}{words}{after}".strip(), images, instruction=before.lstrip())
+        return Content(f"{before}{words}{after}".strip(), images, instruction=instruction)
     return Content(f"{instruction} {words}".strip(), images, instruction=instruction)
 
 
