@@ -15,7 +15,13 @@ _REPEATED_FROM = 12  # words; a shorter text may repeat itself
 
 _THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>|\A.*</think(?:ing)?>", re.S)
 _FENCE = re.compile(r"\A```\w*\n(.*)\n```\Z", re.S)
-_LABEL = re.compile(r"\A\W*(?:caption|description|keywords|here (?:is|are)\b[^\n:]{0,80})\W*:[\s*]*", re.I)
+_KIND = r"(?:captions?|descriptions?|keywords?)"
+# "Here is" may also begin the text itself: it is a label if it names what follows, or stands on a line of its own.
+_LABEL = re.compile(
+    rf"\A\W*(?:(?:{_KIND}|here (?:is|are)\b[^\n:]{{0,80}}\b{_KIND}\b[^\n:]{{0,40}})\W*:(?!\d)"
+    r"|here (?:is|are)\b[^\n:]{0,80}:\W*\n)[\s*]*",
+    re.I,
+)
 _QUOTES = {'"': '"', "'": "'", "“": "”", "„": "“", "«": "»", "「": "」", "*": "*"}
 _WORD = re.compile(r"[^\W_]+")
 
