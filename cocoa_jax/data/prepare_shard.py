@@ -215,10 +215,9 @@ def working_picture(image: Image, pixels: PixelSettings, quality: int) -> Image:
         ImageError: it cannot be decoded.
     """
     picture = decode(image)
-    _, rows, columns = pixels.grid(image)
+    width, height = _size_seen(image, pixels)
     buffer = io.BytesIO()
-    if picture.width * picture.height > pixels.max_pixels:
-        width, height = columns * pixels.patch_size, rows * pixels.patch_size
+    if (width, height) != picture.size:
         picture = picture.resize((width, height), PIL.Image.Resampling(pixels.resample))
         if quality:
             picture.save(buffer, "JPEG", quality=quality)
@@ -229,6 +228,24 @@ def working_picture(image: Image, pixels: PixelSettings, quality: int) -> Image:
                 return image
     picture.save(buffer, "PNG")
     return Image(buffer.getvalue(), picture.width, picture.height, image.name)
+
+
+def _size_seen(image: Image, pixels: PixelSettings) -> tuple[int, int]:
+    """Width and height at which the model sees a picture beyond the limits; its own for one within them.
+
+    Also its own where a picture of the size seen would be seen at another one again: one unit high it may still be
+    beyond the limits, and the reference rounds down to the most pixels, perhaps below the least.
+    """
+    size = image.width, image.height
+    if image.width * image.height <= pixels.max_pixels:
+        return size
+    grid = pixels.grid(image)
+    seen = grid[2] * pixels.patch_size, grid[1] * pixels.patch_size
+    try:
+        stays = pixels.grid(Image(b"", *seen, image.name)) == grid
+    except ImageError:
+        stays = False
+    return seen if stays else size
 
 
 def _measured(

@@ -170,6 +170,8 @@ def test_a_picture_is_stored_as_large_as_the_model_sees_it(processors, noise):
         ("dynamic:4..16", (400, 400), (1, 8, 8)),
         ("dynamic:4..16", (400, 100), (1, 4, 16)),
         ("dynamic:4..16", (28, 28), (1, 4, 4)),
+        ("dynamic:16..16", (300, 200), (1, 6, 8)),  # at 112x84 it would be seen as 8x10 patches
+        ("dynamic:4..16", (4000, 21), (1, 2, 110)),  # at 1540x28 as 2x54
     ],
 )
 def test_a_resolution_is_squares_or_a_range_of_tokens(folder, model_config, noise, resolution, size, grid):
@@ -180,6 +182,7 @@ def test_a_resolution_is_squares_or_a_range_of_tokens(folder, model_config, nois
     assert processor.pixels.patches(picture).shape == (grid[1] * grid[2], 1176)
     stored = working_picture(picture, processor.pixels, 0)
     np.testing.assert_array_equal(processor.pixels.patches(stored), processor.pixels.patches(picture))
+    assert processor.pixels.grid(working_picture(picture, processor.pixels, 90)) == grid
 
 
 @pytest.mark.parametrize(

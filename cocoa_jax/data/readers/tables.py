@@ -20,6 +20,7 @@ _CHUNK = 2**23  # bytes read at once when a file is scanned
 _LONGEST_LINE = 2**26  # bytes; a line of more is damage, or a picture that belongs into a file of its own
 _CACHED = 2**27  # bytes of Parquet row groups that a process keeps decoded
 _HASHED_WHOLE = 2**30  # files of more bytes are hashed in samples
+_MARK = b"\xef\xbb\xbf"  # of the order of bytes, which UTF-8 has no need of
 _SAMPLES, _SAMPLE = 64, 2**16
 
 Row = dict[str, Any]
@@ -131,7 +132,8 @@ def _scan_json(path: Path) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, "
     """Where rows begin and end, a hash of the file, and the bytes that they are in, None for the file itself."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
-        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        head = file.read(64)
+        marked, head = head.startswith(_MARK), head.removeprefix(_MARK).lstrip(b" \t\r\n")
         file.seek(0)
         if head.startswith(b"["):
             data = file.read()
@@ -149,6 +151,8 @@ def _scan_json(path: Path) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, "
             breaks.append(np.array([place]))
     found = np.concatenate(breaks).astype(np.int64)
     start, end = found[:-1] + 1, found[1:]
+    if marked and len(start):
+        start[0] = len(_MARK)
     full = end - start > 1  # "\n" and "\r\n" alone are no rows
     return start[full], end[full], digest.hexdigest(), None
 

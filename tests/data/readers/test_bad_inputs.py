@@ -278,6 +278,15 @@ def test_an_array_behind_a_byte_order_mark_is_an_array(tmp_path):
     assert JsonTable([tmp_path / "rows.json"]).row(0) == {"caption": "café"}
 
 
+@pytest.mark.parametrize(("first", "there"), [('{"caption": "a"}\n', ["a"]), ("\r\n", []), ("\n", [])])
+def test_lines_behind_a_byte_order_mark_are_all_read(tmp_path, first, there):
+    (tmp_path / "rows.jsonl").write_bytes(f'\ufeff{first}{{"caption": "café"}}\n'.encode())
+    table = JsonTable([tmp_path / "rows.jsonl"])
+    assert [table.row(i)["caption"] for i in range(len(table))] == [*there, "café"]
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf")
+    assert len(JsonTable([tmp_path / "rows.jsonl"])) == 0
+
+
 ROWS = {
     "no UTF-8": (b'{"caption": "caf\xe9"}', "no UTF-8"),
     "no JSON": (b'{"caption": "x"', "no JSON"),
