@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +89,24 @@ def test_what_stages_make_of_a_pair(written, picture):
     source = open_mixture(mixture(written, both=both), "bridge").sources["both"]
     with pytest.raises(RecordError, match="both 0: query and target have pictures"):
         source.record(0, RNG)
+
+
+def test_the_documented_pairs_are_what_is_said_of_them(tmp_path, picture):
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text().split("### Pairs of one's own", 1)[1]
+    for kind, name in (("yaml", "mixture.yaml"), ("json", "mine.jsonl")):
+        (tmp_path / name).write_text(re.search(rf"```{kind}\n(.*?)```", text, re.S)[1])
+    (tmp_path / "photos").mkdir()
+    for i in (1, 2):
+        (tmp_path / "photos" / f"{i}.jpg").write_bytes(picture(i))
+    config = load_mixture(tmp_path / "mixture.yaml")
+    sources = {stage: open_mixture(config, stage).sources["mine"] for stage in ("warmup", "bridge", "contrastive")}
+    record = sources["contrastive"].record(0, RNG)
+    assert record.id == "a" and record.query.images[0].data == picture(1) and record.target.text == "kiwis"
+    assert [wrong.text for wrong in record.negatives] == ["apples", "grapes"]
+    assert sources["warmup"].record(1, RNG).query.text == "Who swims there? a duck"
+    assert sources["bridge"].record(1, RNG).target.text == "a duck"
+    keys = re.search(r"The keys of `columns`, .*?: (.*?)\. A", text, re.S)[1]
+    assert re.findall(r"`(\w+)`", keys) == [field.name for field in dataclasses.fields(Columns)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
