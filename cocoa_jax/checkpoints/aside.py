@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cocoa_jax.checkpoints.causes import NO_ROOM
 from cocoa_jax.checkpoints.errors import CheckpointError
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def require_free(folder: Path) -> None:
@@ -51,7 +49,7 @@ def written_aside(folder: Path, size: int) -> Iterator[Path]:
         partial.replace(place)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise CheckpointError(f"{folder} cannot be written ({error.strerror}): make room") from error
         raise
 

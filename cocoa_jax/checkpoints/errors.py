@@ -12,4 +12,4 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class UnavailableCheckpointError(CheckpointError):
-    """A checkpoint cannot be read now for a reason that passes by itself, such as a network: try again."""
+    """A checkpoint cannot be read or written now for a reason that passes by itself, such as a network: try again."""

@@ -20,15 +20,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
 from cocoa_jax.checkpoints.added_tokens import add_to_tokenizer
+from cocoa_jax.checkpoints.causes import chain, lacks_room, passes, root_cause
 from cocoa_jax.checkpoints.contents import Tree, contents_of
-from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
+from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError, UnavailableCheckpointError
 from cocoa_jax.checkpoints.huggingface import copy_side_files
 from cocoa_jax.checkpoints.places import folder_at, is_remote, twin
-from cocoa_jax.checkpoints.reading import TREES, read_checked, read_records, root_cause, stage_context
+from cocoa_jax.checkpoints.reading import TREES, read_checked, read_records, stage_context
 
 _BASE = "base"
 _log = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ class StageCheckpoints:
     ) -> None:
         """Save a step in the background; the arrays may be donated as soon as this returns.
 
-        A failure of the save before is raised here, by ``wait`` or by ``close``.
+        A failure of the save before is raised here, by ``wait`` or by ``close``, see ``wait``.
 
         Args:
             params: the backbone; empty where an adapter trains on a frozen one, see ``save_base``.
@@ -158,7 +160,8 @@ class StageCheckpoints:
         """Return when everything saved so far is on disk.
 
         Raises:
-            CheckpointError: what kept it from it.
+            CheckpointError: what kept it from it; UnavailableCheckpointError where that is a network or a service.
+            JaxRuntimeError: another process of the run is gone.
         """
         with self._saving():
             self._checkpointer.wait()
@@ -173,13 +176,22 @@ class StageCheckpoints:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """Whatever goes wrong with a save is one line; Orbax, TensorStore and the system each raise their own."""
+        """Whatever goes wrong with a save is one line; Orbax, TensorStore and the system each raise their own.
+
+        But for an error of JAX's runtime: Orbax has the processes of a run wait for each other, and one may be gone.
+        """
         try:
             yield
         except Exception as error:
-            raise CheckpointError(
+            lost = next((link for link in chain(error) if isinstance(link, jax.errors.JaxRuntimeError)), None)
+            if lost is not None:
+                raise jax.errors.JaxRuntimeError(str(lost)) from error
+            again = passes(error)
+            kind = UnavailableCheckpointError if again else CheckpointError
+            remedy = "" if again else f"{'make room' if lacks_room(error) else 'remove the cause'} and "
+            raise kind(
                 f"a checkpoint could not be written to {self._directory} ({root_cause(error)}): those before it are "
-                "whole, make room and continue by the same command"
+                f"whole, {remedy}continue by the same command"
             ) from error
 
     def __enter__(self) -> StageCheckpoints:
@@ -188,7 +200,7 @@ class StageCheckpoints:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             self.close()
-        except CheckpointError:
+        except (CheckpointError, jax.errors.JaxRuntimeError):
             if kind is None:  # else there is an error already, of which this one is another face
                 raise
 

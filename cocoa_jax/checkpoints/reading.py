@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from cocoa_jax.checkpoints.causes import STATUS, chain, passes, root_cause
 from cocoa_jax.checkpoints.contents import Contents, Tree, checksums, flat, mismatches
 from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError, UnavailableCheckpointError
 
@@ -26,10 +26,7 @@ RECORDS = ("loop", "metadata", "contents")
 # network, of credentials and of a disk derive from some of these.
 _OF_DAMAGE = {Exception, FileNotFoundError, NotADirectoryError, StopIteration, json.JSONDecodeError}
 _OF_DAMAGE |= {ValueError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError}
-# TensorStore raises ValueError for everything and begins with a name of https://abseil.io/docs/cpp/guides/status-codes.
-_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*(?=: )")
 _STATUS_OF_DAMAGE = {"DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION"}
-_STATUS_THAT_PASSES = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"}
 _WORSE = (DamagedCheckpointError, UnavailableCheckpointError, CheckpointError)  # each before what it derives from
 _AGAIN = "it may be whole, remove the cause and give the same command again"
 
@@ -108,41 +105,19 @@ def load_items(path: epath.Path, wanted: Mapping[str, Any], *, part: bool = Fals
     except Exception as error:  # Orbax, TensorStore and JSON each raise their own
         if _is_damage(error):
             raise DamagedCheckpointError(f"{path} is damaged: {root_cause(error)}") from error
-        kind = UnavailableCheckpointError if _passes(error) else CheckpointError
+        kind = UnavailableCheckpointError if passes(error) else CheckpointError
         raise kind(f"{path} cannot be read now ({root_cause(error)}): {_AGAIN}") from error
 
 
 def _is_damage(error: BaseException) -> bool:
     """Whether all that led to an error is of a kind that damaged files cause."""
-    for link in _chain(error):
-        status = _STATUS.match(str(link))
+    for link in chain(error):
+        status = STATUS.match(str(link))
         if status is not None and status[0] not in _STATUS_OF_DAMAGE:
             return False
         if type(link) not in _OF_DAMAGE and not type(link).__module__.startswith("orbax."):
             return False
     return True
-
-
-def _passes(error: BaseException) -> bool:
-    """Whether something that led to an error is of a kind that ends by itself."""
-    for link in _chain(error):
-        status = _STATUS.match(str(link))
-        if isinstance(link, ConnectionError | TimeoutError) or (status and status[0] in _STATUS_THAT_PASSES):
-            return True
-    return False
-
-
-def root_cause(error: BaseException) -> str:
-    """One line of what an error came from in the end."""
-    *_, root = _chain(error)
-    return str(root).splitlines()[0][:300] if str(root) else repr(root)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came from, step by step."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _as_stored(tree: Tree, contents: Contents) -> Tree:

@@ -15,11 +15,12 @@ import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cocoa_jax.checkpoints.causes import lacks_room, root_cause
 from cocoa_jax.checkpoints.contents import checksum_of, mismatches
 from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
 from cocoa_jax.checkpoints.hub_layout import Tree, raise_problems
 from cocoa_jax.checkpoints.orbax import newest_good, steps_folder
-from cocoa_jax.checkpoints.reading import TREES, load_items, read_records, root_cause, stage_context
+from cocoa_jax.checkpoints.reading import TREES, load_items, read_records, stage_context
 from cocoa_jax.checkpoints.safetensors_file import Done
 
 _STATE = "state"  # what Orbax calls a tree that is saved by itself
@@ -81,7 +82,8 @@ def _errors_of(folder: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = f"{folder} cannot be written ({root_cause(error)}): make room and start again"
+        remedy = "make room" if lacks_room(error) else "remove the cause"
+        reason = f"{folder} cannot be written ({root_cause(error)}): {remedy} and start again"
         raise CheckpointError(reason) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -12,9 +13,12 @@ from types import TracebackType
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from cocoa_jax.checkpoints.causes import root_cause
 from cocoa_jax.checkpoints.places import carry, is_remote, log_file, twin
 from cocoa_jax.training.throughput import Load, Meter
 from cocoa_jax.training.weights_and_biases import WandbRun
+
+_log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -58,10 +62,21 @@ class MetricsWriter:
         self._bar.update()
 
     def carry(self) -> None:
-        """Bring what was written so far to the folder of the stage, where that is not on this machine."""
+        """Bring what was written so far to the folder of the stage, where that is not on this machine.
+
+        A failure is logged: the next time brings it all.
+        """
         if is_remote(self._output):
             self._board.flush()
+            self._carry(warn=True)
+
+    def _carry(self, *, warn: bool) -> None:
+        try:
             carry(self._output)
+        except Exception as error:  # every package of a network has its own
+            if not warn:
+                raise
+            _log.warning("logs could not be written to %s (%s)", self._output, root_cause(error))
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -74,7 +89,7 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.close()
         self._lines.close()
-        carry(self._output)
+        self._carry(warn=kind is not None)  # else there is an error already, which tells how to go on
 
 
 class NoMetrics:

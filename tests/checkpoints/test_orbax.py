@@ -1,5 +1,6 @@
 """Checkpoints of a stage: exact, atomic, movable between meshes, and able to lose the newest."""
 
+import errno
 import logging
 import os
 import resource
@@ -20,8 +21,9 @@ from hypothesis.extra import numpy as hnp
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_worker
 
+from cocoa_jax.checkpoints.causes import chain
 from cocoa_jax.checkpoints.contents import checksums, contents_of
-from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
+from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError, UnavailableCheckpointError
 from cocoa_jax.checkpoints.orbax import (
     StageCheckpoints,
     backbone_folder,
@@ -186,6 +188,34 @@ def test_a_disk_that_is_full_is_one_error_and_loses_nothing(tmp_path):
         assert_equal(checkpoints.restore(1, wanted()).params, trees["params"])
         stage_worker.save(checkpoints, 2, stage_worker.state(2))
         assert checkpoints.steps() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), CheckpointError, "whole, make room and continue"),
+        (ValueError("OUT_OF_RANGE: Quota [os_error_code='122']"), CheckpointError, "whole, make room and continue"),
+        (PermissionError(errno.EACCES, "Permission denied"), CheckpointError, "whole, remove the cause and continue"),
+        (ConnectionResetError("peer"), UnavailableCheckpointError, "whole, continue by the same command"),
+        (ValueError("UNAVAILABLE: 503"), UnavailableCheckpointError, "whole, continue by the same command"),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: task 1"), jax.errors.JaxRuntimeError, "^UNAVAILABLE: task 1$"),
+    ],
+    ids=repr,
+)
+def test_why_a_save_failed_is_kept(tmp_path, monkeypatch, cause, kind, words):
+    """What ends by itself, what needs room, and what the loss of another process is to those who wait for its part."""
+
+    def fail(self):
+        raise RuntimeError("in the background") from cause
+
+    with (
+        pytest.raises(kind, match=words) as caught,
+        StageCheckpoints(tmp_path, keep=1) as checkpoints,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(type(checkpoints._checkpointer), "wait", fail)
+        stage_worker.save(checkpoints, 1, stage_worker.state(1))
+    assert type(caught.value) is kind and len(list(chain(caught.value))) == 3
 
 
 def test_what_a_killed_run_left_unfinished_is_removed_and_never_read(stage):

@@ -17,7 +17,7 @@ from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone
 from cocoa_jax.checkpoints.places import carry, fetch, folder_at, is_remote, log_file, twin
 from cocoa_jax.config import SettingsError, TrainConfig, parse
-from cocoa_jax.training import inputs
+from cocoa_jax.training import inputs, metrics
 from cocoa_jax.training.folder import check_settings
 from cocoa_jax.training.metrics import MetricsWriter
 from cocoa_jax.training.throughput import Load, Meter
@@ -126,3 +126,24 @@ def test_metrics_follow_at_every_checkpoint_and_are_continued(bucket):
         writer.write(2, {"loss": 2.0}, load)
     assert written() == [0, 1, 2]
     assert any(path.startswith("/b/run/tensorboard/events") for path in bucket)
+
+
+def test_logs_that_do_not_reach_the_bucket_are_told_of_and_follow_later(bucket, monkeypatch, caplog):
+    def fail(path):
+        raise ConnectionResetError("no answer")
+
+    def writer():
+        return MetricsWriter("gs://b/run", "bridge", 0, 9, Meter(lambda work: 1e9, 1))
+
+    with writer() as first, monkeypatch.context() as patch:
+        first.write(0, {"loss": 1.0}, Load(2, 1, 6, 4, 8, 8, 1e9))
+        patch.setattr(metrics, "carry", fail)
+        first.carry()
+        assert "logs could not be written to gs://b/run (no answer)" in caplog.text and not bucket
+    assert "/b/run/metrics.jsonl" in bucket
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "carry", fail)
+        with pytest.raises(ConnectionResetError), writer():  # nobody would bring them later
+            pass
+        with pytest.raises(SettingsError, match="an error before"), writer():
+            raise SettingsError("an error before")

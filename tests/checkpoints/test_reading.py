@@ -4,9 +4,13 @@ import errno
 import sys
 from pathlib import Path
 
+import aiohttp
+import gcsfs
+import google.auth.exceptions
 import jax
 import numpy as np
 import pytest
+import requests
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.experimental.v1._src.handlers.registration import NoEntryError
@@ -23,7 +27,20 @@ class RefreshError(ValueError):
     """Stands for those of google.auth, some of which are ValueErrors."""
 
 
+def http(code: int) -> Exception:
+    """What gcsfs raises in the end where its own retries did not help."""
+    return gcsfs.retry.HttpError({"code": code, "message": "no"})
+
+
 PASSES = [
+    http(503),
+    http(429),
+    aiohttp.ServerDisconnectedError(),
+    aiohttp.ClientOSError(errno.EPIPE, "Broken pipe"),
+    aiohttp.ClientPayloadError("not all of it came"),
+    requests.exceptions.ConnectionError("connection aborted"),
+    requests.exceptions.ReadTimeout("timed out"),
+    google.auth.exceptions.TransportError("no token"),
     TimeoutError("timed out"),
     ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
     ValueError("UNAVAILABLE: Error reading: CURL error: 503"),
@@ -31,6 +48,8 @@ PASSES = [
 ]
 NO_DAMAGE = [
     *PASSES,
+    http(401),
+    aiohttp.InvalidURL("no url"),
     PermissionError(errno.EACCES, "Permission denied"),
     OSError(errno.EIO, "Input/output error"),
     MemoryError("cannot allocate"),
@@ -84,7 +103,7 @@ def test_what_is_no_damage_is_raised_and_loses_nothing(stage, monkeypatch, cause
             with pytest.raises(CheckpointError, match=r"2 cannot be read now .*may be whole") as caught:
                 checkpoints.restore_latest(wanted())
             assert type(caught.value) is (UnavailableCheckpointError if cause in PASSES else CheckpointError)
-            assert str(cause) in str(caught.value)
+            assert (str(cause).splitlines() or [repr(cause)])[0] in str(caught.value)
             with pytest.raises(CheckpointError, match="may be whole"):
                 load_params(stage, wanted()["params"])
         stage_worker.save(checkpoints, 3, stage_worker.state(3))
