@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -84,8 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", module="jax")
-    from cocoa_jax.checkpoints.errors import UnavailableCheckpointError
-    from cocoa_jax.training.hosts import PeerLost
+    from cocoa_jax.training.hosts import again, leave
     from cocoa_jax.training.loop import STOPPED, Stopped
 
     # Threads that save log what goes wrong, at length; the main one then raises it. absl sets its level anew by itself.
@@ -98,14 +98,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command.require_local(given)
         command.run(chosen(verbs, parser.instantiate(parsed))[1] if command.config else given)
-    except (Stopped, PeerLost, UnavailableCheckpointError) as stopped:
+        return
+    except Stopped as stopped:  # all processes of the run come to their end together, see ended_together
         sys.stderr.write(f"cocoa: {stopped}\n")
         raise SystemExit(STOPPED) from None
     except KeyboardInterrupt:
-        sys.stderr.write("cocoa: interrupted; the same command continues from the last checkpoint\n")
-        raise SystemExit(130) from None
-    except (ValueError, RuntimeError, OSError) as error:
-        if given.debug:
+        status, said = 130, "interrupted; the same command continues from the last checkpoint"
+    except Exception as error:
+        status, said = STOPPED if again(error) else 1, str(error) or repr(error)
+        if status == 1 and (given.debug or not isinstance(error, ValueError | RuntimeError | OSError)):
+            leave(status, traceback.format_exc())
             raise
-        sys.stderr.write(f"cocoa: {error}\n")
-        raise SystemExit(1) from None
+    sys.stderr.write(f"cocoa: {said}\n")
+    leave(status)
+    raise SystemExit(status)

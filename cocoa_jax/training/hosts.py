@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import logging
+import multiprocessing
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +20,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int64
+from orbax.checkpoint import multihost
 
+from cocoa_jax.checkpoints.causes import from_network
+from cocoa_jax.checkpoints.errors import UnavailableCheckpointError
 from cocoa_jax.config import DistributedConfig, SettingsError
 from cocoa_jax.training.mesh import batch_shards, rows_sharding
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # What is wrong with the program itself, and would be so again: all other errors can come from another process.
 OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+_LONGEST = 3_600_000  # milliseconds that processes which are alive wait for each other: files of all sizes are read
+_MEETINGS = itertools.count()  # each has a name of its own, and all processes come to all of them in turn
 
 
 class PeerLost(Exception):
@@ -78,7 +87,7 @@ def join(config: DistributedConfig) -> None:
     """Meet the other processes of the run, before anything asks JAX for its devices; alone, this does nothing.
 
     From here on a process that sends no sign of life for ``config.heartbeat`` seconds ends all the others (SIGABRT),
-    and one that ends early does so after the same time.
+    and one that ends early does so after the same time: see ``ended_together`` and, where it ends alone, ``leave``.
 
     Raises:
         SettingsError: settings that contradict each other, or hosts of a pod that were not told to join.
@@ -122,11 +131,74 @@ def is_first() -> bool:
 
 
 def first_alone(name: str, work: Callable[[], object]) -> None:
-    """Let process 0 do something that the others must find done; they wait for it."""
-    if is_first():
+    """Let process 0 do something that the others must find done; they wait for it, and end with it where it fails.
+
+    Raises:
+        SettingsError: on the others, what ``work`` raises on process 0; PeerLost where that ends by itself.
+    """
+    if jax.process_count() == 1:
         work()
+        return
+    failure: Exception | None = None
+    if is_first():
+        try:
+            work()
+        except Exception as error:
+            failure = error
+    _meet()
+    status = 0 if failure is None else 1 + again(failure)
+    status = int(multihost_utils.broadcast_one_to_all(np.int32(status)))
+    if failure is not None:
+        raise failure
+    if status:
+        raise (SettingsError, PeerLost)[status - 1](f"process 0 could not go on, and says why ({name})")
+
+
+def again(error: BaseException) -> bool:
+    """Whether the same command may go on after an error: a process is gone, or a network or a service failed."""
+    return isinstance(error, PeerLost | UnavailableCheckpointError) or from_network(error)
+
+
+@contextmanager
+def ended_together(*alike: type[Exception]) -> Iterator[None]:
+    """All processes leave this at the same time, where it ends for all of them: by itself, or by an error in ``alike``.
+
+    What process 0 does at the end, such as sending logs, may take its time, and JAX kills all (SIGABRT) where one ends
+    ``distributed.heartbeat`` seconds before another.
+    """
+    try:
+        yield
+    except alike:
+        _meet()
+        raise
+    _meet()
+
+
+def _meet() -> None:
+    """Wait until all processes are here; on their hosts, as a collective of devices does not wait for minutes."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        # By JAX's own coordination service, to which Orbax has the public way.
+        multihost.get_barrier_sync_fn()(key=f"cocoa meeting {next(_MEETINGS)}", timeout_ms=_LONGEST)
+
+
+def leave(status: int, told: str = "") -> None:
+    """End this process, one of several, with ``status``, at once; alone, this does nothing.
+
+    At its exit JAX would wait for the others, which do not come, and kill it (SIGABRT): launchers would take what stays
+    wrong for the loss of a host, and try again and again.
+
+    Args:
+        told: what goes to stderr before.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    sys.stderr.write(told)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def check_shared(folder: Path) -> None:

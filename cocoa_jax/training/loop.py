@@ -21,10 +21,10 @@ from cocoa_jax.data.pipeline import STATS, built_ahead
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.training.average import exchanged
 from cocoa_jax.training.compilation import kept_programs
-from cocoa_jax.training.divergence import Pending, check_finite, check_weights
+from cocoa_jax.training.divergence import Diverged, Pending, check_finite, check_weights
 from cocoa_jax.training.flops import StepFlops
 from cocoa_jax.training.folder import open_parent, origin_of, prepare
-from cocoa_jax.training.hosts import first_alone, is_first, join, row_share, stop_agreed, with_peers
+from cocoa_jax.training.hosts import ended_together, first_alone, is_first, join, row_share, stop_agreed, with_peers
 from cocoa_jax.training.inputs import open_dataset, open_sources
 from cocoa_jax.training.mesh import batch_shards, make_mesh
 from cocoa_jax.training.metrics import MetricsWriter, NoMetrics
@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> Path:
         UnavailableCheckpointError: a checkpoint cannot be read now, for a reason that passes.
     """
     join(config.distributed)
-    with with_peers(), kept_programs(config.loop.compilation_cache):
+    with with_peers(), kept_programs(config.loop.compilation_cache), ended_together(Stopped, Diverged):
         return _train(config)
 
 
@@ -78,7 +78,8 @@ def _train(config: TrainConfig) -> Path:
 
     # --------------------------------------------------------------------------------- the state: continued or new
     first_alone("folder", lambda: prepare(config, mixture, backbone, processor.added))
-    with StageCheckpoints(output, config.loop.keep) as checkpoints, _stop_requests() as stopping:
+    # In this order a signal in the middle of the last save, which is waited for, does not end it.
+    with _stop_requests() as stopping, StageCheckpoints(output, config.loop.keep) as checkpoints:
         restored = checkpoints.restore_latest(_trees(wanted))
         if restored is None:
             params = _backbone(backbone, processor, program, wanted.params["backbone"], output)

@@ -1,20 +1,22 @@
-"""Run in two processes by test_hosts: they meet, lay rows out, save, read, and stop together; or one dies."""
+"""Run in two processes by test_hosts: they meet, lay rows out, save, read, and stop together; or one dies or fails."""
 
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cocoa_jax import cli
 from cocoa_jax.checkpoints.orbax import StageCheckpoints
-from cocoa_jax.config import DistributedConfig, MeshConfig
+from cocoa_jax.commands.command import Command
+from cocoa_jax.config import DistributedConfig, MeshConfig, SettingsError
 from cocoa_jax.data.packing import share as rows_of
 from cocoa_jax.training import hosts
-from cocoa_jax.training.loop import STOPPED
 from cocoa_jax.training.mesh import AXES, make_mesh, rows_sharding
 from cocoa_jax.training.place import place
 
@@ -31,15 +33,47 @@ def found_where_planned(mesh) -> bool:
     return bool(jax.jit(lambda got: jnp.all(got == example))(found))
 
 
-def die(victim: int) -> None:
+def die(victim: str) -> None:
     """Compute together for ever, but for one process, which is killed."""
     hosts.join(DistributedConfig(heartbeat=8))
     rows = place({"pool": np.ones((4, 1, 1)), "example": np.zeros(1, np.int32)}, make_mesh(MeshConfig()))["pool"]
     with hosts.with_peers():
         for step in range(10**6):
             float(jax.jit(jnp.sum)(rows))
-            if step == 3 and jax.process_index() == victim:
+            if step == 3 and jax.process_index() == int(victim):
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Alike(ValueError):
+    """What ends all processes."""
+
+
+def fail(where: str) -> None:
+    """An error in one process, in what the other waits for or in its own work, or in both; and slow work at the end."""
+    hosts.join(DistributedConfig(heartbeat=3))
+    first = jax.process_index() == 0
+
+    def wrong() -> None:
+        raise SettingsError("was made with other settings")
+
+    with hosts.with_peers(), hosts.ended_together(Alike):
+        if where == "first":
+            hosts.first_alone("folder", wrong)
+        if where == "second":
+            hosts.first_alone("folder", lambda: None)
+            if not first:
+                wrong()
+        if where in ("both", "none") and first:
+            time.sleep(8)  # more than twice the heartbeat
+            sys.stdout.write("written\n")
+        if where == "both":
+            raise Alike("in all of them")
+
+
+def by_command(run: Callable[..., None], *words: str) -> None:
+    """As the command line ends with what ``run`` raises."""
+    cli.commands = lambda: {"it": Command("about", "example", lambda parser: None, lambda given: run(*words))}
+    cli.main(["it"])
 
 
 def main(folder: str) -> None:
@@ -66,11 +100,9 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] != "die":
+    if sys.argv[1] == "die":
+        by_command(die, sys.argv[2])
+    elif sys.argv[1] == "fail":
+        by_command(fail, *sys.argv[2:])
+    else:
         main(sys.argv[1])
-        sys.exit()
-    try:
-        die(int(sys.argv[2]))
-    except hosts.PeerLost as lost:
-        sys.stderr.write(f"{lost}\n")
-        sys.exit(STOPPED)

@@ -20,8 +20,20 @@ from hypothesis import strategies as st
 from cocoa_jax import cli
 from cocoa_jax.checkpoints.errors import CheckpointError, UnavailableCheckpointError
 from cocoa_jax.config import DistributedConfig, SettingsError
-from cocoa_jax.training import loop
-from cocoa_jax.training.hosts import COORDINATOR, COUNT, INDEX, Peers, RowShare, _shared, peers, placed
+from cocoa_jax.training import hosts, loop
+from cocoa_jax.training.hosts import (
+    COORDINATOR,
+    COUNT,
+    INDEX,
+    PeerLost,
+    Peers,
+    RowShare,
+    _shared,
+    again,
+    first_alone,
+    peers,
+    placed,
+)
 from cocoa_jax.training.loop import STOPPED
 
 WORKER = Path(__file__).with_name("host_run.py")
@@ -177,7 +189,10 @@ def test_an_error_of_the_runtime_is_another_process_gone(
         assert told.endswith("): the same command continues\n") and told.count("\n") == 1
 
 
-@pytest.mark.parametrize(("kind", "status"), [(UnavailableCheckpointError, STOPPED), (CheckpointError, 1)])
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [(UnavailableCheckpointError, STOPPED), (ConnectionError, STOPPED), (CheckpointError, 1), (BrokenPipeError, 1)],
+)
 def test_a_checkpoint_that_cannot_be_read_now_is_tried_again(shared, tmp_path, monkeypatch, capsys, kind, status):
     def fail(config):
         raise kind("no answer from the bucket")
@@ -207,6 +222,50 @@ def test_a_process_that_dies_ends_the_other(killed):
     finally:
         statuses(started)
     assert_retryable(started[1 - killed].returncode, errors)
+
+
+@pytest.mark.parametrize(
+    ("where", "ended", "told"),
+    [
+        ("first", (1, 1), ("was made with other settings", "process 0 could not go on, and says why (folder)")),
+        ("second", (None, 1), ("", "was made with other settings")),
+        ("both", (1, 1), ("in all of them", "in all of them")),
+        ("none", (0, 0), ("", "")),
+    ],
+)
+def test_an_error_that_stays_is_no_lost_process_and_what_one_writes_at_the_end_is_waited_for(where, ended, told):
+    """JAX ends with SIGABRT, which launchers try again, those of whom one has left for longer than its heartbeat."""
+    started = start_parts("fail", where)
+    outputs = [process.communicate(timeout=300) for process in started]
+    assert ("written" in outputs[0][0]) == (where in ("both", "none"))
+    for process, (_, errors), status, words in zip(started, outputs, ended, told, strict=True):
+        if status is None:  # it is told that the other is gone, by a collective or for want of a sign of life
+            assert_retryable(process.returncode, errors)
+            continue
+        lines = [line for line in errors.splitlines() if line.startswith("cocoa: ")]
+        assert (process.returncode, lines) == (status, [f"cocoa: {words}"] if words else []), errors[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "status"),
+    [(SettingsError("other settings"), SettingsError, 1), (ConnectionResetError("no answer"), PeerLost, STOPPED)],
+)
+def test_the_others_end_as_process_0_ends(monkeypatch, error, raised, status):
+    """For good, or to be tried again."""
+
+    def wrong():
+        raise error
+
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "_meet", lambda: None)
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda value: sent.append(value) or sent[0])
+    with pytest.raises(type(error), match=str(error)):
+        first_alone("folder", wrong)
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    with pytest.raises(raised, match=r"process 0 could not go on, and says why \(folder\)") as caught:
+        first_alone("folder", wrong)
+    assert again(caught.value) == again(error) == (status == STOPPED)
 
 
 def start(shared, config: Path, processes: int, tell: tuple[int, int, int] = (-1, 0, -1), **more: str):

@@ -20,7 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from cocoa_jax import cli
 from cocoa_jax.checkpoints.backbone import open_backbone
-from cocoa_jax.checkpoints.orbax import read_metadata
+from cocoa_jax.checkpoints.orbax import StageCheckpoints, read_metadata
 from cocoa_jax.config import SettingsError, TrainConfig, parse
 from cocoa_jax.data.packing import PackingError
 from cocoa_jax.data.processor import Processor
@@ -195,6 +195,23 @@ def test_sigterm_ends_with_75_and_the_same_command_continues(finished, settings_
     cli.main(command)
     assert records(tmp_path / "run") == records(finished)
     assert [step._cache_size() for step in made] == [1]  # a continued run compiles once, as a new one does
+
+
+def test_sigterm_in_the_middle_of_the_last_save_does_not_end_it(settings_in, tmp_path, monkeypatch):
+    close, ended = StageCheckpoints.close, []
+
+    def be_told_and_close(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))  # stands for the end
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(StageCheckpoints, "close", be_told_and_close)
+            train(parse(TrainConfig, settings_in(tmp_path / "run", loop={"steps": 3, "checkpoint_every": 3})))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not ended and (tmp_path / "run" / "checkpoints" / "3").is_dir()
 
 
 def test_a_stop_between_two_looks_is_saved_first(settings_in, tmp_path, monkeypatch):
