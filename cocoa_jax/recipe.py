@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from cocoa_jax.checkpoints.orbax import newest_first, steps_folder
+from cocoa_jax.checkpoints.places import folder_at, is_remote
 from cocoa_jax.checkpoints.scratch import ScratchConfig, make_backbone
 from cocoa_jax.config import (
     InitConfig,
@@ -31,12 +32,16 @@ from cocoa_jax.evaluation.collect import REPORT, build_report
 from cocoa_jax.evaluation.set_page import write_set_report
 from cocoa_jax.evaluation.sets import MMEB, Sets, evaluate_sets, named_sets
 from cocoa_jax.models.qwen2_vl import abstract_params
-from cocoa_jax.training.hosts import first_alone, join
+from cocoa_jax.training.hosts import peers
 from cocoa_jax.training.loop import train
 
 PICTURES = "pictures"
 EVALUATION = "evaluation"  # the folder of scores of sets
 _BASE, _FROM, _EPOCHS = "base", "from", "epochs"
+_ONE = (
+    "and a recipe is run by one process into a folder of this machine: write its stages as files (cocoa run --write "
+    "FOLDER) and give them to launch/pipeline.sh or launch/stages.sh, which take gs:// paths and several hosts"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,24 +88,28 @@ def read_recipe(path: str | Path) -> Recipe:
     return parse(Recipe, {**values, "stages": stages, **({"init": _stage(init)} if init else {})})
 
 
-def stage_configs(recipe: Recipe, steps: tuple[int, ...] | None = None) -> list[TrainConfig]:
+def stage_configs(
+    recipe: Recipe, steps: tuple[int, ...] | None = None, files: str | Path | None = None
+) -> list[TrainConfig]:
     """The settings of every stage with its folders.
 
     Args:
         steps: of each stage, in place of its own (no epochs are counted); warm-up then takes half of them at most.
+        files: folder for the mixtures whose data lie where the recipe says; None for that of the run.
 
     Raises:
         SettingsError: settings that are unknown or contradict each other.
     """
-    configs, before = [], recipe.checkpoint or str(Path(recipe.output) / "backbone")
+    folder = folder_at(recipe.output)
+    configs, before = [], recipe.checkpoint or str(folder / "backbone")
     if steps is not None and len(steps) != len(recipe.stages):
         raise SettingsError(f"{len(steps)} numbers of steps for {len(recipe.stages)} stages: give one a stage")
     for number, (name, settings) in enumerate(recipe.stages.items()):
-        output = str(Path(recipe.output) / name)
+        output = str(folder / name)
         settings = {**settings, "checkpoint": before, "output": output}
         if steps is not None:
             settings = {**settings, "loop": {**settings.get("loop", {}), "steps": steps[number]}, _EPOCHS: None}
-        config = _stage_config(recipe, settings)
+        config = _stage_config(recipe, settings, Path(files or recipe.output))
         if steps is not None:
             warmup = min(config.optimizer.warmup_steps, steps[number] // 2)
             config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup))
@@ -113,9 +122,14 @@ def run_recipe(recipe: Recipe, steps: tuple[int, ...] | None = None) -> Path | N
     """Runs what is not done yet: the backbone, every stage, the scores; returns the report, None where there is none.
 
     Raises:
-        SettingsError: a folder that was made with other settings; whatever training and scoring raise.
+        SettingsError: a folder that was made with other settings, an output in a bucket, or several processes; whatever
+            training and scoring raise.
     """
+    if is_remote(recipe.output):
+        raise SettingsError(f"output is {recipe.output}, {_ONE}")
     configs, sets = stage_configs(recipe, steps), scored_sets(recipe)
+    if any(peers(config.distributed, os.environ) for config in configs):
+        raise SettingsError(f"this is one of several processes, {_ONE}")
     folder = Path(recipe.output)
     if recipe.init is not None and not (folder / "backbone").is_dir():
         settings = recipe.init.backbone
@@ -127,10 +141,9 @@ def run_recipe(recipe: Recipe, steps: tuple[int, ...] | None = None) -> Path | N
         return build_report(folder, tuple(recipe.stages))
     if sets is None:
         return None
-    join(configs[-1].distributed)  # where no stage was left to train, which joins too
     results = evaluate_sets(configs[-1].output, folder / EVALUATION, sets)
     page = folder / EVALUATION / REPORT
-    first_alone("report", lambda: write_set_report(page, {folder.name: results}))
+    write_set_report(page, {folder.name: results})
     return page
 
 
@@ -148,11 +161,14 @@ def scored_sets(recipe: Recipe) -> Sets | None:
 def write_stages(recipe: Recipe, folder: str | Path, steps: tuple[int, ...] | None = None) -> list[Path]:
     """The settings of every stage as a file for `cocoa train` and `cocoa plan`; nothing is run.
 
+    Where the recipe says where data lie, its mixtures become files too: in the folder of the run, or beside the stages
+    where that is in a bucket.
+
     Raises:
         SettingsError: as ``stage_configs``; also where epochs are to be counted of data that are not there.
     """
     try:
-        configs = stage_configs(recipe, steps)
+        configs = stage_configs(recipe, steps, folder if is_remote(recipe.output) else None)
     except SourceError as error:
         raise SettingsError(f"{error}; to write the stages without their data, give --steps of each stage") from error
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -187,11 +203,11 @@ def make_picture_backbone(folder: str | Path, settings: ScratchConfig) -> None:
     make_backbone(folder, settings, [*words, *INSTRUCTIONS.values()], abstract_params)
 
 
-def _stage_config(recipe: Recipe, settings: dict[str, Any]) -> TrainConfig:
+def _stage_config(recipe: Recipe, settings: dict[str, Any], files: Path) -> TrainConfig:
     settings = dict(settings)
     mixture = settings["data"].get("mixture")
     if mixture and recipe.data is not None:
-        settings["data"] = {**settings["data"], "mixture": str(_rooted(mixture, recipe))}
+        settings["data"] = {**settings["data"], "mixture": str(_rooted(mixture, recipe, files))}
     epochs = settings.pop(_EPOCHS, None)
     if epochs is None:
         return parse(TrainConfig, settings)
@@ -204,11 +220,11 @@ def _stage_config(recipe: Recipe, settings: dict[str, Any]) -> TrainConfig:
     return dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=steps))
 
 
-def _rooted(mixture: str, recipe: Recipe) -> Path:
-    """The mixture as a file of the run, with its data in the folder that the recipe names."""
+def _rooted(mixture: str, recipe: Recipe, folder: Path) -> Path:
+    """The mixture as a file in ``folder``, with its data in the folder that the recipe names."""
     found = find_config(mixture)
     values = {**read_settings(found), "root": str(Path(str(recipe.data)).resolve())}
-    path = Path(recipe.output) / found.name
+    path = folder / found.name
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".partial")
     aside.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -223,7 +239,7 @@ def _stage(settings: Mapping[str, Any]) -> dict[str, Any]:
     if source is None:
         return own
     merged = overlaid({k: v for k, v in read_settings(Path(source)).items() if k not in ("checkpoint", "output")}, own)
-    if _EPOCHS in own and "loop" in merged:
+    if own.get(_EPOCHS) is not None and "loop" in merged:
         merged["loop"] = {k: v for k, v in merged["loop"].items() if k != "steps"}
     return merged
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cocoa_jax import cli, recipe
-from cocoa_jax.config import SettingsError, TrainConfig, load_config, named_config, to_dict
+from cocoa_jax.config import SettingsError, TrainConfig, load_config, load_mixture, named_config, to_dict
 from cocoa_jax.recipe import Recipe, is_done, read_recipe, run_recipe, stage_configs
 from cocoa_jax.training.mesh import mesh_sizes
 
@@ -173,6 +173,32 @@ def test_the_stages_of_a_recipe_are_files(tmp_path, call):
     assert [stage.loop.steps for stage in stages] == [3000, 9375, 2000] and not Path(stages[0].output).exists()
 
 
+def test_stages_of_a_run_in_a_bucket_are_files_and_are_not_run_here(tmp_path, call, monkeypatch):
+    """The folders keep the two slashes of gs://, and nothing is made of that name here."""
+    monkeypatch.chdir(tmp_path)
+    given = ["run", RECIPES / "cocoa_qwen2_vl_2b.yaml", "--output", "gs://b/run", "--checkpoint", "base", "--data", "d"]
+    status, said, _ = call(*given, "--steps", "3,4,5", "--write", "stages")
+    assert status == 0
+    stages = [load_config(TrainConfig, path) for path in said.split()]
+    outputs = [f"gs://b/run/{Path(path).stem}" for path in said.split()]
+    assert [stage.output for stage in stages] == outputs
+    assert [stage.checkpoint for stage in stages] == ["base", *outputs[:-1]]
+    mixture = load_mixture(stages[0].data.mixture)
+    assert Path(stages[0].data.mixture).parent == Path("stages") and mixture.root == str(tmp_path / "d")
+    status, said, told = call(*given, "--steps", "3,4,5")
+    *_, told = told.splitlines()
+    assert (status, said) == (1, "") and told.startswith("cocoa: output is gs://b/run, and a recipe is run by one")
+    assert "--write" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["stages"]
+
+
+def test_a_recipe_is_not_run_by_several_processes(tiny, call, monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    monkeypatch.setattr(recipe, "train", lambda config: pytest.fail("nothing is trained"))
+    status, _, told = call("run", tiny)
+    assert status == 1 and told.startswith("cocoa: this is one of several processes, and a recipe is run by one"), told
+
+
 def test_stages_are_not_written_without_data_to_count(tmp_path, call):
     status, said, told = call(
         "run", RECIPES / "cocoa_qwen2_vl_2b.yaml", "--data", tmp_path, "--output", tmp_path, "--write", tmp_path / "new"
@@ -285,6 +311,14 @@ def test_files_are_merged_over_their_bases(tmp_path):
     read = read_recipe(tmp_path / "own.yaml")
     assert read.output == "b" and read.checkpoint == "c"
     assert read.stages == {"one": {"stage": "bridge", "seed": 8, "loop": {"keep": 1}, "epochs": 2}}
+
+
+def test_epochs_of_a_base_may_be_given_up_for_steps(tmp_path):
+    (tmp_path / "stage.yaml").write_text("stage: bridge\nloop: {steps: 5, keep: 1}\n")
+    (tmp_path / "base.yaml").write_text("output: a\ncheckpoint: c\nstages: {one: {from: stage.yaml, epochs: 2}}\n")
+    (tmp_path / "own.yaml").write_text("base: base.yaml\nstages: {one: {epochs: null, loop: {steps: 1000}}}\n")
+    (read,) = read_recipe(tmp_path / "own.yaml").stages.values()
+    assert read["loop"] == {"steps": 1000, "keep": 1} and read["epochs"] is None
 
 
 @pytest.mark.parametrize(
