@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from cocoa_jax.checkpoints.errors import CheckpointError
+from cocoa_jax.checkpoints.errors import CheckpointError, MissingCheckpointError
 from cocoa_jax.checkpoints.huggingface import read_folder
 from cocoa_jax.checkpoints.orbax import (
     backbone_folder,
@@ -105,14 +105,18 @@ def open_backbone(path: str | Path) -> Backbone:
     """Look at a folder without reading its weights.
 
     Raises:
-        CheckpointError: the folder is missing.
+        MissingCheckpointError: the folder is missing.
         ConfigError: it holds no config of a Qwen2-VL or Qwen2.5-VL.
     """
     folder = folder_at(path)
     if is_remote(path) and not backbone_folder(path).is_dir():
-        raise CheckpointError(f"checkpoint {path} is not a trained stage: copy a Hugging Face folder to this machine")
+        raise MissingCheckpointError(
+            f"checkpoint {path} is not a trained stage: copy a Hugging Face folder to this machine"
+        )
     if not folder.is_dir():
-        raise CheckpointError(f"checkpoint {folder} is not a folder: give a Hugging Face folder or a trained stage")
+        raise MissingCheckpointError(
+            f"checkpoint {folder} is not a folder: give a Hugging Face folder or a trained stage"
+        )
     trained = backbone_folder(folder).is_dir()
     side_files = fetch(backbone_folder(folder)) if trained else folder
     return Backbone(folder, side_files, read_config(side_files), trained)

@@ -7,6 +7,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read or written as asked; the message lists every problem that was found."""
 
 
+class MissingCheckpointError(CheckpointError):
+    """There is no checkpoint: no folder, or one that holds none."""
+
+
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint cannot be read back as it was saved: files are missing, cut short or changed."""
 

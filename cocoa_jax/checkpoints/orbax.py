@@ -27,7 +27,12 @@ from etils import epath
 from cocoa_jax.checkpoints.added_tokens import add_to_tokenizer
 from cocoa_jax.checkpoints.causes import chain, lacks_room, passes, root_cause
 from cocoa_jax.checkpoints.contents import Tree, contents_of
-from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError, UnavailableCheckpointError
+from cocoa_jax.checkpoints.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    MissingCheckpointError,
+    UnavailableCheckpointError,
+)
 from cocoa_jax.checkpoints.huggingface import copy_side_files
 from cocoa_jax.checkpoints.places import folder_at, is_remote, twin
 from cocoa_jax.checkpoints.reading import TREES, read_checked, read_records, stage_context
@@ -340,7 +345,7 @@ def _steps(directory: epath.Path) -> list[int]:
 def newest_first(directory: epath.Path, missing_ok: bool = False) -> Iterator[int]:
     steps = _steps(directory)
     if not steps and not missing_ok:
-        raise CheckpointError(f"{directory} holds no checkpoint: give the folder of a stage that was trained")
+        raise MissingCheckpointError(f"{directory} holds no checkpoint: give the folder of a stage that was trained")
     return reversed(steps)
 
 

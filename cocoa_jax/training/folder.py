@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from cocoa_jax.checkpoints.backbone import Backbone, open_backbone
-from cocoa_jax.checkpoints.errors import CheckpointError
+from cocoa_jax.checkpoints.errors import MissingCheckpointError
 from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone, read_metadata
-from cocoa_jax.checkpoints.places import fetch, folder_at, is_remote
+from cocoa_jax.checkpoints.places import fetch, folder_at, is_remote, twin
 from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.models.config import read_config
@@ -48,17 +50,17 @@ def open_parent(config: TrainConfig) -> Backbone:
     """The checkpoint to begin with; a run that continues does without its weights where they are gone.
 
     Raises:
-        CheckpointError, ConfigError: there is no such checkpoint, and no run that began from it.
+        CheckpointError, ConfigError: there is no such checkpoint and no run that began from it, or it cannot be read.
         SettingsError: a stage that was trained with settings which this one cannot change.
     """
     try:
         backbone = open_backbone(config.checkpoint)
-    except CheckpointError:
+        trained = read_metadata(backbone.path)["config"] if backbone.trained else None
+    except MissingCheckpointError:
         if not (folder_at(config.output) / _PARENT).exists():
             raise
         carried = fetch(backbone_folder(config.output))
         return Backbone(folder_at(config.checkpoint), carried, read_config(carried), trained=False)
-    trained = read_metadata(backbone.path)["config"] if backbone.trained else None
     if trained is not None:  # converted, not trained
         check_shared(config, trained, backbone.path)
     return backbone
@@ -93,20 +95,25 @@ def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone, added: Mapp
         added: tokens by name that the tokenizer of ``parent`` lacks; that of the stage has them.
 
     Raises:
-        SettingsError: it is another run's; with both sides of what differs.
+        SettingsError: it is another run's, with both sides of what differs; or that of ``parent``.
     """
     output = folder_at(config.output)
+    if parent.path == output or (not is_remote(output) and parent.path.resolve() == output.resolve()):
+        raise SettingsError(f"output and checkpoint are both {config.output}: give another output")
     output.mkdir(parents=True, exist_ok=True)
     check_settings(output / "config.json", to_dict(config), how_of(config))
     check_settings(output / "mixture.json", dict(mixture.identity))
     if (output / _PARENT).exists():
         _check_parent(output, parent)
     else:
+        origin = parent.origin()
+        if (before := epath.Path(backbone_folder(config.output))).exists():
+            before.rmtree()  # of an attempt that did not come to the end of this, perhaps with another checkpoint
         carry_backbone(parent.side_files, output, added)
         if added:
             names = ", ".join(f"{name} as {row}" for name, row in added.items())
             _log.warning("the tokenizer of %s gets %s; such a row begins as the mean of the others", parent.path, names)
-        _write_whole(output / _PARENT, parent.origin())
+        _write_whole(output / _PARENT, origin)
 
 
 def origin_of(config: TrainConfig) -> dict[str, Any]:
@@ -134,7 +141,7 @@ def check_settings(path: Path, settings: dict[str, Any], how: Iterable[str] = ()
 def _check_parent(output: Path, parent: Backbone) -> None:
     """By fingerprint: a folder may move. Weights in one file after another take their time, so not where it did not."""
     began = json.loads((output / _PARENT).read_text())
-    gone, moved = not parent.path.is_dir(), str(parent.path) != began["path"]
+    gone, moved = parent.side_files == twin(backbone_folder(output)), str(parent.path) != began["path"]
     if gone or not (moved or parent.trained):
         return
     found = parent.fingerprint()

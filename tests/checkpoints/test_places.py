@@ -17,8 +17,9 @@ from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone
 from cocoa_jax.checkpoints.places import carry, fetch, folder_at, is_remote, log_file, twin
 from cocoa_jax.config import SettingsError, TrainConfig, parse
+from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.training import inputs, metrics
-from cocoa_jax.training.folder import check_settings
+from cocoa_jax.training.folder import check_settings, prepare
 from cocoa_jax.training.metrics import MetricsWriter
 from cocoa_jax.training.throughput import Load, Meter
 
@@ -77,6 +78,16 @@ def test_a_backbone_goes_with_its_stage_and_is_opened_there(bucket, backbone):
     assert (opened.side_files / "tokenizer.json").read_bytes() == (backbone / "tokenizer.json").read_bytes()
     with pytest.raises(CheckpointError, match="gs://b/elsewhere is not a trained stage"):
         open_backbone("gs://b/elsewhere")
+
+
+def test_nothing_stays_in_a_bucket_of_a_checkpoint_that_the_run_did_not_begin_from(bucket, backbone, stage_settings):
+    left = folder_at("gs://b/run") / "backbone" / "tokenizer.json"
+    left.parent.mkdir(parents=True)
+    left.write_text("of another checkpoint, before a kill")
+    config = parse(TrainConfig, stage_settings("bridge", backbone, "gs://b/run"))
+    prepare(config, Mixture({}, {}, {}), open_backbone(backbone))
+    assert left.read_bytes() == (backbone / "tokenizer.json").read_bytes()
+    assert "/b/run/parent.json" in bucket
 
 
 def test_settings_are_kept_and_compared(bucket):

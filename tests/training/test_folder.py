@@ -1,5 +1,6 @@
 """Whose folder it is: what may change between two commands of a run, and what a stage may change of the one before."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from cocoa_jax.checkpoints.errors import CheckpointError
+from cocoa_jax.checkpoints.errors import CheckpointError, UnavailableCheckpointError
 from cocoa_jax.config import SettingsError, TrainConfig, parse, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.models.lora import LoraConfig
 from cocoa_jax.recipe import Recipe, read_recipe, stage_configs
 from cocoa_jax.study.design import load_study, recipe_of
+from cocoa_jax.training import folder
 from cocoa_jax.training.folder import check_shared, how_of, open_parent, origin_of, prepare
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").rglob("*_2b.yaml"))
@@ -49,6 +51,56 @@ def test_folders_may_move_and_what_a_run_does_not_need_may_be_gone(begun, tmp_pa
         parent.load()
     with pytest.raises(CheckpointError, match="moved-from is not a folder"):  # a new run needs it
         open_parent(dataclasses.replace(moved, output=str(tmp_path / "new")))
+
+
+def test_a_run_continues_where_the_checkpoints_before_it_made_room(trained, stage_settings, tmp_path, monkeypatch):
+    before = Path(shutil.copytree(trained, tmp_path / "before"))
+    config = parse(TrainConfig, stage_settings("contrastive", before, tmp_path / "run"))
+    again(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "read_metadata", raising(UnavailableCheckpointError("no answer")))
+        with pytest.raises(UnavailableCheckpointError):  # it may be there
+            open_parent(config)
+    shutil.rmtree(before / "checkpoints")
+    again(config)
+    before.rename(tmp_path / "moved")
+    again(dataclasses.replace(config, checkpoint=str(tmp_path / "moved")))
+    with pytest.raises(CheckpointError, match="moved/checkpoints holds no checkpoint"):  # a new run needs it
+        open_parent(dataclasses.replace(config, checkpoint=str(tmp_path / "moved"), output=str(tmp_path / "new")))
+
+
+def raising(error: Exception):
+    def fail(*arguments):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("stopped", ["copied", "read"])
+def test_nothing_stays_of_a_checkpoint_that_the_run_did_not_begin_from(begun, tmp_path, monkeypatch, stopped):
+    """A first command with the wrong one ends in the middle; its files are taken back with the right one."""
+    wrong = Path(shutil.copytree(begun.checkpoint, tmp_path / "wrong"))
+    (wrong / "tokenizer_config.json").write_text((wrong / "tokenizer_config.json").read_text() + " ")
+    right = dataclasses.replace(begun, output=str(tmp_path / "new"))
+    parent = open_parent(dataclasses.replace(right, checkpoint=str(wrong)))
+    with monkeypatch.context() as patch:
+        if stopped == "copied":
+            write = folder._write_whole
+            patch.setattr(folder, "_write_whole", lambda path, it: path.name == "parent.json" or write(path, it))
+        else:
+            patch.setattr(type(parent), "origin", raising(KeyboardInterrupt()))
+        with contextlib.suppress(KeyboardInterrupt):
+            prepare(right, DATA, parent)
+    again(right)
+    for path in (tmp_path / "new" / "backbone").iterdir():
+        assert path.read_bytes() == (Path(begun.checkpoint) / path.name).read_bytes()
+
+
+def test_a_stage_is_not_trained_into_its_own_folder(trained, stage_settings, tmp_path):
+    stage = Path(shutil.copytree(trained, tmp_path / "stage"))
+    with pytest.raises(SettingsError, match="output and checkpoint are both"):
+        again(parse(TrainConfig, stage_settings("contrastive", stage, stage / ".." / "stage")))
+    assert (stage / "backbone" / "config.json").exists()
 
 
 def test_another_checkpoint_is_refused_by_both_fingerprints(begun, tmp_path):
