@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from cocoa_jax.checkpoints.threads import spread
 
 Tree = Any  # a pytree of arrays, or of their jax.ShapeDtypeStruct
 Contents = Mapping[str, Mapping[str, Any]]
+SEAL = "records"  # beside the names of the trees
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
 _GOLDEN = np.uint32(0x9E3779B1)
@@ -24,6 +27,25 @@ def contents_of(tree: Tree) -> dict[str, Any]:
     """Dtype, shape and checksum of every array by its path."""
     described = zip(_described(tree).items(), checksums(tree), strict=True)
     return {key: {**what, "checksum": value} for (key, what), value in described}
+
+
+def sealed(records: Mapping[str, Any]) -> dict[str, Any]:
+    """Records of a checkpoint (JSON) with a checksum over all of them among the ``contents``."""
+    return {**records, "contents": {**records["contents"], SEAL: _seal(records)}}
+
+
+def is_whole(records: Mapping[str, Any]) -> bool:
+    """Whether records are as ``sealed`` left them; those of a checkpoint from before it have no checksum."""
+    contents = records["contents"]
+    if not isinstance(contents, dict):
+        return False
+    own = {name: part for name, part in contents.items() if name != SEAL}
+    return SEAL not in contents or contents[SEAL] == _seal({**records, "contents": own})
+
+
+def _seal(records: Mapping[str, Any]) -> int:
+    plain = json.loads(json.dumps(records))  # as it is read: keys are texts, and tuples lists
+    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())
 
 
 def _described(tree: Tree) -> dict[str, Any]:

@@ -4,8 +4,8 @@
     STAGE/checkpoints/<step>/   params, head, optimizer (arrays); loop, metadata, contents (JSON)
     STAGE/base/checkpoints/0/   params of a frozen backbone, once; the steps then hold adapter in the place of params
 
-``contents`` holds dtype, shape and checksum of every array: Orbax itself notices files that are cut short or missing,
-but not a byte that has changed.
+``contents`` holds dtype, shape and checksum of every array, and one of the records: Orbax itself notices files that are
+cut short or missing, but not a byte that has changed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from etils import epath
 
 from cocoa_jax.checkpoints.added_tokens import add_to_tokenizer
 from cocoa_jax.checkpoints.causes import chain, lacks_room, passes, root_cause
-from cocoa_jax.checkpoints.contents import Tree, contents_of
+from cocoa_jax.checkpoints.contents import Tree, contents_of, sealed
 from cocoa_jax.checkpoints.errors import (
     CheckpointError,
     DamagedCheckpointError,
@@ -117,7 +117,7 @@ class StageCheckpoints:
             _require_json(name, record)
         self._damaged.discard(step)  # before the save, which asks at its start what to keep after it
         with self._saving():
-            self._checkpointer.save_checkpointables_async(step, items | records, force=True, overwrite=damaged)
+            self._checkpointer.save_checkpointables_async(step, items | sealed(records), force=True, overwrite=damaged)
         if wait:
             self.wait()
 

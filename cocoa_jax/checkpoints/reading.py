@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from cocoa_jax.checkpoints.causes import STATUS, chain, passes, root_cause
-from cocoa_jax.checkpoints.contents import Contents, Tree, checksums, flat, mismatches
+from cocoa_jax.checkpoints.contents import Contents, Tree, checksums, flat, is_whole, mismatches
 from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError, UnavailableCheckpointError
 
 TREES = ("params", "adapter", "head", "optimizer")
@@ -37,8 +37,11 @@ def read_checked(
     """Trees and records of one checkpoint, checked against ``abstract`` before and against checksums after."""
     records = _together(path, dict.fromkeys(RECORDS))
     problems = []
-    for name, tree in abstract.items():
-        problems += mismatches(name, tree, records["contents"][name], same_dtype=same_dtype)
+    try:
+        for name, tree in abstract.items():
+            problems += mismatches(name, tree, records["contents"][name], same_dtype=same_dtype)
+    except (KeyError, TypeError, AttributeError) as error:  # of records without a checksum
+        raise DamagedCheckpointError(f"{path} is damaged: its contents lack {root_cause(error)}") from error
     if problems:
         raise CheckpointError("\n  ".join([f"{path} does not fit ({len(problems)} differences):", *problems]))
     stored = {name: _as_stored(tree, records["contents"][name]) for name, tree in abstract.items()}
@@ -101,12 +104,15 @@ def load_items(path: epath.Path, wanted: Mapping[str, Any], *, part: bool = Fals
     context.pytree.loading.partial_load = part
     try:
         with context:
-            return ocp.load_checkpointables(path, dict(wanted))
+            found = ocp.load_checkpointables(path, dict(wanted))
     except Exception as error:  # Orbax, TensorStore and JSON each raise their own
         if _is_damage(error):
             raise DamagedCheckpointError(f"{path} is damaged: {root_cause(error)}") from error
         kind = UnavailableCheckpointError if passes(error) else CheckpointError
         raise kind(f"{path} cannot be read now ({root_cause(error)}): {_AGAIN}") from error
+    if set(RECORDS) <= set(wanted) and not is_whole(found):
+        raise DamagedCheckpointError(f"{path} is damaged: other records than were saved")
+    return found
 
 
 def _is_damage(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cocoa_jax.checkpoints.causes import lacks_room, root_cause
-from cocoa_jax.checkpoints.contents import checksum_of, mismatches
+from cocoa_jax.checkpoints.contents import checksum_of, mismatches, sealed
 from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
 from cocoa_jax.checkpoints.hub_layout import Tree, raise_problems
 from cocoa_jax.checkpoints.orbax import newest_good, steps_folder
@@ -70,7 +70,7 @@ def save_params(
         with _streaming():
             ocp.partial.finalize(weights)
         with stage_context():
-            ocp.save_checkpointables(step, {"loop": {"step": 0}, "metadata": metadata, "contents": found})
+            ocp.save_checkpointables(step, sealed({"loop": {"step": 0}, "metadata": metadata, "contents": found}))
     # A partial save holds one tree of a fixed name; beside the records it is what a stage calls its params.
     (weights / _STATE).rename(step / "params")
     shutil.rmtree(weights)

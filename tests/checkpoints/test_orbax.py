@@ -1,6 +1,7 @@
 """Checkpoints of a stage: exact, atomic, movable between meshes, and able to lose the newest."""
 
 import errno
+import json
 import logging
 import os
 import resource
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -31,6 +33,7 @@ from cocoa_jax.checkpoints.orbax import (
     load_params,
     read_metadata,
 )
+from cocoa_jax.checkpoints.reading import read_checked
 
 # Orbax drops what it has not read yet when one item of a checkpoint turns out to be damaged.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
@@ -277,6 +280,38 @@ def test_damaged_records_are_damage(stage, record):
         latest = checkpoints.restore_latest(wanted())
         assert latest is not None and latest.step == 2
     assert read_metadata(stage) == {"stage": "bridge"}
+
+
+@pytest.mark.parametrize("record", ["loop", "metadata", "contents"])
+def test_a_changed_byte_in_a_record_is_damage_wherever_it_is(stage, record):
+    path = epath.Path(stage) / "checkpoints" / "3"
+    (file,) = (file for file in files_of(stage, 3, record) if file.name == "data.json")
+    good = file.read_bytes()
+    name = (
+        good.find(b'"records"') if record == "contents" else len(good)
+    )  # of the checksum: all others are as they were
+    for place in range(0, len(good), max(1, len(good) // 25)):
+        if not name <= place < name + len(b'"records"'):
+            changed = bytearray(good)
+            changed[place] ^= 0x10
+            file.write_bytes(changed)
+            with pytest.raises(DamagedCheckpointError):
+                read_checked(path, wanted(), same_dtype=True)
+    file.write_bytes(good)
+    assert read_checked(path, wanted(), same_dtype=True)[1]["loop"] == {"step": 3}
+
+
+def test_a_checkpoint_from_before_there_was_a_checksum_of_the_records_is_read(stage):
+    path = epath.Path(stage) / "checkpoints" / "3"
+    (file,) = (file for file in files_of(stage, 3, "contents") if file.name == "data.json")
+    contents = json.loads(file.read_text())
+    assert contents.pop("records")
+    file.write_text(json.dumps(contents))
+    assert read_checked(path, wanted(), same_dtype=True)[1]["loop"] == {"step": 3}
+    for name in ("params", "shape"):  # what is told without one: a key that is not there
+        file.write_text(json.dumps(contents).replace(f'"{name}"', '"other"', 1))
+        with pytest.raises(DamagedCheckpointError, match=f"its contents lack '{name}'"):
+            read_checked(path, wanted(), same_dtype=True)
 
 
 def test_when_all_are_damaged_nothing_is_guessed(stage):
