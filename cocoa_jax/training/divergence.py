@@ -31,12 +31,14 @@ class Pending:
         metrics: of the step and of its data.
         batch: this host's share.
         stats: of the whole batch, see ``cocoa_jax.data.pipeline.STATS``.
+        planned: see ``agreement.planned``.
     """
 
     step: int
     metrics: Mapping[str, Any]
     batch: Mapping[str, np.ndarray]
     stats: np.ndarray
+    planned: jax.Array | None = None
 
 
 def check_finite(pending: Pending, values: Mapping[str, float], config: TrainConfig, processor: Processor) -> None:

@@ -131,7 +131,7 @@ def check_settings(path: Path, settings: dict[str, Any], how: Iterable[str] = ()
     """Keep the settings of a folder, or refuse to continue it with others, naming them, but for those in ``how``."""
     if not path.exists():
         return _write_whole(path, settings)
-    changed = differences(_without(json.loads(path.read_text()), how), _without(settings, how))
+    changed = differences(without(json.loads(path.read_text()), how), without(settings, how))
     if changed:
         raise SettingsError(
             f"{path.parent} was made with other settings ({'; '.join(changed)}): give another output or remove it"
@@ -152,7 +152,8 @@ def _check_parent(output: Path, parent: Backbone) -> None:
         )
 
 
-def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Settings but for those of these names, such as ``seed`` or ``loop.keep``."""
     kept = {name: part for name, part in settings.items() if name not in names}
     return {
         name: {key: value for key, value in part.items() if f"{name}.{key}" not in names}

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from cocoa_jax.checkpoints.added_tokens import with_mean_rows
 from cocoa_jax.checkpoints.backbone import Backbone
@@ -19,6 +20,7 @@ from cocoa_jax.checkpoints.places import folder_at, twin
 from cocoa_jax.config import TrainConfig, to_dict
 from cocoa_jax.data.pipeline import STATS, built_ahead
 from cocoa_jax.data.processor import Processor
+from cocoa_jax.training.agreement import check_alike, check_planned, held_here, planned
 from cocoa_jax.training.average import exchanged
 from cocoa_jax.training.compilation import kept_programs
 from cocoa_jax.training.divergence import Diverged, Pending, check_finite, check_weights
@@ -77,6 +79,7 @@ def _train(config: TrainConfig) -> Path:
     meter = Meter(StepFlops(config, backbone.config), share.count)
 
     # --------------------------------------------------------------------------------- the state: continued or new
+    check_alike(held_here(config, mixture, backbone.config))
     first_alone("folder", lambda: prepare(config, mixture, backbone, processor.added))
     # In this order a signal in the middle of the last save, which is waited for, does not end it.
     with _stop_requests() as stopping, StageCheckpoints(output, config.loop.keep) as checkpoints:
@@ -108,17 +111,18 @@ def _train(config: TrainConfig) -> Path:
             for step in range(start, config.loop.steps):
                 batch = next(batches)
                 stats = batch.pop("stats")
+                alike = planned(batch, stats, mesh, state)
                 with trace.step(step, state):
                     state, metrics = step_function(state, place(batch, mesh))
                 trace.end(step, state)
                 # Read one step late, so that the device never waits for the host.
                 if pending is not None:
-                    _record(writer, pending, config, processor, meter)
+                    _record(writer, pending, config, processor, meter, mesh)
                 counts = {name.removesuffix("_used"): stats[STATS.index(name)] for name in _LOGGED}
-                pending = Pending(step, metrics | counts, batch, stats)
+                pending = Pending(step, metrics | counts, batch, stats, alike)
                 last, stop = step + 1 == config.loop.steps, stopping(step)  # asked once: a stop is always saved first
                 if last or stop or (step + 1) % config.loop.checkpoint_every == 0:
-                    _record(writer, pending, config, processor, meter)  # a state that diverged is never saved
+                    _record(writer, pending, config, processor, meter, mesh)  # a state that diverged is never saved
                     kept = exchanged(state)
                     check_weights(trained_part(kept.params), pending, config, processor)
                     pending = None
@@ -171,8 +175,14 @@ def _state(
 
 
 def _record(
-    writer: MetricsWriter | NoMetrics, pending: Pending, config: TrainConfig, processor: Processor, meter: Meter
+    writer: MetricsWriter | NoMetrics,
+    pending: Pending,
+    config: TrainConfig,
+    processor: Processor,
+    meter: Meter,
+    mesh: Mesh,
 ) -> None:
+    check_planned(pending.step, pending.planned, mesh)
     values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
     check_finite(pending, values, config, processor)
     predicted = 0.0 if config.stage == "contrastive" else values["masked_tokens"]

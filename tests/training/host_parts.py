@@ -1,5 +1,6 @@
 """Run in two processes by test_hosts: they meet, lay rows out, save, read, and stop together; or one dies or fails."""
 
+import functools
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from cocoa_jax.checkpoints.orbax import StageCheckpoints
 from cocoa_jax.commands.command import Command
 from cocoa_jax.config import DistributedConfig, MeshConfig, SettingsError
 from cocoa_jax.data.packing import share as rows_of
-from cocoa_jax.training import hosts
+from cocoa_jax.training import agreement, hosts
 from cocoa_jax.training.mesh import AXES, make_mesh, rows_sharding
 from cocoa_jax.training.place import place
 
@@ -76,6 +77,24 @@ def by_command(run: Callable[..., None], *words: str) -> None:
     cli.main(["it"])
 
 
+def refusals(mesh) -> list[str]:
+    """What is said of hosts that hold other settings, and of those that planned another batch; "" where they agree."""
+    me, said = jax.process_index(), []
+    stats, batch = np.arange(3, dtype=np.int32), {"example": np.arange(4, dtype=np.int32), "rows": np.full(2, me)}
+    other = {**batch, "example": batch["example"] + me}
+    numbers = [agreement.planned(one, stats, mesh, ()) for one in (batch, other)]
+    numbers.append(agreement.planned(batch, stats + me, mesh, ()))
+    numbers.append(agreement.planned({**batch, "rows": np.zeros(2 + me)}, stats, mesh, ()))
+    asked = [functools.partial(agreement.check_alike, {"seed": 3, "loop": {"steps": 4 + odd}}) for odd in (0, me)]
+    asked += [functools.partial(agreement.check_planned, 7, one, mesh) for one in numbers]
+    for ask in asked:
+        try:
+            said.append(ask() or "")
+        except SettingsError as error:
+            said.append(str(error))
+    return said
+
+
 def main(folder: str) -> None:
     hosts.join(DistributedConfig(heartbeat=30))
     done = []
@@ -95,7 +114,16 @@ def main(folder: str) -> None:
     stop = next((step for step in range(200) if time.sleep(0.05) or hosts.stop_agreed(step)), None)
     found = [found_where_planned(one_after_another), found_where_planned(mixed)]
     order = hosts.row_share(mixed).order.tolist()
-    told = {"made": len(done), "found": found, "order": order, "step": restored.step, "same": same, "stop": stop}
+    said = refusals(mixed)
+    told = {
+        "said": said,
+        "made": len(done),
+        "found": found,
+        "order": order,
+        "step": restored.step,
+        "same": same,
+        "stop": stop,
+    }
     sys.stdout.write("told " + json.dumps(told) + "\n")
 
 

@@ -152,6 +152,14 @@ def test_two_processes_meet_lay_out_rows_save_and_stop_together(tmp_path):
     assert [one.pop("made") for one in told] == [1, 0]  # process 0 alone makes the folder
     assert told[0] == told[1]  # the signal reached one of them
     assert told[0].pop("stop") is not None
+    agreed, settings, same, *others = told[0].pop("said")
+    assert agreed == same == ""
+    assert settings.startswith(
+        "processes [1] do not hold what the others do (loop.steps: 4, 5): give all hosts the same"
+    )
+    assert len(others) == 3 and all(
+        "processes [1] read other records than the others for step 7" in one for one in others
+    )
     assert told[0] == {"found": [True, True], "order": [0, 1, 4, 5, 2, 3, 6, 7], "step": 2, "same": True}
 
 
