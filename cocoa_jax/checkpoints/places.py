@@ -59,13 +59,22 @@ def log_file(folder: str | Path, name: str) -> Path:
     return local
 
 
-def carry(path: str | Path) -> None:
-    """Bring all that lies in the twin of a folder to it, file by file; nothing where it is its own twin."""
-    local = twin(path)
+def carry(path: str | Path, sent: dict[Path, tuple[int, int]] | None = None) -> None:
+    """Bring all that lies in the twin of a folder to it, file by file; nothing where it is its own twin.
+
+    Args:
+        sent: size and time of change of files that were brought before, which are left out, and are added here.
+    """
+    local, sent = twin(path), {} if sent is None else sent
     if local == Path(path) or not local.exists():
         return
     for file in sorted(local.rglob("*")):
         if file.is_file():
+            state = file.stat()
+            now = state.st_size, state.st_mtime_ns
+            if sent.get(file) == now:
+                continue
             to = folder_at(path) / str(file.relative_to(local))
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_bytes(file.read_bytes())
+            sent[file] = now

@@ -37,6 +37,7 @@ class MetricsWriter:
         self, output: str | Path, stage: str, first: int, steps: int, meter: Meter, wandb: WandbRun | None = None
     ):
         self._wandb = wandb
+        self._sent: dict[Path, tuple[int, int]] = {}
         self._output, folder, self._meter = output, twin(output), meter
         self._path = log_file(output, "metrics.jsonl")
         _truncate(self._path, first)
@@ -72,7 +73,7 @@ class MetricsWriter:
 
     def _carry(self, *, warn: bool) -> None:
         try:
-            carry(self._output)
+            carry(self._output, self._sent)
         except Exception as error:  # every package of a network has its own
             if not warn:
                 raise

@@ -139,8 +139,21 @@ def test_metrics_follow_at_every_checkpoint_and_are_continued(bucket):
     assert any(path.startswith("/b/run/tensorboard/events") for path in bucket)
 
 
+def test_a_file_goes_again_when_it_has_changed(bucket):
+    local, sent = twin("gs://b/run"), {}
+    local.mkdir(parents=True)
+    (local / "trace").write_text("large")
+    (local / "metrics.jsonl").write_text("one\n")
+    carry("gs://b/run", sent)
+    assert sorted(bucket) == ["/b/run/metrics.jsonl", "/b/run/trace"]
+    bucket.clear()
+    (local / "metrics.jsonl").write_text("one\ntwo\n")
+    carry("gs://b/run", sent)
+    assert {name: file.getvalue() for name, file in bucket.items()} == {"/b/run/metrics.jsonl": b"one\ntwo\n"}
+
+
 def test_logs_that_do_not_reach_the_bucket_are_told_of_and_follow_later(bucket, monkeypatch, caplog):
-    def fail(path):
+    def fail(*arguments):
         raise ConnectionResetError("no answer")
 
     def writer():
