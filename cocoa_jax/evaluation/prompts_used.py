@@ -17,11 +17,11 @@ MIXTURE = "mixture.json"  # what a stage was trained on, in its folder
 def trained_prompts(checkpoint: str | Path) -> dict[str, str]:
     """By set, the instruction of its queries in training; without those that the stage's mixture does not tell."""
     try:
-        datasets = json.loads((folder_at(checkpoint) / MIXTURE).read_text())["datasets"]
+        mixture = json.loads((folder_at(checkpoint) / MIXTURE).read_text())
     except (FileNotFoundError, NotADirectoryError):
         return {}
     found = {}
-    for name, dataset in datasets.items():
+    for name, dataset in mixture.get("datasets", {}).items():  # the embedded pictures are none
         settings = dataset["settings"]
         known = evaluated_name(settings["subset"] or name)
         published = settings["format"] == "mmeb-train" and settings["split"] in ("", "original")

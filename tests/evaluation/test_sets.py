@@ -23,6 +23,7 @@ from cocoa_jax.evaluation import sets as sets_module
 from cocoa_jax.evaluation.distinct import content_digest, distinct
 from cocoa_jax.evaluation.row_store import RowStore
 from cocoa_jax.evaluation.scorer import EmbeddingError
+from cocoa_jax.evaluation.prompts_used import trained_prompts
 from cocoa_jax.evaluation.sets import MMEB, evaluate_sets, named_sets
 
 WANTED = ["VOC2007", "MSCOCO_t2i", "GQA"]
@@ -243,6 +244,12 @@ def test_the_table_says_how_it_was_read_and_prompted(trained, backbone, sets, em
     limits = "at least as many as the checkpoint says and at most 200,704 pixels, texts of up to 248 tokens"
     assert f": pictures of {limits}, bidirectional attention" in told
     assert "those of training in 0 sets, others in 0; training tells none for 3." in told
+
+
+def test_a_stage_of_the_embedded_pictures_tells_no_instructions(tmp_path):
+    pictures = {"stage": "contrastive", "pictures": {"version": "1.0.0", "split": "train", "kinds": {"caption": 1.0}}}
+    (tmp_path / "mixture.json").write_text(json.dumps(pictures))
+    assert trained_prompts(tmp_path) == {}
 
 
 @pytest.mark.parametrize("name", ["a/b", "/a", "a/"])
