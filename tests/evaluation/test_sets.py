@@ -21,9 +21,9 @@ from cocoa_jax.data.readers.ranked import open_ranked
 from cocoa_jax.embedder import Embedder, default_settings
 from cocoa_jax.evaluation import sets as sets_module
 from cocoa_jax.evaluation.distinct import content_digest, distinct
+from cocoa_jax.evaluation.prompts_used import trained_prompts
 from cocoa_jax.evaluation.row_store import RowStore
 from cocoa_jax.evaluation.scorer import EmbeddingError
-from cocoa_jax.evaluation.prompts_used import trained_prompts
 from cocoa_jax.evaluation.sets import MMEB, evaluate_sets, named_sets
 
 WANTED = ["VOC2007", "MSCOCO_t2i", "GQA"]
