@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -209,13 +210,13 @@ def prepare_record(
 
 
 def working_picture(image: Image, pixels: PixelSettings, quality: int) -> Image:
-    """``image`` no larger than the model sees it; one within the limits keeps its pixels, and mostly its bytes.
+    """``image`` about as large as the model sees it; one within the limits keeps its pixels, and mostly its bytes.
 
     Raises:
         ImageError: it cannot be decoded.
     """
     picture = decode(image)
-    width, height = _size_seen(image, pixels)
+    width, height = _size_kept(image, pixels, exact=not quality)
     buffer = io.BytesIO()
     if (width, height) != picture.size:
         picture = picture.resize((width, height), PIL.Image.Resampling(pixels.resample))
@@ -230,22 +231,27 @@ def working_picture(image: Image, pixels: PixelSettings, quality: int) -> Image:
     return Image(buffer.getvalue(), picture.width, picture.height, image.name)
 
 
-def _size_seen(image: Image, pixels: PixelSettings) -> tuple[int, int]:
-    """Width and height at which the model sees a picture beyond the limits; its own for one within them.
+def _size_kept(image: Image, pixels: PixelSettings, *, exact: bool) -> tuple[int, int]:
+    """Width and height of a picture that the model sees at the same size as ``image``; its own within the limits.
 
-    Also its own where a picture of the size seen would be seen at another one again: one unit high it may still be
-    beyond the limits, and the reference rounds down to the most pixels, perhaps below the least.
+    The size at which it is seen itself does not always do: the reference rounds down to the most pixels, perhaps below
+    the least, and what is one unit high may still be beyond the limits. Then it is its own shape at twice the most
+    pixels, unless what the model sees must be ``exact``, which two resizes are not.
     """
-    size = image.width, image.height
+    own = image.width, image.height
     if image.width * image.height <= pixels.max_pixels:
-        return size
+        return own
     grid = pixels.grid(image)
+    scale = math.sqrt(2 * pixels.max_pixels / (image.width * image.height))
     seen = grid[2] * pixels.patch_size, grid[1] * pixels.patch_size
-    try:
-        stays = pixels.grid(Image(b"", *seen, image.name)) == grid
-    except ImageError:
-        stays = False
-    return seen if stays else size
+    shape = round(image.width * scale), round(image.height * scale)
+    for size in (seen,) if exact or scale >= 1 else (seen, shape):
+        try:
+            if pixels.grid(Image(b"", *size, image.name)) == grid:
+                return size
+        except ImageError:  # too thin
+            continue
+    return own
 
 
 def _measured(

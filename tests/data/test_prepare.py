@@ -182,7 +182,10 @@ def test_a_resolution_is_squares_or_a_range_of_tokens(folder, model_config, nois
     assert processor.pixels.patches(picture).shape == (grid[1] * grid[2], 1176)
     stored = working_picture(picture, processor.pixels, 0)
     np.testing.assert_array_equal(processor.pixels.patches(stored), processor.pixels.patches(picture))
-    assert processor.pixels.grid(working_picture(picture, processor.pixels, 90)) == grid
+    stored = working_picture(picture, processor.pixels, 90)
+    assert processor.pixels.grid(stored) == grid
+    thin = size[1] < 28
+    assert thin or stored.width * stored.height <= 2.1 * processor.pixels.max_pixels
 
 
 @pytest.mark.parametrize(
