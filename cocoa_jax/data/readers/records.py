@@ -146,7 +146,7 @@ class TableSource:
     def settled(self) -> PictureStore | None:
         """``images``, where zips are known to lack which folders of the paths; the same in every process."""
         if self.images is not None:
-            self.images.settle(self.paths())
+            self.images.settle(self.paths)
         return self.images
 
     def paths(self) -> Iterator[str]:

@@ -9,7 +9,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,12 +38,8 @@ class PictureStore(Protocol):
         """
         ...
 
-    def settle(self, paths: Iterable[str]) -> None:
-        """Find out from the paths of a table, in their order, which of their leading folders a zip lacks.
-
-        Raises:
-            SourceError: they do not tell in which of several zips a picture is meant.
-        """
+    def settle(self, paths: Callable[[], Iterable[str]]) -> None:
+        """Find out from the paths of a table, in their order, which of their leading folders a zip lacks."""
         ...
 
     def fingerprint(self) -> str: ...
@@ -54,7 +50,7 @@ class PictureStore(Protocol):
 
 
 def open_store(places: Sequence[Path]) -> PictureStore:
-    """Folders and zips; a picture is taken from the first that holds it under its whole path, else without folders.
+    """Folders and zips; a picture is taken from the first that holds it.
 
     Raises:
         SourceError: a place that does not exist or is no zip.
@@ -119,7 +115,7 @@ class FolderStore:
                 raise RecordError(f"path {path[:80]!r}... cannot name a file ({error}): correct the row") from error
             raise
 
-    def settle(self, paths: Iterable[str]) -> None:
+    def settle(self, paths: Callable[[], Iterable[str]]) -> None:
         """A folder lacks nothing."""
 
     def fingerprint(self) -> str:
@@ -139,11 +135,11 @@ class ZipStore:
     """Members of a zip, read at random; 56 bytes of memory a member instead of zipfile's half a kilobyte.
 
     A row's path may have leading folders that the zip lacks, and the other way round: published zips were made at
-    different levels. `settle` fixes these folders for all rows; before that any are left out.
+    different levels. `settle` fixes these folders for all rows, so that no two paths are one member.
     """
 
-    def __init__(self, path: Path, lacks: tuple[str, ...] | None = None):
-        self._path, self.lacks = path, lacks
+    def __init__(self, path: Path, lacks: tuple[str, ...] = ()):
+        self._path, self._lacks = path, lacks
         try:
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if not member.is_dir()]
@@ -168,7 +164,7 @@ class ZipStore:
         self._digest = digest.hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ZipStore, (self._path, self.lacks)
+        return ZipStore, (self._path, self._lacks)
 
     def __del__(self) -> None:
         if "_file" in self.__dict__:
@@ -185,13 +181,11 @@ class ZipStore:
 
     def place(self, parts: tuple[str, ...]) -> int | None:
         """The number of the member that a path means; None: of none."""
-        whole = self.whole(parts)
-        if whole is not None or self.lacks == ():
-            return whole
-        lacking = parts[: self.lacking(parts)] if self.lacks is None else self.lacks
-        return self.whole(parts[len(lacking) :]) if parts[: len(lacking)] == lacking else None
+        whole = self._whole(parts)
+        skip = len(self._lacks)
+        return self._whole(parts[skip:]) if whole is None and parts[:skip] == self._lacks else whole
 
-    def whole(self, parts: tuple[str, ...]) -> int | None:
+    def _whole(self, parts: tuple[str, ...]) -> int | None:
         """The number of the member of exactly this path, perhaps below the one folder that holds all."""
         name = "/".join(parts)
         for full in (name, f"{self._top}/{name}") if self._top else (name,):
@@ -201,12 +195,26 @@ class ZipStore:
                 return place
         return None
 
-    def lacking(self, parts: tuple[str, ...]) -> int:
-        """Without how many leading folders the zip holds a path; 0 also where it holds none of its ends."""
-        return next((skip for skip in range(1, len(parts)) if self.whole(parts[skip:]) is not None), 0)
+    def settle(self, paths: Callable[[], Iterable[str]]) -> None:
+        """It lacks of all paths the folders that it lacks of the first path found in it."""
+        self._settle(paths(), lambda parts: range(len(parts)))
 
-    def settle(self, paths: Iterable[str]) -> None:
-        FirstOf((self,)).settle(paths)
+    def settle_by_name(self, paths: Callable[[], Iterable[str]]) -> None:
+        """As `settle`, of paths through a folder that is called like the zip: the others may mean another zip."""
+        self._settle(
+            paths(), lambda parts: (0, *(n for n, part in enumerate(parts[:-1], 1) if part == self._path.stem))
+        )
+
+    def _settle(self, paths: Iterable[str], skips: Callable[[tuple[str, ...]], Iterable[int]]) -> None:
+        for path in paths:
+            try:
+                parts = inside(path)
+            except RecordError:
+                continue
+            for skip in skips(parts):
+                if self._whole(parts[skip:]) is not None:
+                    self._lacks = parts[:skip]
+                    return
 
     def _member(self, fields: np.ndarray, path: str) -> bytes:
         offset, packed, size, crc, method, flags = (int(field) for field in fields)
@@ -228,16 +236,6 @@ class ZipStore:
             raise RecordError(f"path {path!r}: not the {size} bytes that {self._path.name} lists: fetch it again")
         return data
 
-    @property
-    def name(self) -> str:
-        """The file's, without its ending: perhaps that of the folder that was packed."""
-        return self._path.stem
-
-    def checksum(self, parts: tuple[str, ...]) -> tuple[int, ...]:
-        """Size and checksum of the member of exactly this path, () for none."""
-        place = self.whole(parts)
-        return () if place is None else tuple(int(field) for field in self._members[place, 2:4])
-
     def fingerprint(self) -> str:
         """Over names, sizes and checksums of all members."""
         return self._digest
@@ -247,59 +245,26 @@ class ZipStore:
 
 
 class FirstOf:
-    """Several stores; the first that holds a path gives it, whole paths before those that a zip lacks folders of."""
+    """Several stores; the first that holds a path gives it."""
 
     def __init__(self, stores: tuple[PictureStore, ...]):
         self._stores = stores
-        self._zips = [store for store in stores if isinstance(store, ZipStore)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FirstOf, (self._stores,)
 
     def read(self, path: str) -> bytes:
-        parts = inside(path)
-        whole = [store for store in self._stores if not isinstance(store, ZipStore) or store.whole(parts) is not None]
-        for store in (*whole, *self._zips):
+        for store in self._stores:
             try:
                 return store.read(path)
             except MissingPicture as error:
                 missing = error
         raise missing
 
-    def settle(self, paths: Iterable[str]) -> None:
-        left = [store for store in self._zips if store.lacks is None]
-        for path in paths if left else ():
-            try:
-                parts = inside(path)
-            except RecordError:
-                continue
-            meant = self._meant(path, parts, left)
-            if meant is not None:
-                meant.lacks = parts[: meant.lacking(parts)] if meant.whole(parts) is None else ()
-                left.remove(meant)
-            if not left:
-                break
-        for store in left:  # nothing in them is asked for
-            store.lacks = ()
-
-    def _meant(self, path: str, parts: tuple[str, ...], left: Sequence[ZipStore]) -> ZipStore | None:
-        """Which zip of those that are not settled a path tells something about, if any."""
-        for store in self._zips:
-            if store.whole(parts) is not None:
-                return store if store in left else None
-        if any(store.place(parts) is not None for store in self._zips if store.lacks is not None):
-            return None
-        found = {store: skip for store in left if (skip := store.lacking(parts))}
-        if not found or any(store.stamp(path) for store in self._stores if not isinstance(store, ZipStore)):
-            return None
-        named = [store for store, skip in found.items() if store.name in parts[:skip]] or list(found)
-        if len({store.checksum(parts[found[store] :]) for store in named}) > 1:
-            zips = " and ".join(f"{store.name}.zip" for store in named)
-            raise SourceError(
-                f"path {path!r}: {zips} hold different pictures of this name without all of its folders: call each zip "
-                "like its folder, or pack the folders too"
-            )
-        return named[0]
+    def settle(self, paths: Callable[[], Iterable[str]]) -> None:
+        for store in self._stores:
+            if isinstance(store, ZipStore):
+                store.settle_by_name(paths)
 
     def fingerprint(self) -> str:
         return "+".join(store.fingerprint() for store in self._stores)
