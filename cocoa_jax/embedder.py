@@ -68,7 +68,7 @@ class Embedder:
             # The model asks the mesh in use how rows and heads are shared.
             with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
                 model = bind(graph, params)
-                rows, _ = embed_in_chunks(lambda _: model, batch, chunk, settings.pooling, settings.tokens)
+                rows, _ = embed_in_chunks(lambda *_: model, batch, chunk, settings.pooling, settings.tokens)
                 return rows if width is None else truncated(rows, width, kept)
 
         self.width = kept * (backbone.config.text.width if width is None else width)
@@ -107,7 +107,7 @@ class Embedder:
         """
         out = np.zeros((len(contents), self.width), np.float32)
         share, visibility = row_share(self._mesh), self.settings.visibility
-        rows = embedding_rows(contents, self._processor, self._rows, visibility, share.index, share.count)
+        rows = embedding_rows(contents, self._processor, self._rows, visibility, share)
         with tqdm(total=len(contents), desc="embed", unit="item", disable=not progress, leave=False) as bar:
             for batch, held in rows:
                 batch["example"] = np.arange(held.size, dtype=np.int32)

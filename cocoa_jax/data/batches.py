@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int32, Int64
 from cocoa_jax.data.example import BLOCK_B, Example
 from cocoa_jax.data.intake import Intake, Taken, arranged
 from cocoa_jax.data.masking import Purpose, choose_tokens, choose_units, example_rng, within_budget
-from cocoa_jax.data.packing import plan_batch, share
+from cocoa_jax.data.packing import RowShare, plan_batch
 from cocoa_jax.data.pixels import ImageError
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.rows import Arrays, hide_tokens, hide_units, write_rows
@@ -42,16 +42,16 @@ Hidden = Mapping[int, Int32[np.ndarray, " m"]]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)  # Grain prints its transforms, and sources hold pictures
 class BatchBuilder:
-    """(step, [N, 2] of source and record) -> batch; ``processes`` are this one's index and how many there are."""
+    """(step, [N, 2] of source and record) -> batch of this process's share of the rows."""
 
     config: BatchConfig
     intake: Intake
     processor: Processor
     seed: int
-    processes: tuple[int, int]
+    share: RowShare
 
     def __call__(self, step: int, draws: np.ndarray) -> Arrays:
-        skip, count = self.config.bad.action == "skip", self.processes[1]
+        skip, count = self.config.bad.action == "skip", self.share.count
         # A single host decodes all rows anyway, and looks for a bad picture only when it has met one.
         if not skip or count == 1 or self.intake.known is not None:
             try:
@@ -79,7 +79,7 @@ class BatchBuilder:
         lengths = lengths_of(examples, hidden)
         shape, plan = plan_batch(lengths, config.rows)
         rows = plan + [[] for _ in range(shape.rows - len(plan))]
-        local = rows[share(shape.rows, *self.processes)]
+        local = [rows[row] for row in self.share.of(shape.rows)]
         slots = config.rows.examples_per_row
         batch = write_rows(examples, local, self.processor, shape, slots, config.visibility, truncated=bridge)
         hide(batch, config, self.processor, examples, local, hidden, self.seed, step)

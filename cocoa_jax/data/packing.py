@@ -169,15 +169,35 @@ def plan_batch(lengths: Int[np.ndarray, "n 3"], config: RowsConfig) -> tuple[Sha
     return widest._replace(rows=-(-needed // config.step) * config.step), rows
 
 
-def share(rows: int, process_index: int, process_count: int) -> slice:
-    """The consecutive global rows that belong to one process.
+@dataclasses.dataclass(frozen=True)
+class RowShare:
+    """Which rows of a batch a process builds: some of equal blocks of them, in ascending order.
 
-    Raises:
-        PackingError: the rows cannot be divided evenly.
+    Args:
+        blocks: the numbers of its own.
+        total: how many blocks there are.
     """
-    if not 0 <= process_index < process_count:
-        raise PackingError(f"process_index is {process_index} of {process_count} processes: count from 0")
-    if rows % process_count:
-        raise PackingError(f"{rows} rows cannot be shared by {process_count} processes: change data.rows.shapes")
-    part = rows // process_count
-    return slice(process_index * part, (process_index + 1) * part)
+
+    blocks: tuple[int, ...] = (0,)
+    total: int = 1
+
+    @property
+    def count(self) -> int:
+        """How many processes, or groups of them that hold the same rows, share a batch."""
+        return self.total // len(self.blocks)
+
+    def of(self, rows: int) -> list[int]:
+        """Those of the global rows.
+
+        Raises:
+            PackingError: the rows cannot be divided evenly.
+        """
+        if self.count == 1:
+            return list(range(rows))
+        if rows % self.total:
+            raise PackingError(f"{rows} rows cannot be shared by {self.total} devices: change data.rows.shapes")
+        size = rows // self.total
+        return [block * size + row for block in self.blocks for row in range(size)]
+
+
+ALONE = RowShare()

@@ -19,7 +19,7 @@ from cocoa_jax.data.batch_config import BatchConfig, Stage
 from cocoa_jax.data.batches import STATS, BatchBuilder, lengths_of
 from cocoa_jax.data.intake import Intake, examples_of
 from cocoa_jax.data.masking import MaskingConfig, Purpose, example_rng
-from cocoa_jax.data.packing import PackingError, RowsConfig, check_fits, plan_batch, plan_rows, share
+from cocoa_jax.data.packing import ALONE, PackingError, RowsConfig, RowShare, check_fits, plan_batch, plan_rows
 from cocoa_jax.data.planned import PlannedBuilder, stored_lengths
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.rows import Arrays, VisibilityConfig, write_rows
@@ -55,8 +55,7 @@ def stage_dataset(
     *,
     seed: int,
     steps: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: RowShare = ALONE,
     known: KnownBad | None = None,
     report: Path | None = None,
 ) -> grain.MapDataset[Arrays]:
@@ -75,12 +74,12 @@ def stage_dataset(
     Returns:
         Batches of this process's share of the rows, with ``stats`` (see ``STATS``) beside the model's arrays.
     Raises:
-        ValueError: weights without a source, or rows that the processes cannot share.
+        ValueError: weights without a source, or rows that the devices cannot share.
     """
-    share(config.rows.step, process_index, process_count)
+    share.of(config.rows.step)
     draws, used = _draws(config, sources, weights, seed, steps)
     intake = Intake(config, used, processor, seed, Ledger(config.bad, report), known)
-    builder = _builder(config, intake, processor, seed, (process_index, process_count))
+    builder = _builder(config, intake, processor, seed, share)
     return draws.map_with_index(builder)
 
 
@@ -97,7 +96,7 @@ def step_records(
     """Data set and id of every record of a step's batch, in the order of its draws; with a window, of all its steps."""
     draws, used = _draws(config, sources, weights, seed, step + 1)
     intake = Intake(config, used, processor, seed, Ledger(BadConfig("skip", 1.0), None), known)
-    builder = _builder(config, intake, processor, seed, (0, 1))
+    builder = _builder(config, intake, processor, seed, ALONE)
     return [f"{record.dataset} {record.id}" for record in builder.records(step, np.asarray(draws[step]))]
 
 
@@ -129,18 +128,18 @@ def _batched(draws: grain.MapDataset[np.ndarray], size: int) -> grain.MapDataset
 
 
 def _builder(
-    config: BatchConfig, intake: Intake, processor: Processor, seed: int, processes: tuple[int, int]
+    config: BatchConfig, intake: Intake, processor: Processor, seed: int, share: RowShare
 ) -> PlannedBuilder | BatchBuilder:
     stored = [stored_lengths(source, config, processor) for source in intake.sources]
     if all(stored):
-        return PlannedBuilder(config, intake, tuple(filter(None, stored)), processor, seed, processes)
+        return PlannedBuilder(config, intake, tuple(filter(None, stored)), processor, seed, share)
     if config.rows.window > 1:
         missing = [source.name for source, lengths in zip(intake.sources, stored, strict=True) if lengths is None]
         raise PackingError(
             f"rows.window is {config.rows.window}, {missing} have no stored lengths for these settings: build them by "
             "`cocoa data build` with the same processor, or set rows.window to 1"
         )
-    return BatchBuilder(config, intake, processor, seed, processes)
+    return BatchBuilder(config, intake, processor, seed, share)
 
 
 def stage_batches(
@@ -151,8 +150,7 @@ def stage_batches(
     *,
     seed: int,
     steps: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: RowShare = ALONE,
     known: KnownBad | None = None,
     report: Path | None = None,
     threads: int = 1,
@@ -169,8 +167,7 @@ def stage_batches(
         processor,
         seed=seed,
         steps=steps,
-        process_index=process_index,
-        process_count=process_count,
+        share=share,
         known=known,
         report=report,
     )
@@ -269,8 +266,7 @@ def embedding_rows(
     processor: Processor,
     rows: RowsConfig,
     visibility: VisibilityConfig,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: RowShare = ALONE,
 ) -> Iterator[tuple[Arrays, Int32[np.ndarray, "B E"]]]:
     """Pack contents into batches for inference, every content in exactly one.
 
@@ -305,5 +301,5 @@ def embedding_rows(
             held = np.full((len(part), slots), -1, np.int32)
             for row, members in enumerate(part):
                 held[row, : len(members)] = members
-            own = part[share(len(part), process_index, process_count)]
+            own = [part[row] for row in share.of(len(part))]
             yield write_rows(examples, own, processor, shape, slots, visibility, truncated=False), held

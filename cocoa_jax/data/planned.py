@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int64
 
 from cocoa_jax.data.batches import choose, flat_index, held_places, hide, in_places, numbered_keys
 from cocoa_jax.data.mixture import CappedSource, NamedSource
-from cocoa_jax.data.packing import PackingError, plan_batch, share
+from cocoa_jax.data.packing import PackingError, RowShare, plan_batch
 from cocoa_jax.data.prepared import Lengths, PreparedSource
 from cocoa_jax.data.readers.stages import StagedSource
 from cocoa_jax.data.rows import Arrays, write_rows
@@ -73,7 +73,7 @@ def stored_lengths(source: RecordSource, config: BatchConfig, processor: Process
 class PlannedBuilder:
     """(step, [N, 2] of source and record) -> batch; with a window, N records of all its steps.
 
-    It builds what ``BatchBuilder`` builds. ``processes`` are this process's index and how many there are.
+    It builds what ``BatchBuilder`` builds.
     """
 
     config: BatchConfig
@@ -81,7 +81,7 @@ class PlannedBuilder:
     lengths: tuple[StoredLengths, ...]
     processor: Processor
     seed: int
-    processes: tuple[int, int]
+    share: RowShare
 
     def __call__(self, step: int, draws: np.ndarray) -> Arrays:
         config = self.config
@@ -98,7 +98,7 @@ class PlannedBuilder:
         shape, plan = plan_batch(lengths, config.rows)
         plan = plan[turn :: config.rows.window]
         rows = plan + [[] for _ in range(shape.rows - len(plan))]
-        local = rows[share(shape.rows, *self.processes)]
+        local = [rows[row] for row in self.share.of(shape.rows)]
         examples = self._read(draws, window, [(i, owner[i], part[i]) for row in local for i in row], lengths)
         slots, truncated = config.rows.examples_per_row, config.stage == "bridge"
         batch = write_rows(examples, local, self.processor, shape, slots, config.visibility, truncated)

@@ -159,7 +159,7 @@ def adapted_graph(
 
 
 def _is_trained(keys: tuple[str, ...]) -> bool:
-    return keys[-2] == "adapter" and keys[-1] not in ("key", "norm")
+    return keys[-2] == "adapter" and keys[-1] not in ("words", "norm")
 
 
 def column_norms(base: Params, adapter: Params, scale: float) -> Params:
@@ -176,13 +176,21 @@ def column_norms(base: Params, adapter: Params, scale: float) -> Params:
     return jax.lax.stop_gradient(unflatten_dict({place: of(place) for place in places}))
 
 
-def join(base: Params, adapter: Params, norms: Params, key: Array | None = None) -> Params:
+def join(
+    base: Params,
+    adapter: Params,
+    norms: Params,
+    key: Array | None = None,
+    chunk: tuple[Array | int, Array | int] = (0, 1),
+) -> Params:
     """What ``bind`` takes for the structure of ``adapted_graph``: frozen weights, adapter and, in training, dropout.
 
     Args:
         norms: of ``column_norms``.
-        key: of this step; every map and every layer of it gets a key of its own. None where nothing is dropped.
+        key: of this step; every map and every layer of it gets words of its own. None where nothing is dropped.
+        chunk: its number and how many there are, where the model sees but a chunk of the batch.
     """
+    cut = jnp.stack([jnp.uint32(number) for number in chunk])
     leaves = flatten_dict(base)
     for place, leaf in flatten_dict(norms).items():
         leaves[(*place, "adapter", "norm")] = leaf
@@ -190,7 +198,8 @@ def join(base: Params, adapter: Params, norms: Params, key: Array | None = None)
         leaves[(*place, "adapter", name)] = leaf
         if name == "a" and key is not None:
             own = jax.random.fold_in(key, zlib.crc32(".".join(place).encode()))
-            leaves[(*place, "adapter", "key")] = own if leaf.ndim == 2 else jax.random.split(own, leaf.shape[0])
+            words = jax.random.bits(own, (*leaf.shape[:-2], 2), jnp.uint32)
+            leaves[(*place, "adapter", "words")] = jnp.concatenate([words, jnp.broadcast_to(cut, words.shape)], -1)
     return unflatten_dict(leaves)
 
 

@@ -12,14 +12,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
-from cocoa_jax.models.spread import whole
+from cocoa_jax.models.spread import row_parts, whole
 
 PRODUCT = "linear_product"  # what a remat policy keeps so that no matrix is multiplied again
 SMALLEST = 1e-30  # of a squared norm: a column of zeros keeps a gain of 1 instead of 0 / 0
 
 
-class DropoutKey(nnx.Variable):
-    """One random key per layer; an argument of every call like the parameters, never advanced in place."""
+class DropoutWords(nnx.Variable):
+    """What ``dropped`` takes, by layer; an argument of every call like the parameters, never advanced in place."""
 
 
 class ColumnNorm(nnx.Variable):
@@ -34,7 +34,7 @@ class LowRank(nnx.Module):
         rank: inner width r of ``a`` [I, r] and ``b`` [r, O].
         scale: factor of the product.
         dora: whether the lengths (``magnitude`` [O]) are trained apart from the directions.
-        rate: share of the inputs that is dropped; 0 leaves the key out.
+        rate: share of the inputs that is dropped; 0 leaves the words out.
         weight_too: with DoRA, whether the frozen kernel's share of what training adds sees the dropped inputs too.
     """
 
@@ -55,7 +55,7 @@ class LowRank(nnx.Module):
         self.b = nnx.Param(jnp.zeros((*stack, rank, outputs)))
         self.magnitude = nnx.Param(jnp.zeros((*stack, outputs))) if dora else None
         self.norm = ColumnNorm(jnp.zeros((*stack, outputs))) if dora else None
-        self.key = DropoutKey(jnp.broadcast_to(jax.random.key(0), stack)) if rate else None
+        self.words = DropoutWords(jnp.zeros((*stack, 4), jnp.uint32)) if rate else None
 
     def __call__(
         self, x: Float[Array, "B I"], y: Float[Array, "B O"], kernel: Float[Array, "I O"]
@@ -65,7 +65,7 @@ class LowRank(nnx.Module):
         Products are made in the type of ``x`` and summed in that of ``y``, float32: gains stay near 1, where bfloat16
         has steps of 1/128.
         """
-        kept = x if self.key is None else dropped(x, self.key[...], self.rate)
+        kept = x if self.words is None else dropped(x, self.words[...], self.rate)
         a, b = self.a[...], self.b[...]
         # They are gathered whole: where rows and ``a`` lie over the same axis alone, XLA would rather send the few KiB
         # round by round, in loops that stand where weights should be gathered beside products.
@@ -75,29 +75,36 @@ class LowRank(nnx.Module):
             return y + update
         gain = self.magnitude[...] / self.norm[...]
         # As PEFT: the frozen map itself sees every input, what training adds to it sees the kept ones.
-        again = self.key is not None and self.weight_too
+        again = self.words is not None and self.weight_too
         seen = jnp.matmul(kept, kernel.astype(x.dtype), preferred_element_type=y.dtype) if again else y
         # Rounded, as it is kept for the gains' gradients; of what comes out it is the small part.
         changed = checkpoint_name((seen + update).astype(x.dtype), PRODUCT)
         return y + update + (gain - 1) * changed
 
 
-def dropped(x: Float[Array, "B I"], key: Array, rate: float) -> Float[Array, "B I"]:
-    """``x`` with a share ``rate`` of its numbers set to zero and the rest scaled to keep the mean."""
-    kept = hashed(jax.random.bits(key, (2,), jnp.uint32), *x.shape) >= np.uint32(rate * 2**32)
+def dropped(x: Float[Array, "B I"], words: UInt32[Array, " four"], rate: float) -> Float[Array, "B I"]:
+    """``x`` with a share ``rate`` of its numbers set to zero and the rest scaled to keep the mean.
+
+    Args:
+        words: two random ones, and of which chunk of a batch in how many chunks these rows are (see ``cut_rows``).
+    """
+    kept = hashed(words, *x.shape) >= np.uint32(rate * 2**32)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
-def hashed(words: UInt32[Array, " two"], rows: int, columns: int) -> UInt32[Array, "rows columns"]:
+def hashed(words: UInt32[Array, " four"], rows: int, columns: int) -> UInt32[Array, "rows columns"]:
     """Random bits that are a function of two words and the place alone, by three rounds of shift and product.
 
-    Bits of ``jax.random`` cost the vector units of a TPU twenty rounds each, again in every pass; a dropout mask needs
-    no such quality. Source of the constants: triple32 of
-    github.com/skeeto/hash-prospector.
+    The place is that in the whole batch, whatever the chunks and devices that its rows are cut into. Bits of
+    ``jax.random`` cost the vector units of a TPU twenty rounds each, again in every pass; a dropout mask needs no such
+    quality. Source of the constants: triple32 of github.com/skeeto/hash-prospector.
     """
-    first, second = words
-    row, column = (jax.lax.broadcasted_iota(jnp.uint32, (rows, columns), axis) for axis in (0, 1))
-    bits = row * np.uint32(columns) + column + first
+    first, second, chunk, chunks = words
+    parts = row_parts(rows)
+    shape = parts, rows // parts, columns
+    part, row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(3))
+    row += (part * chunks + chunk) * np.uint32(shape[1])
+    bits = (row * np.uint32(columns) + column + first).reshape(rows, columns)
     bits = (bits ^ (bits >> 17)) * np.uint32(0xED5AD4BB)
     bits ^= second  # without it all words would give one sequence, begun elsewhere
     bits = (bits ^ (bits >> 11)) * np.uint32(0xAC4C1B51)

@@ -16,8 +16,8 @@ from cocoa_jax.models.spread import cut_rows, joined_rows, over_rows, row_chunks
 from cocoa_jax.objectives.similarity import Tokens, normalised
 
 Pooling = Literal["bridge", "mean"]
-ModelOf = Callable[[Int[Array, ""]], Qwen2VL]
-"""The model for a chunk of rows, by its number: what is random in it must differ from chunk to chunk."""
+ModelOf = Callable[[Int[Array, ""], int], Qwen2VL]
+"""The model for a chunk of rows, by its number and how many there are: what is random in it must differ by row."""
 
 
 def embed_examples(
@@ -59,12 +59,12 @@ def embed_in_chunks(
     parts = row_parts(B)
     count = row_chunks(B // parts, rows)
     if rows is None or count == 1:
-        found = _embed_slots(model_of(jnp.int32(0)), Inputs.from_batch(batch), pool, pooling, tokens)
+        found = _embed_slots(model_of(jnp.int32(0), 1), Inputs.from_batch(batch), pool, pooling, tokens)
         return _both_in_order(found, batch["example"])
 
     def embed(number: Array, inputs: Inputs, pool: Array) -> tuple[Array, Array]:
         inputs, pool = jax.tree.map(over_rows, (inputs, pool))
-        return jax.tree.map(over_rows, _embed_slots(model_of(number), inputs, pool, pooling, tokens))
+        return jax.tree.map(over_rows, _embed_slots(model_of(number, count), inputs, pool, pooling, tokens))
 
     chunks = jax.tree.map(lambda x: cut_rows(x, parts, rows), (Inputs.from_batch(batch), pool))
     numbers = jnp.arange(count)

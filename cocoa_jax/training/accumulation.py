@@ -26,7 +26,7 @@ def accumulated(loss: Loss, rows: int) -> Loss:
 
     Args:
         loss: of which value and metrics add up over chunks that hold the ``masked_total`` and ``hidden_total`` of the
-            whole batch, and the number of the ``chunk``.
+            whole batch, the number of the ``chunk`` and how many ``chunks`` there are.
 
     Raises:
         ValueError: the chunks do not divide the rows of a device.
@@ -63,7 +63,7 @@ def _cut(batch: Mapping[str, Array], chunks: int, rows: int) -> tuple[dict[str, 
     """What all chunks share, and [c, ...] of what each has for itself."""
     B = batch["tokens"].shape[0]
     own = {name: x for name, x in batch.items() if x.ndim and name not in GLOBAL}
-    shared = {name: x for name, x in batch.items() if name not in own}
+    shared = {name: x for name, x in batch.items() if name not in own} | {"chunks": jnp.int32(chunks)}
     for name, chosen in (("masked", batch["predict_id"] >= 0), ("hidden", batch.get("hidden_unit"))):
         if chosen is not None:
             shared[f"{name}_total"] = jnp.sum(chosen)

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 _PARENT = "parent.json"
 # What only says where things lie, and how a run is computed, spread and saved. Data and the checkpoint to begin with
 # are known by their contents.
-_HOW = (
+HOW = (  # settings that may change between two commands of one run
     "output",
     "checkpoint",
     "mesh",
@@ -36,6 +36,7 @@ _HOW = (
     "data.threads",
     "data.workers",
     "compute.remat",
+    "compute.chunk_rows",
     "compute.chunk_tokens",
     "compute.chunk_remat",
     "loop.checkpoint_every",
@@ -101,7 +102,7 @@ def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone, added: Mapp
     if parent.path == output or (not is_remote(output) and parent.path.resolve() == output.resolve()):
         raise SettingsError(f"output and checkpoint are both {config.output}: give another output")
     output.mkdir(parents=True, exist_ok=True)
-    check_settings(output / "config.json", to_dict(config), how_of(config))
+    check_settings(output / "config.json", to_dict(config), HOW)
     check_settings(output / "mixture.json", dict(mixture.identity))
     if (output / _PARENT).exists():
         _check_parent(output, parent)
@@ -119,12 +120,6 @@ def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone, added: Mapp
 def origin_of(config: TrainConfig) -> dict[str, Any]:
     """The checkpoint that the run in a folder began from, where it lies now."""
     return {**json.loads((folder_at(config.output) / _PARENT).read_text()), "path": config.checkpoint}
-
-
-def how_of(config: TrainConfig) -> tuple[str, ...]:
-    """Settings that may change between two commands of one run."""
-    dropped = config.lora is not None and config.lora.dropout > 0
-    return _HOW if dropped else (*_HOW, "compute.chunk_rows")  # what dropout drops depends on the chunks
 
 
 def check_settings(path: Path, settings: dict[str, Any], how: Iterable[str] = ()) -> None:

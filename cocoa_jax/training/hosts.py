@@ -19,12 +19,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Int64
 from orbax.checkpoint import multihost
 
 from cocoa_jax.checkpoints.causes import from_network
 from cocoa_jax.checkpoints.errors import UnavailableCheckpointError
 from cocoa_jax.config import DistributedConfig, SettingsError
+from cocoa_jax.data.packing import RowShare
 from cocoa_jax.training.mesh import batch_shards, rows_sharding
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -235,30 +235,11 @@ def stop_agreed(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-@dataclasses.dataclass(frozen=True)
-class RowShare:
-    """Which part of a batch's rows a process builds; processes that hold the same rows build the same part.
-
-    Args:
-        index: of this part.
-        count: of parts.
-        order: where the mesh lays each of S equal blocks of rows; part 0 has the first S / count blocks, and so on.
-    """
-
-    index: int
-    count: int
-    order: Int64[np.ndarray, " S"]
-
-
-ALONE = RowShare(0, 1, np.zeros(1, np.int64))
-
-
 @functools.cache
 def row_share(mesh: Mesh) -> RowShare:
-    """The part of this process.
+    """The rows of this process: those that its devices hold.
 
-    On a TPU slice the devices of a host need not follow one another along an axis of the mesh, so the rows of a host
-    may lie apart: a batch is planned as if they did not, and ``order`` says where they go.
+    On a TPU slice the devices of a host need not follow one another along an axis of the mesh, so they may lie apart.
 
     Raises:
         SettingsError: processes that hold some rows in common, but not all.
@@ -272,25 +253,11 @@ def row_share(mesh: Mesh) -> RowShare:
 
 
 def _shared(owned: Mapping[int, tuple[int, ...]], process: int) -> RowShare:
-    parts = list(dict.fromkeys(owned[one] for one in sorted(owned)))
-    order = np.array([block for part in parts for block in part], np.int64)
-    if len(set(order.tolist())) < len(order) or len({len(part) for part in parts}) > 1:
+    parts = sorted(set(owned.values()))
+    held = [block for part in parts for block in part]
+    if len(set(held)) < len(held) or len({len(part) for part in parts}) > 1:
         raise SettingsError(
             f"hosts hold the blocks {parts} of a batch's rows, which overlap: make mesh.tensor divide the devices of a "
             "host, or be a multiple of them"
         )
-    return RowShare(parts.index(owned[process]), len(parts), order)
-
-
-def placed(example: np.ndarray, share: RowShare, rows: int, slots: int) -> np.ndarray:
-    """Flat slots of a batch as it is planned -> as the mesh lays it; negative ones stay.
-
-    Args:
-        rows: of the global batch.
-        slots: of a row.
-    """
-    size = rows // len(share.order)
-    row, slot = np.divmod(example, slots)
-    block, inside = np.divmod(row, size)
-    moved = (share.order[np.maximum(block, 0)] * size + inside) * slots + slot
-    return np.where(example < 0, example, moved).astype(example.dtype)
+    return RowShare(owned[process], len(held))

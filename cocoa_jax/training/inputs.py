@@ -11,12 +11,13 @@ from cocoa_jax.checkpoints.places import log_file
 from cocoa_jax.config import TrainConfig, load_mixture
 from cocoa_jax.data.bad import KnownBad
 from cocoa_jax.data.mixture import Mixture, open_mixture
+from cocoa_jax.data.packing import ALONE, RowShare
 from cocoa_jax.data.pairs import picture_source, some_things
 from cocoa_jax.data.pipeline import built_ahead, stage_dataset
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.rows import Arrays
 from cocoa_jax.data.sources import PICTURES, load_pictures
-from cocoa_jax.training.hosts import ALONE, RowShare, is_first
+from cocoa_jax.training.hosts import is_first
 
 
 def open_sources(config: TrainConfig) -> Mixture:
@@ -66,8 +67,7 @@ def open_dataset(
         processor,
         seed=config.seed,
         steps=config.loop.steps,
-        process_index=share.index,
-        process_count=share.count,
+        share=share,
         known=known_bad(config, mixture),
         report=report,
     )

@@ -73,9 +73,8 @@ def _adapted(config: TrainConfig, backbone: Qwen2VLConfig, adapter: AdapterRecor
     def model(params: Params, batch: Mapping[str, Array]) -> Qwen2VL:
         # A function of (seed, step) alone, as a batch is: a run that is continued drops the same numbers.
         key = jax.random.fold_in(jax.random.key(config.seed), batch["step"]) if dropout else None
-        if key is not None and "chunk" in batch:
-            key = jax.random.fold_in(key, batch["chunk"])
-        return bind(graph, join(params["backbone"], params["adapter"], params["norms"], key))
+        chunk = batch.get("chunk", 0), batch.get("chunks", 1)
+        return bind(graph, join(params["backbone"], params["adapter"], params["norms"], key, chunk))
 
     def init(params: Params) -> Params:
         return init_adapter(params, adapter.config, adapter.rows, config.seed)
@@ -97,8 +96,8 @@ def _with_loss(config: TrainConfig, backbone: Qwen2VLConfig, model: Model, shape
         return bridge_loss(model(params, batch), batch, config.compute.chunk_tokens)
 
     def contrastive(params: Any, batch: Mapping[str, Array], progress: Array) -> tuple[Array, dict[str, Array]]:
-        def model_of(chunk: Array) -> Qwen2VL:
-            return model(params, {**batch, "chunk": chunk})
+        def model_of(chunk: Array, chunks: int) -> Qwen2VL:
+            return model(params, {**batch, "chunk": chunk, "chunks": jnp.int32(chunks)})
 
         chunks = config.compute.chunk_rows, config.compute.chunk_remat
         return contrastive_loss(model_of, batch, config.contrastive, progress, *chunks)

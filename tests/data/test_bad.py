@@ -10,6 +10,7 @@ import pytest
 
 from cocoa_jax.data.bad import Bad, BadConfig, KnownBad, Ledger, TooManyBad
 from cocoa_jax.data.intake import check
+from cocoa_jax.data.packing import RowShare
 from cocoa_jax.data.pipeline import STATS, BatchConfig, MaskingConfig, RowsConfig, stage_batches, stage_dataset
 from cocoa_jax.data.pixels import ImageError
 from cocoa_jax.data.sources import Content, Image, Record, RecordError
@@ -120,7 +121,7 @@ def test_a_ledger_repeats_nothing_that_its_file_has(tmp_path):
 
 def test_hosts_agree_on_a_picture_that_one_of_them_alone_decodes(spoilt, processors):
     whole = batches(spoilt, processors)
-    halves = [batches(spoilt, processors, process_index=i, process_count=2) for i in (0, 1)]
+    halves = [batches(spoilt, processors, share=RowShare((i,), 2)) for i in (0, 1)]
     for step in range(5):
         parts = [half[step] for half in halves]
         np.testing.assert_array_equal(np.concatenate([part["tokens"] for part in parts]), whole[step]["tokens"])
@@ -131,7 +132,7 @@ def test_every_host_counts_what_was_drawn_once(spoilt, processors, monkeypatch):
     """One host alone finds out by decoding, and builds such a batch anew; whatever is drawn in a place counts too."""
     noted = []
     monkeypatch.setattr(Ledger, "note", lambda self, drawn, found: noted.append((drawn, len(found))))
-    alone, half = batches(spoilt, processors), batches(spoilt, processors, process_index=1, process_count=2)
+    alone, half = batches(spoilt, processors), batches(spoilt, processors, share=RowShare((1,), 2))
     counts = [int(alone[step]["stats"][STATS.index("bad_records")]) for step in range(5)]
     assert sum(counts) >= 4 and noted == [(6 + bad, bad) for bad in counts]
     noted.clear()
@@ -149,7 +150,7 @@ def test_what_a_check_found_is_skipped_unread(spoilt, processors, tmp_path, monk
     assert known.reasons == {"some": reasons}
     whole = list(batches(spoilt, processors))
     for part in (0, 1):  # with a check hosts need not look at each other's pictures, and still agree
-        half = batches(spoilt, processors, known=known, process_index=part, process_count=2)
+        half = batches(spoilt, processors, known=known, share=RowShare((part,), 2))
         for step in range(5):
             rows = whole[step]["tokens"]
             np.testing.assert_array_equal(half[step]["tokens"], np.split(rows, 2)[part])

@@ -57,7 +57,7 @@ def test_a_record_has_as_many_as_its_list_holds(tmp_path, to_parquet, processors
     np.testing.assert_array_equal(batch["example"][2 * N :] < 0, batch["negative_key"] < 0)
     assert (batch["example"] < 0).sum() == absent
     table = np.random.default_rng(0).standard_normal((384, 9)).astype(np.float32)
-    loss, metrics = contrastive_loss(lambda _: Stub(table), batch, ContrastiveConfig(0.1, pooling="mean"))
+    loss, metrics = contrastive_loss(lambda *_: Stub(table), batch, ContrastiveConfig(0.1, pooling="mean"))
 
     def embed(content):
         states = np.float64(table)[processor.embedding(content).tokens].mean(axis=0)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cocoa_jax.data.packing import PackingError, RowsConfig, check_fits, plan_batch, plan_rows, share
+from cocoa_jax.data.packing import ALONE, PackingError, RowsConfig, RowShare, check_fits, plan_batch, plan_rows
 
 ROOM = (50, 80, 20)
 examples = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 80), st.integers(0, 20)), max_size=60)
@@ -72,10 +72,17 @@ def test_the_first_shape_that_holds_a_batch_is_taken(lengths, rows):
     assert most < len(plan) and shape.rows - len(plan) < settings.step
 
 
-@given(parts=st.integers(1, 8), each=st.integers(1, 9))
-def test_shares_are_the_whole(parts, each):
-    rows = list(range(parts * each))
-    assert [r for i in range(parts) for r in rows[share(len(rows), i, parts)]] == rows
+@given(st.permutations(range(6)), st.sampled_from([1, 2, 3, 6]), st.integers(1, 4))
+def test_shares_are_the_whole_in_whatever_order_hosts_hold_its_blocks(order, parts, size):
+    """As on a mesh: a host holds its blocks in ascending order, and together they hold every row once."""
+    shares = [RowShare(tuple(sorted(order[part::parts])), 6) for part in range(parts)]
+    held = {
+        block: row
+        for one in shares
+        for block, row in zip(one.blocks, np.reshape(one.of(6 * size), (-1, size)), strict=True)
+    }
+    np.testing.assert_array_equal(np.stack([held[block] for block in range(6)]).ravel(), np.arange(6 * size))
+    assert {one.count for one in shares} == {parts} and ALONE.of(5) == [0, 1, 2, 3, 4]
 
 
 @given(parts=st.integers(1, 8), rows=st.lists(st.integers(1, 9), min_size=2, max_size=2))
@@ -97,9 +104,7 @@ def test_refusals_name_value_limit_and_remedy():
     with pytest.raises(PackingError, match="cat: 9 patches, a row holds 8"):
         check_fits(4, 9, config((1, 4, 8)), "cat")
     with pytest.raises(PackingError, match="7 rows cannot be shared by 2"):
-        share(7, 0, 2)
-    with pytest.raises(PackingError, match="process_index is 2 of 2"):
-        share(8, 2, 2)
+        RowShare((0,), 2).of(7)
     with pytest.raises(
         PackingError, match=r"the 6 rows of \(6, 9, 9\) cannot be shared by 4 devices: change data.rows.shap"
     ):

@@ -12,7 +12,7 @@ import pytest
 
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.data.example import BLOCK_B
-from cocoa_jax.data.packing import PackingError
+from cocoa_jax.data.packing import PackingError, RowShare
 from cocoa_jax.data.pipeline import (
     STATS,
     BatchConfig,
@@ -376,7 +376,7 @@ class Worker(Pairs):
 @pytest.mark.parametrize("stage", STAGES)
 def test_shares_of_two_processes_are_the_whole(sources, processors, stage):
     whole = dataset(stage, sources, processors["2.5"])[1]
-    parts = [dataset(stage, sources, processors["2.5"], process_index=i, process_count=2)[1] for i in (0, 1)]
+    parts = [dataset(stage, sources, processors["2.5"], share=RowShare((i,), 2))[1] for i in (0, 1)]
     shared = {"example", "target_key", "image_key", "negative_key", "stats"}
     for key, value in whole.items():
         if key in shared:
@@ -406,8 +406,7 @@ def test_only_local_pixels_are_decoded(sources, processors, noise):
             processors["2"],
             seed=0,
             steps=1,
-            process_index=index,
-            process_count=2,
+            share=RowShare((index,), 2),
         )
         try:
             outcomes.append(part[0]["tokens"].shape)
@@ -447,7 +446,7 @@ def test_settings_that_contradict_are_refused(sources, processors):
     with pytest.raises(ValueError, match="no weight"):
         stage_dataset(STAGES["bridge"], sources, {"both": 0.0, "plain": 0.0}, processors["2"], seed=0, steps=1)
     with pytest.raises(PackingError, match="cannot be shared by 3"):
-        dataset("bridge", sources, processors["2"], process_count=3)
+        dataset("bridge", sources, processors["2"], share=RowShare((0,), 3))
 
 
 def test_building_a_batch_starts_no_jax_back_end():

@@ -9,7 +9,7 @@ import pytest
 
 from cocoa_jax.data.bad import BadConfig, KnownBad, Ledger, TooManyBad
 from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
-from cocoa_jax.data.packing import PackingError, RowsConfig
+from cocoa_jax.data.packing import PackingError, RowsConfig, RowShare
 from cocoa_jax.data.pipeline import STATS, BatchConfig, MaskingConfig, built_ahead, stage_dataset
 from cocoa_jax.data.planned import PlannedBuilder
 from cocoa_jax.data.prepare import BuildConfig, build
@@ -179,7 +179,7 @@ def test_a_process_reads_only_what_its_rows_hold(prepared, processors, stage, mo
     parts, seen = [], []
     for index in (0, 1):
         read.clear()
-        parts.append(dataset(prepared, processors, stage, process_index=index, process_count=2)[1])
+        parts.append(dataset(prepared, processors, stage, share=RowShare((index,), 2))[1])
         seen.append(set(read))
     assert len(seen[0] | seen[1]) == 6 and (stage == "contrastive" or not seen[0] & seen[1])
     for key, value in whole.items():

@@ -253,7 +253,7 @@ def test_what_the_policy_products_keeps_is_rounded(settings, capsys):
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
     x = jnp.full((200, 500), 2.0)
-    got = np.asarray(dropped(x, jax.random.key(0), 0.1))
+    got = np.asarray(dropped(x, np.array([3, 0x1234ABCD, 0, 1], np.uint32), 0.1))
     share = (got == 0).mean()
     # 100 thousand draws: a deviation of 0.001.
     assert abs(share - 0.1) < 0.004 and set(np.unique(got)) == {np.float32(0), np.float32(2 / 0.9)}
@@ -261,7 +261,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
 
 def test_random_bits_of_dropout_are_even_and_differ_by_words_and_place():
     words = np.array([[5, 0x1234ABCD], [5 + 1536, 0x9E3779B9], [5 + 9, 0x6A09E667], [2**31, 0xBB67AE85]], np.uint32)
-    tables = np.stack([np.asarray(hashed(jnp.asarray(pair), 256, 1536)) for pair in words])
+    tables = np.stack([np.asarray(hashed(np.uint32([*pair, 0, 1]), 256, 1536)) for pair in words])
     drawn = (tables < 0.1 * 2**32) - 0.1
     # Deviations of a mean over n draws of a share of 0.1 are 0.3 / sqrt(n); 5.5 of them among some thousand means.
     assert np.abs(drawn.mean((1, 2))).max() < 5.5 * 0.3 / np.sqrt(drawn[0].size)
@@ -277,11 +277,17 @@ def test_random_bits_of_dropout_are_even_and_differ_by_words_and_place():
     assert abs(bits - 0.5) < 5 * 0.5 / np.sqrt(tables[0].size * 32)
 
 
+def test_rows_drop_the_same_whatever_the_chunks():
+    whole = np.asarray(hashed(np.uint32([5, 6, 0, 1]), 12, 7))
+    chunks = [np.asarray(hashed(np.uint32([5, 6, number, 3]), 4, 7)) for number in range(3)]
+    np.testing.assert_array_equal(np.concatenate(chunks), whole)
+
+
 @pytest.mark.parametrize("weight_too", [True, False])
 def test_what_dropout_touches(weight_too):
     linear, x = adapted_map(rate=0.5, weight_too=weight_too), random(9, 40, 6)
     part, kernel = linear.adapter, linear.kernel[...]
-    kept = np.asarray(dropped(x, part.key[...], 0.5))
+    kept = np.asarray(dropped(x, part.words[...], 0.5))
     gain = part.magnitude[...] / column_norm(kernel, part.a[...], part.b[...], 3.0)
     update = 3.0 * kept @ part.a[...] @ part.b[...]
     seen = kept if weight_too else x
@@ -301,26 +307,20 @@ def test_the_settings_of_dropout_reach_every_map(base, sizes_of, mode, weight_to
         parts = [part for _, part in nnx.iter_graph(model) if isinstance(part, LowRank)]
         assert len(parts) == 10 and {part.rate for part in parts} == {0.3 if training else 0.0}
         assert {part.weight_too for part in parts} == {weight_too}
-        assert {part.key is not None for part in parts} == {training}
+        assert {part.words is not None for part in parts} == {training}
 
 
 def test_every_map_and_layer_drops_for_itself(base):
     adapter = init_adapter(base, LoraConfig(), (3,), 0)
     norms = column_norms(base, adapter, 8.0)
-    tree = flatten_dict(join(base, adapter, norms, jax.random.key(5)), sep=".")
-    keys = [
-        np.asarray(jax.random.key_data(leaf)).reshape(-1, 2) for path, leaf in tree.items() if path.endswith(".key")
-    ]
+    tree = flatten_dict(join(base, adapter, norms, jax.random.key(5), (2, 3)), sep=".")
+    words = [np.asarray(leaf).reshape(-1, 4) for path, leaf in tree.items() if path.endswith(".words")]
     layers = sum(leaf.shape[0] for path, leaf in flatten_dict(adapter, sep=".").items() if path.endswith(".a"))
-    drawn = np.concatenate(keys)
-    assert len(drawn) == layers == len({tuple(key) for key in drawn.tolist()})
+    drawn, cut = np.split(np.concatenate(words), 2, axis=1)
+    assert len(drawn) == layers == len({tuple(pair) for pair in drawn.tolist()}) and (cut == [2, 3]).all()
     other = flatten_dict(join(base, adapter, norms, jax.random.key(6)), sep=".")
-    assert all(
-        (jax.random.key_data(other[path]) != jax.random.key_data(tree[path])).any()
-        for path in tree
-        if path.endswith(".key")
-    )
-    assert not [path for path in flatten_dict(join(base, adapter, norms), sep=".") if path.endswith(".key")]
+    assert all((other[path][..., :2] != tree[path][..., :2]).any() for path in tree if path.endswith(".words"))
+    assert not [path for path in flatten_dict(join(base, adapter, norms), sep=".") if path.endswith(".words")]
 
 
 # ---------------------------------------------------------------------------------------------------- rows, and merging

@@ -161,9 +161,9 @@ def test_the_loss_does_not_depend_on_how_examples_fell_into_rows():
     key = {"target_key": np.array([0, 1, 0, 2])}  # 4 queries, their targets, and 2 hard negatives
     layouts = ([[i] for i in range(10)], [[9, 0, 4], [1, 2], [8, 7, 3], [5, 6]], [[*range(10)]])
     config = ContrastiveConfig(0.1, symmetric=True)
-    losses = [contrastive_loss(lambda _: stub, rows_of(bridges, layout, 10) | key, config)[0] for layout in layouts]
+    losses = [contrastive_loss(lambda *_: stub, rows_of(bridges, layout, 10) | key, config)[0] for layout in layouts]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
-    other, _ = contrastive_loss(lambda _: stub, rows_of(bridges[::-1], layouts[0], 10) | key, config)
+    other, _ = contrastive_loss(lambda *_: stub, rows_of(bridges[::-1], layouts[0], 10) | key, config)
     assert abs(other - losses[0]) > 1e-3
 
 
@@ -172,7 +172,7 @@ def test_a_state_of_zeros_gives_no_nan():
     batch = rows_of(bridges, [[0, 1], [2, 3]], 2) | {"target_key": np.array([0, 1])}
 
     def loss(table):
-        return contrastive_loss(lambda _: dataclasses.replace(stub, table=table), batch, ContrastiveConfig())[0]
+        return contrastive_loss(lambda *_: dataclasses.replace(stub, table=table), batch, ContrastiveConfig())[0]
 
     assert np.isfinite(jax.grad(loss)(jnp.asarray(stub.table))).all()
 
@@ -203,7 +203,7 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(rows, remat, wide
 
         def run(rows):
             def loss(params):
-                return contrastive_loss(lambda _: Mixer(*params), batch, ContrastiveConfig(0.1), 1.0, rows, remat)[0]
+                return contrastive_loss(lambda *_: Mixer(*params), batch, ContrastiveConfig(0.1), 1.0, rows, remat)[0]
 
             return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -218,7 +218,7 @@ def test_chunks_are_computed_again_only_where_that_is_asked_for(remat, times):
     batch = rows_of(np.arange(1, 13)[:, None], [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]], 2)
 
     def total(table):
-        return embed_in_chunks(lambda _: Stub(jnp.sin(table)), batch, 2, remat=remat)[0].sum()
+        return embed_in_chunks(lambda *_: Stub(jnp.sin(table)), batch, 2, remat=remat)[0].sum()
 
     program = str(jax.make_jaxpr(jax.grad(total))(jnp.ones((40, 5))))
     assert program.count("= sin") == times, program
@@ -229,9 +229,9 @@ def test_every_chunk_has_a_model_of_its_own():
     table, bridges = jnp.ones((40, 5)), np.arange(1, 13)[:, None]
     batch = rows_of(bridges, [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]], 2)
     marks = 1.0 + jnp.arange(15.0).reshape(3, 5)
-    found, lengths = embed_in_chunks(lambda number: Stub(table * marks[number]), batch, 2)
+    found, lengths = embed_in_chunks(lambda number, count: Stub(table * marks[number] * count), batch, 2)
     np.testing.assert_allclose(found, np.repeat(unit(np.asarray(marks)), 4, axis=0), rtol=1e-6)
-    np.testing.assert_allclose(lengths, np.repeat(np.linalg.norm(marks, axis=1), 4), rtol=1e-6)
+    np.testing.assert_allclose(lengths, np.repeat(3 * np.linalg.norm(marks, axis=1), 4), rtol=1e-6)
 
 
 @settings(max_examples=20)
@@ -253,7 +253,7 @@ def test_uniformity_of_rows_that_are_all_alike_is_0_and_of_opposite_ones_minus_8
 def test_chunks_that_do_not_divide_the_rows_are_refused():
     batch = rows_of(np.arange(1, 13)[:, None], [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]], 2)
     with pytest.raises(ValueError, match=r"chunk_rows is 4, a device has 6 rows: choose a divisor"):
-        embed_in_chunks(lambda _: Stub(np.ones((40, 5))), batch, 4)
+        embed_in_chunks(lambda *_: Stub(np.ones((40, 5))), batch, 4)
 
 
 def test_rows_of_one_picture_and_equal_negatives_are_no_negatives():
@@ -347,7 +347,7 @@ def test_scores_of_several_bridge_tokens(tokens):
     bridges = rng.permutation(np.arange(1, 40))[: 8 * K].reshape(8, K)
     batch = rows_of(bridges, [[3, 0, 7], [5, 6], [1, 4, 2]], 3) | {"target_key": np.arange(4)}
     config = ContrastiveConfig(0.1, tokens=tokens)
-    loss, metrics = contrastive_loss(lambda _: Stub(table), batch, config)
+    loss, metrics = contrastive_loss(lambda *_: Stub(table), batch, config)
     states = np.stack([unit(table[bridges[:, k]]) for k in range(K)], axis=1).astype(np.float64)
 
     def near(a, b):
@@ -369,7 +369,7 @@ def test_one_bridge_token_scores_alike_in_every_way():
     stub, bridges = Stub(rng.standard_normal((40, 5)).astype(np.float32)), np.arange(1, 9)[:, None]
     batch = rows_of(bridges, [[*range(8)]], 8) | {"target_key": np.arange(4)}
     losses = [
-        contrastive_loss(lambda _: stub, batch, ContrastiveConfig(0.1, tokens=tokens))[0]
+        contrastive_loss(lambda *_: stub, batch, ContrastiveConfig(0.1, tokens=tokens))[0]
         for tokens in ("concatenated", "mean", "max_sim")
     ]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
@@ -381,11 +381,11 @@ def test_shorter_widths_have_the_loss_of_embeddings_that_are_that_short(K):
     table = rng.standard_normal((40, 6)).astype(np.float32)
     bridges = np.arange(1, 8 * K + 1).reshape(8, K)
     batch = rows_of(bridges, [[*range(8)]], 8) | {"target_key": np.arange(4)}
-    whole, _ = contrastive_loss(lambda _: Stub(table), batch, ContrastiveConfig(0.1))
-    loss, metrics = contrastive_loss(lambda _: Stub(table), batch, ContrastiveConfig(0.1, widths=(2, 4)))
+    whole, _ = contrastive_loss(lambda *_: Stub(table), batch, ContrastiveConfig(0.1))
+    loss, metrics = contrastive_loss(lambda *_: Stub(table), batch, ContrastiveConfig(0.1, widths=(2, 4)))
     cut = [Stub(table[:, :width]) for width in (2, 4)]
-    short = [contrastive_loss(lambda _, stub=stub: stub, batch, ContrastiveConfig(0.1))[0] for stub in cut]
+    short = [contrastive_loss(lambda *_, stub=stub: stub, batch, ContrastiveConfig(0.1))[0] for stub in cut]
     np.testing.assert_allclose([metrics["contrastive_2"], metrics["contrastive_4"]], short, rtol=1e-5)  # float32
     np.testing.assert_allclose(loss, (whole + sum(short)) / 3, rtol=1e-5)
     with pytest.raises(ValueError, match="width is 7: an embedding has 6 numbers"):
-        contrastive_loss(lambda _: Stub(table), batch, ContrastiveConfig(0.1, widths=(7,)))
+        contrastive_loss(lambda *_: Stub(table), batch, ContrastiveConfig(0.1, widths=(7,)))

@@ -16,7 +16,6 @@ from cocoa_jax import cli
 from cocoa_jax.checkpoints.orbax import StageCheckpoints
 from cocoa_jax.commands.command import Command
 from cocoa_jax.config import DistributedConfig, MeshConfig, SettingsError
-from cocoa_jax.data.packing import share as rows_of
 from cocoa_jax.training import agreement, hosts
 from cocoa_jax.training.mesh import AXES, make_mesh, rows_sharding
 from cocoa_jax.training.place import place
@@ -29,7 +28,7 @@ def found_where_planned(mesh) -> bool:
     share = hosts.row_share(mesh)
     slot = np.arange(ROWS * SLOTS, dtype=np.int32).reshape(ROWS, SLOTS, 1)  # every slot holds its own number
     example = np.arange(ROWS * SLOTS, dtype=np.int32)[::-1].copy()
-    batch = place({"pool": slot[rows_of(ROWS, share.index, share.count)], "example": example}, mesh)
+    batch = place({"pool": slot[share.of(ROWS)], "example": example}, mesh)
     found = jax.jit(lambda it: jnp.take(it["pool"].reshape(-1), it["example"]))(batch)
     return bool(jax.jit(lambda got: jnp.all(got == example))(found))
 
@@ -113,13 +112,13 @@ def main(folder: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     stop = next((step for step in range(200) if time.sleep(0.05) or hosts.stop_agreed(step)), None)
     found = [found_where_planned(one_after_another), found_where_planned(mixed)]
-    order = hosts.row_share(mixed).order.tolist()
+    blocks = hosts.row_share(mixed).blocks
     said = refusals(mixed)
     told = {
         "said": said,
         "made": len(done),
         "found": found,
-        "order": order,
+        "blocks": blocks,
         "step": restored.step,
         "same": same,
         "stop": stop,

@@ -290,7 +290,7 @@ def test_dropout_depends_on_seed_and_step_alone(step_of, monkeypatch):
     program, _, _, state = step_of(dropout=0.5)
     asked = []
     monkeypatch.setattr(
-        stages, "join", lambda base, adapter, norms, key: asked.append(jax.random.key_data(key).tolist())
+        stages, "join", lambda base, adapter, norms, key, chunk: asked.append(jax.random.key_data(key).tolist())
     )
     monkeypatch.setattr(stages, "bind", lambda graph, params: params)
     monkeypatch.setattr(stages, "bridge_loss", lambda model, batch, chunk_tokens: (0.0, {}))

@@ -13,11 +13,10 @@ import pytest
 from cocoa_jax.checkpoints.errors import CheckpointError, UnavailableCheckpointError
 from cocoa_jax.config import SettingsError, TrainConfig, parse, to_dict
 from cocoa_jax.data.mixture import Mixture
-from cocoa_jax.models.lora import LoraConfig
 from cocoa_jax.recipe import Recipe, read_recipe, stage_configs
 from cocoa_jax.study.design import load_study, recipe_of
 from cocoa_jax.training import folder
-from cocoa_jax.training.folder import check_shared, how_of, open_parent, origin_of, prepare
+from cocoa_jax.training.folder import check_shared, open_parent, origin_of, prepare
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").rglob("*_2b.yaml"))
 DATA = Mixture({}, {}, {"stage": "bridge", "datasets": {"a": {"contents": "0123"}}})
@@ -122,10 +121,7 @@ def test_other_data_are_refused_by_both_contents(begun):
         again(begun, other)
 
 
-def test_what_dropout_depends_on_may_not_change(begun):
-    for dropout, free in ((0.1, False), (0.0, True)):
-        lora = dataclasses.replace(begun, lora=LoraConfig(dropout=dropout))
-        assert ("compute.chunk_rows" in how_of(lora)) == free
+def test_how_a_run_is_computed_may_change_but_not_its_precision(begun):
     compute = dataclasses.replace(begun.compute, remat="full", chunk_tokens=8, chunk_rows=2)
     again(dataclasses.replace(begun, compute=compute, data=dataclasses.replace(begun.data, workers=2)))
     with pytest.raises(SettingsError, match=r"compute\.dtype: 'float32', 'bfloat16'"):

@@ -14,8 +14,6 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cocoa_jax import cli
 from cocoa_jax.checkpoints.errors import CheckpointError, UnavailableCheckpointError
@@ -27,12 +25,10 @@ from cocoa_jax.training.hosts import (
     INDEX,
     PeerLost,
     Peers,
-    RowShare,
     _shared,
     again,
     first_alone,
     peers,
-    placed,
 )
 from cocoa_jax.training.loop import STOPPED
 
@@ -75,35 +71,22 @@ def test_half_a_description_is_refused(config, environment, message):
 
 
 @pytest.mark.parametrize(
-    ("owned", "process", "share"),
+    ("owned", "process", "blocks"),
     [
-        ({0: (0, 1), 1: (2, 3)}, 1, (1, 2, [0, 1, 2, 3])),
-        ({0: (0, 1, 4, 5), 1: (2, 3, 6, 7)}, 0, (0, 2, [0, 1, 4, 5, 2, 3, 6, 7])),  # hosts of 2x2 chips in a 4x4 slice
-        ({0: (1,), 1: (0,)}, 1, (1, 2, [1, 0])),
-        ({0: (0,), 1: (0,), 2: (1,), 3: (1,)}, 3, (1, 2, [0, 1])),  # tensor over two hosts
+        ({0: (0, 1), 1: (2, 3)}, 1, (2, 3)),
+        ({0: (0, 1, 4, 5), 1: (2, 3, 6, 7)}, 0, (0, 1, 4, 5)),  # hosts of 2x2 chips in a 4x4 slice
+        ({0: (1,), 1: (0,)}, 1, (0,)),
+        ({0: (0,), 1: (0,), 2: (1,), 3: (1,)}, 3, (1,)),  # tensor over two hosts
     ],
 )
-def test_shares(owned, process, share):
+def test_shares(owned, process, blocks):
     found = _shared(owned, process)
-    assert (found.index, found.count, found.order.tolist()) == share
+    assert (found.blocks, found.count) == (blocks, len(set(owned.values())))
 
 
 def test_rows_that_hosts_hold_in_part_are_refused():
     with pytest.raises(SettingsError, match=r"which overlap: make mesh\.tensor divide"):
         _shared({0: (0, 1), 1: (1, 2)}, 0)
-
-
-@given(st.permutations(range(6)), st.integers(1, 3), st.integers(1, 3), st.data())
-def test_examples_are_found_where_their_rows_are_laid(order, per_block, slots, data):
-    """Rows that are planned one after another, laid out as the mesh does, hold at `placed` what was planned."""
-    rows = 6 * per_block
-    example = np.array(data.draw(st.lists(st.integers(-1, rows * slots - 1), max_size=9)), np.int32)
-    planned = np.arange(rows * slots).reshape(6, per_block * slots)
-    laid = np.empty_like(planned)
-    laid[list(order)] = planned  # block j of the plan becomes block order[j] of the mesh
-    found = placed(example, RowShare(0, 1, np.array(order)), rows, slots)
-    assert found.dtype == example.dtype
-    np.testing.assert_array_equal(np.where(found < 0, -1, laid.reshape(-1)[found]), example)
 
 
 # ------------------------------------------------------------------------------------------------ real processes
@@ -150,6 +133,7 @@ def test_two_processes_meet_lay_out_rows_save_and_stop_together(tmp_path):
         assert process.returncode == 0, errors[-3000:]
         told.append(json.loads(next(line for line in output.splitlines() if line.startswith("told "))[5:]))
     assert [one.pop("made") for one in told] == [1, 0]  # process 0 alone makes the folder
+    assert [one.pop("blocks") for one in told] == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert told[0] == told[1]  # the signal reached one of them
     assert told[0].pop("stop") is not None
     agreed, settings, same, *others = told[0].pop("said")
@@ -160,7 +144,7 @@ def test_two_processes_meet_lay_out_rows_save_and_stop_together(tmp_path):
     assert len(others) == 3 and all(
         "processes [1] read other records than the others for step 7" in one for one in others
     )
-    assert told[0] == {"found": [True, True], "order": [0, 1, 4, 5, 2, 3, 6, 7], "step": 2, "same": True}
+    assert told[0] == {"found": [True, True], "step": 2, "same": True}
 
 
 def assert_retryable(status: int, errors: str) -> None:

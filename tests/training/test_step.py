@@ -19,7 +19,8 @@ from cocoa_jax.training.step import make_step
 STAGES = ("warmup", "bridge", "contrastive")
 EIGHT = ("data", "fsdp", "cube")
 # The meshes that each is run on. The loss of stage 3 sees the rows of all slices.
-RUNS = {"warmup": EIGHT, "bridge": EIGHT, "contrastive": ("fsdp", "cube", "slices"), "lora": ("cube",)}
+RUNS = {"warmup": EIGHT, "bridge": EIGHT, "contrastive": ("fsdp", "cube", "slices")}
+RUNS |= {"lora": ("data", "cube"), "lora-contrastive": ("fsdp",)}
 WORKER = Path(__file__).with_name("many_devices.py")
 
 
@@ -31,7 +32,8 @@ def runs(backbone, stage_settings, tmp_path_factory):
         "contrastive": {"temperature": 0.1, "first_temperature": 0.5},
     }
     settings = {stage: stage_settings(stage, backbone, tmp_path_factory.mktemp(stage), **gentle) for stage in STAGES}
-    settings["lora"] = {**settings["bridge"], "lora": {"rank": 4, "alpha": 8.0}}  # DoRA with dropout, and trained rows
+    adapter = {"lora": {"rank": 4, "alpha": 8.0}}  # DoRA with dropout, and trained rows
+    settings |= {"lora": settings["bridge"] | adapter, "lora-contrastive": settings["contrastive"] | adapter}
     # Unoptimised code: most of the time of this test is compilation.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags}
