@@ -80,8 +80,8 @@ def hide_units(
     patches: Float[Array, "B P C"], hidden_unit: Bool[Array, "B U"], unit_seed: UInt32[Array, "B U"]
 ) -> Float[Array, "B P C"]:
     """Put standard normal noise, drawn from each unit's own seed, in the place of the pixels of chosen units."""
-    B, P, C = patches.shape
-    units = patches.reshape(*hidden_unit.shape, -1)
+    (B, P, C), U = patches.shape, hidden_unit.shape[1]
+    units = patches.reshape(B, U, P * C // max(U, 1))  # a shape for text alone has none
     draw = jax.vmap(jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), units.shape[2:])))
     return jnp.where(hidden_unit[..., None], draw(unit_seed), units).astype(patches.dtype).reshape(B, P, C)
 
@@ -99,7 +99,7 @@ def picture_loss(
     ``total`` is how many those are where the rows are but a chunk of it.
     """
     drawn = decoder(hidden, inputs.positions, inputs.spans, token_of_unit(inputs.unit, hidden_unit.shape[1]))
-    true = inputs.patches.reshape(*hidden_unit.shape, -1)
+    true = inputs.patches.reshape(drawn.shape)
     errors = jnp.mean(jnp.square(drawn.astype(jnp.float32) - true), axis=-1)
     count = jnp.sum(hidden_unit) if total is None else total
     return jnp.sum(jnp.where(hidden_unit, errors, 0.0)) / jnp.maximum(count, 1)
