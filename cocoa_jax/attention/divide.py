@@ -30,19 +30,28 @@ def row_axes(rows: int) -> tuple[str, ...]:
     return () if rows % math.prod(mesh.shape[name] for name in axes) else axes
 
 
+def own_heads(heads: int, key_heads: int, parts: int) -> tuple[int, int]:
+    """Query and key heads of each of so many devices; all of them where they cannot be divided.
+
+    Key heads fewer than the devices are whole on every one, which takes the one that its query heads share.
+    """
+    if heads % parts or (key_heads % parts and parts % key_heads):
+        return heads, key_heads
+    return heads // parts, max(key_heads // parts, 1)
+
+
 def divided(attend: Attend) -> Attend:
     """``attend`` on every device's own rows and heads, where a mesh is in use (``jax.set_mesh``).
 
     Axes that the caller's own ``shard_map`` already took are left alone. An axis that does not divide the rows or the
-    query heads is not used: its devices do the same work. Key heads fewer than the axis are whole on every device,
-    which takes the one that its query heads share.
+    query heads is not used: its devices do the same work. See ``own_heads`` for the rest.
     """
 
     def call(q: Array, k: Array, v: Array, spans: Spans, scale: float) -> Array:
         mesh, free, rows = jax.sharding.get_abstract_mesh(), free_axes(), row_axes(q.shape[0])
         N, K = q.shape[2], k.shape[2]
         parts = mesh.shape[HEADS] if HEADS in free else 1
-        heads = HEADS if parts > 1 and N % parts == 0 and (K % parts == 0 or parts % K == 0) else None
+        heads = HEADS if own_heads(N, K, parts)[0] < N else None
         if math.prod(mesh.shape[name] for name in rows) == 1 and heads is None:
             return attend(q, k, v, spans, scale)
         whole = heads is not None and K % parts != 0

@@ -63,7 +63,7 @@ TABLE: dict[str, tuple[_Sizes, _Sizes]] = {
 }
 # Narrower heads, as those of the vision tower, have key heads of their own: one head a tile, which has to be large.
 NARROW: tuple[_Sizes, _Sizes] = (((_ANY, _WHOLE),), ((_ANY, _WHOLE),))
-HEADS = 6  # of a tile: the more, the longer the program and its compilation
+HEADS = 7  # of a tile: the more, the longer the program and its compilation
 
 
 def device(kind: str) -> Device:

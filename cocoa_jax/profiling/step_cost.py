@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cocoa_jax.attention import spans
+from cocoa_jax.attention.divide import own_heads
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.chips import Chip
 from cocoa_jax.config import TrainConfig, parse
@@ -132,11 +133,10 @@ def row_kernels(config: TrainConfig, backbone: Qwen2VLConfig, mesh: Mesh, chip: 
             vision.width // vision.heads,
         ),
     ):
-        part = tensor if kv % tensor == 0 else 1
         calls: dict[str, list[SpanCall]] = {}
         for one in layers:
             whole = Spans(*(np.tile(side, (share, 1)) for side in (one.start, one.end)))
-            for name, some in span_calls(whole, heads // part, kv // part, width, chip.kind, chip.cores).items():
+            for name, some in span_calls(whole, *own_heads(heads, kv, tensor), width, chip.kind, chip.cores).items():
                 calls.setdefault(name, []).extend(some)
         works = {name: mean_work(some) for name, some in calls.items()}
         # The stage-1 decoder is one more layer of the text tower.

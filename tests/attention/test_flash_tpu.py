@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cocoa_jax.attention import flash_tpu, flash_tpu_blocks, flash_tpu_tiles, reference
 from cocoa_jax.attention.api import attend
-from cocoa_jax.attention.flash_tpu_blocks import Tuning, fit, heads_per_tile
+from cocoa_jax.attention.flash_tpu_blocks import HEADS, Tuning, fit, heads_per_tile
 from cocoa_jax.attention.flash_tpu_tiles import Words, active_tiles, keys_per_call, masked, queries_per_call, unmasked
 from cocoa_jax.attention.spans import Spans, causal, segments, truncated
 from cocoa_jax.attention.tiles import FIRST, LAST, Blocks
@@ -119,6 +119,8 @@ def test_query_heads_in_several_groups_add_their_gradients():
     spans = Spans(np.full((1, 128), 10, np.int32), np.full((1, 128), 250, np.int32))
     sizes = SIZES._replace(heads=2)
     assert heads_per_tile(4, sizes.heads) == 2
+    # All query heads of a key head at once in the 2B and the 7B, half of them in the 3B.
+    assert [heads_per_tile(shared, HEADS) for shared in (6, 7, 8)] == [6, 7, 4]
     assert_same(arrays(1, 128, 256, 4, 1, 128), spans, sizes)
 
 

@@ -88,6 +88,19 @@ def test_windowed_layers_are_counted_as_windows():
     assert own == pytest.approx((4 * whole + 28 * none) / 32)  # four of its layers see whole pictures
 
 
+@pytest.mark.parametrize(("tensor", "share"), [(2, 2), (4, 4), (5, 1)])
+def test_heads_are_counted_as_attention_divides_them(tensor, share):
+    """12 query heads on 2 key heads: four devices have three of one key head, five cannot divide them."""
+    config = load_config(TrainConfig, REPOSITORY / "configs/pods/2-bridge-lora.yaml")
+
+    def flops(tensor):
+        mesh = jax.sharding.AbstractMesh((1, 1, 1, tensor), AXES)
+        return row_kernels(config, read_backbone("configs/backbones/qwen2-vl-2b"), mesh, CHIPS["v5e"])
+
+    name = "text/span_attention_forward"
+    assert flops(tensor)[name].flops == pytest.approx(flops(1)[name].flops / share)
+
+
 @pytest.fixture(scope="module")
 def compiled(backbone, stage_settings, tmp_path_factory):
     """A small stage 2 for a host of four v5e, sharded over fsdp."""
