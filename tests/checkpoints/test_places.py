@@ -16,7 +16,7 @@ from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone
 from cocoa_jax.checkpoints.places import carry, fetch, folder_at, is_remote, log_file, twin
-from cocoa_jax.config import SettingsError, TrainConfig, parse
+from cocoa_jax.config import SettingsError, TrainConfig, parse, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.training import inputs, metrics
 from cocoa_jax.training.folder import check_settings, prepare
@@ -85,6 +85,9 @@ def test_nothing_stays_in_a_bucket_of_a_checkpoint_that_the_run_did_not_begin_fr
     left.parent.mkdir(parents=True)
     left.write_text("of another checkpoint, before a kill")
     config = parse(TrainConfig, stage_settings("bridge", backbone, "gs://b/run"))
+    with pytest.raises(SettingsError, match="gs://b/run/backbone is not of a run of this folder"):
+        prepare(config, Mixture({}, {}, {}), open_backbone(backbone))
+    check_settings(folder_at("gs://b/run") / "config.json", to_dict(config))  # what an attempt of the run leaves first
     prepare(config, Mixture({}, {}, {}), open_backbone(backbone))
     assert left.read_bytes() == (backbone / "tokenizer.json").read_bytes()
     assert "/b/run/parent.json" in bucket
