@@ -39,9 +39,10 @@ def add_to_tokenizer(folder: str | Path, added: Mapping[str, int]) -> None:
     path = Path(folder, "tokenizer_config.json")
     if path.is_file():
         values: dict[str, Any] = json.loads(path.read_text())
-        entries = {str(number): {"content": text, **_FLAGS} for text, number in added.items()}
-        values["added_tokens_decoder"] = {**values.get("added_tokens_decoder", {}), **entries}
-        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        if "added_tokens_decoder" in values:  # transformers 5 writes none, and takes one for all that there are
+            entries = {str(number): {"content": text, **_FLAGS} for text, number in added.items()}
+            values["added_tokens_decoder"] |= entries
+            path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer:
