@@ -3,6 +3,7 @@
 Arrays are Orbax's and TensorStore's own business there, and are not tested here.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -14,10 +15,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.errors import CheckpointError
-from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone
+from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone, is_adapted
 from cocoa_jax.checkpoints.places import carry, fetch, folder_at, is_remote, log_file, twin
 from cocoa_jax.config import SettingsError, TrainConfig, parse, to_dict
 from cocoa_jax.data.mixture import Mixture
+from cocoa_jax.evaluation.probe import is_shifted
 from cocoa_jax.training import inputs, metrics
 from cocoa_jax.training.folder import check_settings, prepare
 from cocoa_jax.training.metrics import MetricsWriter
@@ -34,6 +36,17 @@ class Bucket(MemoryFileSystem):
     @classmethod
     def _strip_protocol(cls, path):
         return "/" + re.sub(r"^(gs|gcs)://", "", str(path)).strip("/")
+
+    def exists(self, path, **more):  # as gcsfs, in which this alone tells of a network that fails
+        try:
+            return bool(self.info(path))
+        except FileNotFoundError:
+            return False
+
+    def isfile(self, path):
+        with contextlib.suppress(Exception):
+            return self.info(path)["type"] == "file"
+        return False
 
 
 @pytest.fixture
@@ -78,6 +91,20 @@ def test_a_backbone_goes_with_its_stage_and_is_opened_there(bucket, backbone):
     assert (opened.side_files / "tokenizer.json").read_bytes() == (backbone / "tokenizer.json").read_bytes()
     with pytest.raises(CheckpointError, match="gs://b/elsewhere is not a trained stage"):
         open_backbone("gs://b/elsewhere")
+
+
+def test_a_bucket_that_cannot_be_asked_is_not_one_that_lacks_a_stage(bucket, backbone, monkeypatch):
+    """Launchers try again after the one, and delete slices after the other."""
+    carry_backbone(backbone, "gs://b/run/1-warmup")
+
+    def fail(*arguments, **named):
+        raise ConnectionResetError("no answer")
+
+    monkeypatch.setattr(Bucket, "info", fail)
+    assert not folder_at("gs://b/run/1-warmup").is_dir()
+    for ask in (open_backbone, is_adapted, is_shifted, lambda stage: fetch(backbone_folder(stage))):
+        with pytest.raises(ConnectionResetError, match="no answer"):
+            ask("gs://b/run/1-warmup")
 
 
 def test_nothing_stays_in_a_bucket_of_a_checkpoint_that_the_run_did_not_begin_from(bucket, backbone, stage_settings):
