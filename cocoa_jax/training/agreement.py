@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.training.folder import without
+from cocoa_jax.training.hosts import meet
 from cocoa_jax.training.mesh import replicated
 from cocoa_jax.training.place import GLOBAL
 
@@ -58,6 +59,7 @@ def check_alike(held: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
+    meet()  # the first collective of a run; some hosts open their tables long before others
     all_ = _gathered(json.dumps(held, sort_keys=True))
     odd = odd_ones(all_)
     if odd:

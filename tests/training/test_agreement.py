@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,7 +11,7 @@ from cocoa_jax.config import SettingsError, TrainConfig, differences, parse
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.models.config import read_config
 from cocoa_jax.training import agreement, loop
-from cocoa_jax.training.agreement import held_here, odd_ones
+from cocoa_jax.training.agreement import check_alike, held_here, odd_ones
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,21 @@ def test_what_lies_elsewhere_on_another_host_may_and_what_makes_another_run_may_
     vision = dataclasses.replace(model, text=dataclasses.replace(model.text, rope_theta=1.0))
     other = held_here(parse(TrainConfig, stage_settings("bridge", backbone, tmp_path)), Mixture({}, {}, {}), vision)
     assert "model.text.rope_theta" in str(differences(usual, other))
+
+
+def test_hosts_wait_for_each_other_before_devices_do(monkeypatch):
+    """A collective gives up after 30 s on some devices, and tables are opened as fast as a host's disk is."""
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(agreement, "meet", lambda: asked.append("meeting"))
+
+    def both(value):
+        asked.append("collective")
+        return np.stack([value, value])
+
+    monkeypatch.setattr(agreement.multihost_utils, "process_allgather", both)
+    check_alike({"seed": 3})
+    assert asked == ["meeting", "collective", "collective"]
 
 
 @pytest.mark.parametrize("name", ["example", "target_key", "image_key", "negative_key", "stats", "shape"])

@@ -30,6 +30,7 @@ from cocoa_jax.training.hosts import (
     RowShare,
     _shared,
     again,
+    check_shared,
     first_alone,
     peers,
     placed,
@@ -266,7 +267,7 @@ def test_the_others_end_as_process_0_ends(monkeypatch, error, raised, status):
 
     sent = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(hosts, "_meet", lambda: None)
+    monkeypatch.setattr(hosts, "meet", lambda: None)
     monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda value: sent.append(value) or sent[0])
     with pytest.raises(type(error), match=str(error)):
         first_alone("folder", wrong)
@@ -274,6 +275,21 @@ def test_the_others_end_as_process_0_ends(monkeypatch, error, raised, status):
     with pytest.raises(raised, match=r"process 0 could not go on, and says why \(folder\)") as caught:
         first_alone("folder", wrong)
     assert again(caught.value) == again(error) == (status == STOPPED)
+
+
+def test_hosts_wait_for_each_other_before_devices_do(monkeypatch, tmp_path):
+    asked = []
+
+    def ask(value):
+        asked.append("collective")
+        raise InterruptedError
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "meet", lambda: asked.append("meeting"))
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", ask)
+    with pytest.raises(InterruptedError):
+        check_shared(tmp_path)
+    assert asked == ["meeting", "collective"]
 
 
 def start(shared, config: Path, processes: int, tell: tuple[int, int, int] = (-1, 0, -1), **more: str):
