@@ -41,6 +41,10 @@ _LOCAL = (
 )
 
 
+class Disagreed(SettingsError):
+    """Hosts of a run hold or read something else than the others; all of them raise it."""
+
+
 def held_here(config: TrainConfig, mixture: Mixture, model: Any) -> dict[str, Any]:
     """What this host holds of what all must hold alike (JSON); ``model`` is the config of the backbone."""
     settings = without(to_dict(config), _LOCAL)
@@ -55,7 +59,7 @@ def check_alike(held: Mapping[str, Any]) -> None:
     """See that all processes hold the same; alone, this does nothing.
 
     Raises:
-        SettingsError: on all of them, naming those that hold something else, and what.
+        Disagreed: on all of them, naming those that hold something else, and what.
     """
     if jax.process_count() == 1:
         return
@@ -66,7 +70,7 @@ def check_alike(held: Mapping[str, Any]) -> None:
         usual = next(text for process, text in enumerate(all_) if process not in odd)
         what = differences(json.loads(usual), json.loads(all_[odd[0]]))
         more = f" and {len(what) - 5} more" if len(what) > 5 else ""
-        raise SettingsError(
+        raise Disagreed(
             f"processes {odd} do not hold what the others do ({'; '.join(what[:5])}{more}): give all hosts the same "
             "files and the same command"
         )
@@ -113,7 +117,7 @@ def check_planned(step: int, numbers: jax.Array | None, mesh: Mesh) -> None:
     """See that all hosts planned a step alike, by what ``planned`` gave.
 
     Raises:
-        SettingsError: on all of them, naming those that did not.
+        Disagreed: on all of them, naming those that did not.
     """
     if numbers is None:
         return
@@ -121,7 +125,7 @@ def check_planned(step: int, numbers: jax.Array | None, mesh: Mesh) -> None:
     found = dict(zip(owners, np.asarray(numbers).tolist(), strict=True))
     odd = odd_ones([found[process] for process in sorted(found)])
     if odd:
-        raise SettingsError(
+        raise Disagreed(
             f"processes {odd} read other records than the others for step {step}: files of the data are missing, "
             "damaged or others there; copy the data again, and the same command continues from the last checkpoint"
         )
