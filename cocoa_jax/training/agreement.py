@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
 from cocoa_jax.data.mixture import Mixture
+from cocoa_jax.data.processor import Processor
 from cocoa_jax.training.folder import without
 from cocoa_jax.training.hosts import meet
 from cocoa_jax.training.mesh import replicated
@@ -45,13 +46,20 @@ class Disagreed(SettingsError):
     """Hosts of a run hold or read something else than the others; all of them raise it."""
 
 
-def held_here(config: TrainConfig, mixture: Mixture, model: Any) -> dict[str, Any]:
-    """What this host holds of what all must hold alike (JSON); ``model`` is the config of the backbone."""
+def held_here(config: TrainConfig, mixture: Mixture, processor: Processor) -> dict[str, Any]:
+    """What this host holds of what all must hold alike (JSON)."""
     settings = without(to_dict(config), _LOCAL)
     known = config.data.bad.known
     settings["data"]["bad"]["known"] = known and f"{zlib.crc32(Path(known).read_bytes()):08x}"
     counts = {name: len(source) for name, source in mixture.sources.items()}
-    held = {"settings": settings, "data": dict(mixture.identity), "records": counts, "model": to_dict(model)}
+    held = {
+        "settings": settings,
+        "data": dict(mixture.identity),
+        "records": counts,
+        "model": to_dict(processor.config),
+        "tokenizer and pixels": processor.fingerprint(),
+        "added tokens": dict(processor.added),  # these decide who enters the collectives of ``with_mean_rows``
+    }
     return dict(json.loads(json.dumps(held)))
 
 

@@ -80,7 +80,7 @@ def _train(config: TrainConfig) -> Path:
     meter = Meter(StepFlops(config, backbone.config), share.count)
 
     # --------------------------------------------------------------------------------- the state: continued or new
-    check_alike(held_here(config, mixture, backbone.config))
+    check_alike(held_here(config, mixture, processor))
     first_alone("folder", lambda: prepare(config, mixture, backbone, processor.added))
     # In this order a signal in the middle of the last save, which is waited for, does not end it.
     with _stop_requests() as stopping, StageCheckpoints(output, config.loop.keep) as checkpoints:
