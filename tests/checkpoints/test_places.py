@@ -22,6 +22,7 @@ from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.evaluation.probe import is_shifted
 from cocoa_jax.training import inputs, metrics
 from cocoa_jax.training.folder import check_settings, prepare
+from cocoa_jax.training.loop import Stopped
 from cocoa_jax.training.metrics import MetricsWriter
 from cocoa_jax.training.throughput import Load, Meter
 
@@ -193,11 +194,49 @@ def test_logs_that_do_not_reach_the_bucket_are_told_of_and_follow_later(bucket, 
         first.write(0, {"loss": 1.0}, Load(2, 1, 6, 4, 8, 8, 1e9))
         patch.setattr(metrics, "carry", fail)
         first.carry()
-        assert "logs could not be written to gs://b/run (no answer)" in caplog.text and not bucket
+        told = f"logs could not be written to gs://b/run (no answer): they are in {twin('gs://b/run')}"
+        assert told in caplog.text and not bucket
     assert "/b/run/metrics.jsonl" in bucket
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "carry", fail)
+        patch.setattr(metrics.time, "sleep", lambda seconds: None)
+        caplog.clear()
         with pytest.raises(ConnectionResetError), writer():  # nobody would bring them later
             pass
+        assert told in caplog.text
         with pytest.raises(SettingsError, match="an error before"), writer():
             raise SettingsError("an error before")
+
+
+@pytest.mark.parametrize("ended", [None, Stopped], ids=str)
+def test_logs_are_tried_again_at_the_end_since_the_next_command_has_nothing_left_to_do(bucket, monkeypatch, ended):
+    failures, waited = [ConnectionResetError("no answer"), TimeoutError("no answer")], []
+
+    def fail_twice(*arguments):
+        if failures:
+            raise failures.pop()
+        carry(*arguments)
+
+    monkeypatch.setattr(metrics, "carry", fail_twice)
+    monkeypatch.setattr(metrics.time, "sleep", waited.append)
+    with (
+        contextlib.nullcontext() if ended is None else pytest.raises(ended),
+        MetricsWriter("gs://b/run", "bridge", 0, 1, Meter(lambda work: 1e9, 1)) as writer,
+    ):
+        writer.write(0, {"loss": 1.0}, Load(2, 1, 6, 4, 8, 8, 1e9))
+        if ended is not None:
+            raise ended
+    assert b'"step": 0' in bucket["/b/run/metrics.jsonl"].getvalue() and len(waited) == 2
+
+
+def test_what_stays_wrong_with_logs_is_not_tried_again(bucket, monkeypatch):
+    def fail(*arguments):
+        raise PermissionError("no right to write")
+
+    monkeypatch.setattr(metrics, "carry", fail)
+    monkeypatch.setattr(metrics.time, "sleep", lambda seconds: pytest.fail("waited"))
+    with (
+        pytest.raises(PermissionError, match="no right"),
+        MetricsWriter("gs://b/run", "bridge", 0, 1, Meter(lambda work: 1e9, 1)),
+    ):
+        pass
