@@ -72,6 +72,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (self.init is None):
             raise SettingsError(f"checkpoint is {self.checkpoint}, init {self.init}: a recipe begins with one of them")
+        for name, place in {"data": self.data, "evaluation_data": self.evaluation_data}.items():
+            if is_remote(place or ""):
+                raise SettingsError(
+                    f"{name} is {place}: give a path of this machine; in a bucket only prepared data are "
+                    "read, which a mixture names in full"
+                )
         if not self.stages:
             raise SettingsError("stages is empty: a recipe has one stage at least")
 
