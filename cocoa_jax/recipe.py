@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from cocoa_jax.checkpoints.orbax import newest_first, steps_folder
@@ -134,7 +135,8 @@ def run_recipe(recipe: Recipe, steps: tuple[int, ...] | None = None) -> Path | N
     if is_remote(recipe.output):
         raise SettingsError(f"output is {recipe.output}, {_ONE}")
     configs, sets = stage_configs(recipe, steps), scored_sets(recipe)
-    if any(peers(config.distributed, os.environ) for config in configs):
+    # Hosts of a pod outside of GKE have nothing in their environment that tells of the others; JAX asks the TPU.
+    if any(peers(config.distributed, os.environ) for config in configs) or jax.process_count() > 1:
         raise SettingsError(f"this is one of several processes, {_ONE}")
     folder = Path(recipe.output)
     if recipe.init is not None and not (folder / "backbone").is_dir():
