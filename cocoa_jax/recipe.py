@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from cocoa_jax.checkpoints.orbax import newest_first, steps_folder
@@ -72,6 +73,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (self.init is None):
             raise SettingsError(f"checkpoint is {self.checkpoint}, init {self.init}: a recipe begins with one of them")
+        for name, place in {"data": self.data, "evaluation_data": self.evaluation_data}.items():
+            if is_remote(place or ""):
+                raise SettingsError(
+                    f"{name} is {place}: give a path of this machine; in a bucket only prepared data are "
+                    "read, which a mixture names in full"
+                )
         if not self.stages:
             raise SettingsError("stages is empty: a recipe has one stage at least")
 
@@ -128,7 +135,8 @@ def run_recipe(recipe: Recipe, steps: tuple[int, ...] | None = None) -> Path | N
     if is_remote(recipe.output):
         raise SettingsError(f"output is {recipe.output}, {_ONE}")
     configs, sets = stage_configs(recipe, steps), scored_sets(recipe)
-    if any(peers(config.distributed, os.environ) for config in configs):
+    # Hosts of a pod outside of GKE have nothing in their environment that tells of the others; JAX asks the TPU.
+    if any(peers(config.distributed, os.environ) for config in configs) or jax.process_count() > 1:
         raise SettingsError(f"this is one of several processes, {_ONE}")
     folder = Path(recipe.output)
     if recipe.init is not None and not (folder / "backbone").is_dir():

@@ -103,6 +103,15 @@ def test_an_error_shows_where_it_came_from_when_asked(stage_settings, tmp_path):
         "study pictures --output gs://b/study --list",
         "study report x --docs gs://b/docs",
         "data synthesize x --output gs://b/rows --endpoint.url y --endpoint.model z",
+        "init --output gs://b/backbone --backbone.vocab_size=300",
+        "run configs/recipes/cocoa_qwen2_vl_2b.yaml --steps 3,4,5 --write gs://b/stages",
+        "run configs/recipes/cocoa_qwen2_vl_2b.yaml --steps 3,4,5 --data gs://b/MMEB-train",
+        "run configs/recipes/cocoa_qwen2_vl_2b.yaml --steps 3,4,5 --evaluation_data gs://b/MMEB-eval",
+        "plan --config configs/pods/1-warmup-lora.yaml --topology v5e:4x4 --cells gs://b/cells",
+        "profile attention --topology v5e:1x1 --output gs://b/tables",
+        "profile step --config configs/pods/1-warmup-lora.yaml --topology v5e:4x4 --report gs://b/report",
+        "profile trace --config configs/demo/2-bridge.yaml --checkpoint=x --trace gs://b/trace",
+        "profile masks --output gs://b/masks.svg",
     ],
 )
 def test_a_bucket_is_refused_where_only_a_path_of_this_machine_will_do(call, tmp_path, monkeypatch, command):

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
 from cocoa_jax import cli, recipe
-from cocoa_jax.config import SettingsError, TrainConfig, load_config, load_mixture, named_config, to_dict
+from cocoa_jax.config import InitConfig, SettingsError, TrainConfig, load_config, load_mixture, named_config, to_dict
 from cocoa_jax.recipe import Recipe, is_done, read_recipe, run_recipe, stage_configs
 from cocoa_jax.training.mesh import mesh_sizes
 
@@ -197,6 +198,15 @@ def test_a_recipe_is_not_run_by_several_processes(tiny, call, monkeypatch):
     monkeypatch.setattr(recipe, "train", lambda config: pytest.fail("nothing is trained"))
     status, _, told = call("run", tiny)
     assert status == 1 and told.startswith("cocoa: this is one of several processes, and a recipe is run by one"), told
+
+
+def test_a_pod_whose_environment_says_nothing_runs_no_recipe_either(tiny, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(recipe, "train", lambda config: pytest.fail("nothing is trained"))
+    begun = dataclasses.replace(read_recipe(tiny), checkpoint=None, init=InitConfig())
+    with pytest.raises(SettingsError, match="this is one of several processes, and a recipe is run by one process"):
+        run_recipe(begun)
+    assert not Path(begun.output).exists()
 
 
 def test_stages_are_not_written_without_data_to_count(tmp_path, call):

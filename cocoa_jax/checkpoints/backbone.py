@@ -20,7 +20,7 @@ from cocoa_jax.checkpoints.orbax import (
     newest_step,
     read_metadata,
 )
-from cocoa_jax.checkpoints.places import fetch, folder_at, is_remote
+from cocoa_jax.checkpoints.places import fetch, folder_at, is_folder, is_remote
 from cocoa_jax.checkpoints.sharded import is_placed, read_onto
 from cocoa_jax.models.config import Qwen2VLConfig, read_config
 from cocoa_jax.models.lora import AdapterRecord, adapted_graph, merge
@@ -109,14 +109,14 @@ def open_backbone(path: str | Path) -> Backbone:
         ConfigError: it holds no config of a Qwen2-VL or Qwen2.5-VL.
     """
     folder = folder_at(path)
-    if is_remote(path) and not backbone_folder(path).is_dir():
+    if is_remote(path) and not is_folder(backbone_folder(path)):
         raise MissingCheckpointError(
             f"checkpoint {path} is not a trained stage: copy a Hugging Face folder to this machine"
         )
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise MissingCheckpointError(
             f"checkpoint {folder} is not a folder: give a Hugging Face folder or a trained stage"
         )
-    trained = backbone_folder(folder).is_dir()
+    trained = is_folder(backbone_folder(folder))
     side_files = fetch(backbone_folder(folder)) if trained else folder
     return Backbone(folder, side_files, read_config(side_files), trained)

@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
+from cocoa_jax.checkpoints.added_tokens import copy_tokenizer
 from cocoa_jax.checkpoints.aside import require_free, written_aside
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.hub_layout import (
@@ -220,6 +221,7 @@ def write_folder(
     dtype: Any = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     done: Done = lambda count: None,
+    tokenizer_source_folder: str | Path | None = None,
 ) -> None:
     """Write a backbone as a Hugging Face folder in the hub's key layout; it appears whole or not at all.
 
@@ -230,6 +232,7 @@ def write_folder(
         dtype: float32, bfloat16 or float16; None keeps the dtype of each leaf.
         max_shard_size: bytes; a larger model is cut into shards with an index.
         done: hears of the bytes of every tensor that is written.
+        tokenizer_source_folder: whose tokenizer files are carried along in place of those, None for the same.
 
     Raises:
         CheckpointError: the destination is taken, the disk is too small, the parameters do not fit the config, or a
@@ -242,6 +245,8 @@ def write_folder(
     entries = _entries(slots, leaves, None if dtype is None else np.dtype(dtype))
     with written_aside(folder, sum(entry.size for entry in entries)) as partial:
         copy_side_files(source, partial)
+        if tokenizer_source_folder is not None:
+            copy_tokenizer(tokenizer_source_folder, partial)
         _state_dtype(partial / "config.json", {entry.dtype for entry in entries})
         _write_shards(partial, entries, leaves, max_shard_size, done)
 

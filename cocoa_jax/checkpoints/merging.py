@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cocoa_jax.checkpoints.added_tokens import wider_tokenizer
 from cocoa_jax.checkpoints.aside import require_free
 from cocoa_jax.checkpoints.backbone import Backbone, open_backbone
 from cocoa_jax.checkpoints.hub_layout import Leaf, Shape
@@ -28,7 +29,7 @@ def merge_checkpoint(
     """Write the weights of a stage (its own adapter merged) or of a Hugging Face folder as a Hugging Face folder.
 
     Args:
-        adapter: a folder of PEFT that is merged into them.
+        adapter: a folder of PEFT that is merged into them; its tokenizer comes along where it knows more tokens.
         dtype: of the tensors, float32 by default.
 
     Raises:
@@ -38,6 +39,7 @@ def merge_checkpoint(
     # Before any weight: what is wrong with an adapter is soon told.
     added = None if adapter is None else load_adapter(adapter, backbone.config)
     own = backbone.adapter() if backbone.trained and is_adapted(backbone.path) else None
+    words = None if adapter is None else wider_tokenizer(backbone.side_files, adapter)
     require_free(Path(folder))
 
     def write(params: dict[str, Any]) -> None:
@@ -46,7 +48,8 @@ def merge_checkpoint(
             leaves = _merged(leaves, *own, own[0].config.base_dtype)
         if added is not None:
             leaves = _merged(leaves, *added, "float32")
-        write_folder(folder, unflatten_dict(leaves, sep="."), backbone.side_files, dtype or "float32")
+        whole = unflatten_dict(leaves, sep=".")
+        write_folder(folder, whole, backbone.side_files, dtype or "float32", tokenizer_source_folder=words)
 
     _read(backbone, own is not None, write)
 

@@ -34,7 +34,7 @@ from cocoa_jax.checkpoints.errors import (
     UnavailableCheckpointError,
 )
 from cocoa_jax.checkpoints.huggingface import copy_side_files
-from cocoa_jax.checkpoints.places import folder_at, is_remote, twin
+from cocoa_jax.checkpoints.places import folder_at, is_folder, is_remote, twin
 from cocoa_jax.checkpoints.reading import TREES, read_checked, read_records, stage_context
 
 _BASE = "base"
@@ -278,7 +278,7 @@ def base_folder(stage_dir: str | Path) -> Path:
 
 def is_adapted(stage_dir: str | Path) -> bool:
     """Whether a stage trains an adapter on a frozen backbone, rather than the backbone itself."""
-    return base_folder(stage_dir).is_dir()
+    return is_folder(base_folder(stage_dir))
 
 
 def save_base(stage_dir: str | Path, params: Tree) -> None:
@@ -369,7 +369,7 @@ def newest_good(directory: epath.Path, read: Callable[[epath.Path], Result], rem
 
 
 def _remedy(stage_dir: epath.Path) -> str:
-    if stage_dir.name == _BASE and backbone_folder(stage_dir.parent).is_dir():
+    if stage_dir.name == _BASE and is_folder(backbone_folder(stage_dir.parent)):
         return f"remove {stage_dir}, the command that trains makes it again from the checkpoint that it began with"
     return "train this stage again"
 

@@ -1,5 +1,7 @@
 """Adapters in the form of PEFT, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
+Of a stage, the tokenizer lies beside them: that of what it is put on may lack tokens.
+
 Names are those of the hub's table (``hub_layout``); a stacked array of ours is one tensor per layer there, [r, in] and
 [out, r] where ours are [in, r] and [r, out]. Written for transformers 5, read in the names of either layout.
 Source: PEFT 0.21, LoraConfig and get_peft_model_state_dict.
@@ -19,11 +21,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cocoa_jax.checkpoints.added_tokens import copy_tokenizer, token_ids
 from cocoa_jax.checkpoints.aside import written_aside
-from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.checkpoints.backbone import Backbone, open_backbone
 from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.checkpoints.hub_layout import hub_key, plan, raise_problems
-from cocoa_jax.checkpoints.orbax import read_metadata
+from cocoa_jax.checkpoints.orbax import base_folder, read_metadata
+from cocoa_jax.checkpoints.stream import with_newest
 from cocoa_jax.models.config import Qwen2VLConfig
 from cocoa_jax.models.lora import AdapterRecord, LoraConfig, LoraError, adapted_maps
 from cocoa_jax.models.qwen2_vl import Params, abstract_params
@@ -99,7 +103,12 @@ def _newer(module: str) -> str:
 
 
 def save_adapter(
-    folder: str | Path, adapter: Params, record: AdapterRecord, sizes: Qwen2VLConfig, base: str | None = None
+    folder: str | Path,
+    adapter: Params,
+    record: AdapterRecord,
+    sizes: Qwen2VLConfig,
+    base: str | None = None,
+    tokenizer_source_folder: str | Path | None = None,
 ) -> None:
     """Write an adapter as PEFT does; the folder appears whole or not at all.
 
@@ -107,6 +116,7 @@ def save_adapter(
         folder: must not exist, or be empty.
         adapter: the arrays, as ``models/lora.py`` describes them.
         base: what the adapter belongs to: a folder or a name on the hub.
+        tokenizer_source_folder: whose tokenizer files are carried along, None for none.
 
     Raises:
         CheckpointError: the destination is taken, or the disk is too small.
@@ -115,6 +125,8 @@ def save_adapter(
     with written_aside(Path(folder), sum(tensor.nbytes for tensor in tensors.values())) as partial:
         (partial / CONFIG_FILE).write_text(json.dumps(_config_of(record, sizes, base), indent=2, sort_keys=True) + "\n")
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        if tokenizer_source_folder is not None:
+            copy_tokenizer(tokenizer_source_folder, partial)
 
 
 def _tensors(adapter: Params, modules: Mapping[str, _Module]) -> Iterator[tuple[str, np.ndarray]]:
@@ -290,11 +302,31 @@ def _take(
 
 
 def export_adapter(stage: str | Path, folder: str | Path) -> None:
-    """What a stage trained instead of its backbone, as a folder of PEFT.
+    """What a stage trained instead of its backbone, as a folder of PEFT with the tokenizer of the stage.
 
     Raises:
         CheckpointError: the stage trained no adapter, or the destination is taken.
     """
     backbone = open_backbone(stage)
     record, adapter = backbone.adapter()
-    save_adapter(folder, adapter, record, backbone.config, read_metadata(stage)["parent"]["path"])
+    metadata = read_metadata(stage)
+    settings = metadata["config"]["data"]["processor"]
+    if not record.rows:
+        ids = token_ids(backbone.side_files, {settings["mask_token"], *settings["bridge_tokens"]})
+        record, adapter = _with_rows(backbone, record, adapter, tuple(sorted(ids)))
+    save_adapter(folder, adapter, record, backbone.config, metadata["parent"]["path"], backbone.side_files)
+
+
+def _with_rows(
+    backbone: Backbone, record: AdapterRecord, adapter: Params, rows: tuple[int, ...]
+) -> tuple[AdapterRecord, Params]:
+    """The adapter with rows of its frozen weights: those that the run began from have others of added tokens."""
+    found = []
+
+    def take(params: dict[str, Any]) -> None:
+        found.append(np.asarray(params["text"]["embed"]["table"])[list(rows)].astype(np.float32))
+
+    with_newest(base_folder(backbone.path), abstract_params(backbone.config), take)
+    config = dataclasses.replace(record.config, tokens=True)
+    text = {**adapter.get("text", {}), "embed": {"rows": found[-1]}}
+    return AdapterRecord(config, rows), {**adapter, "text": text}

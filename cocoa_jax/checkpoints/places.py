@@ -29,6 +29,12 @@ def folder_at(path: str | Path) -> Any:
     return epath.Path(path) if is_remote(path) else Path(path)
 
 
+def is_folder(path: str | Path) -> bool:
+    """Whether there is such a folder; a bucket that cannot be asked now is an error, for which ``is_dir`` says no."""
+    folder = folder_at(path)
+    return bool(folder.exists() if is_remote(path) else folder.is_dir())
+
+
 def twin(path: str | Path) -> Path:
     """The folder of this machine that stands in for ``path`` where files must be local; ``path`` itself if it is."""
     if not is_remote(path):
@@ -44,7 +50,7 @@ def fetch(path: str | Path) -> Path:
         shutil.rmtree(local, ignore_errors=True)
         local.mkdir(parents=True)
         for file in folder_at(path).iterdir():
-            if file.is_file():
+            if not file.stat().is_directory:  # which `is_file` too does not tell from a network that fails
                 (local / file.name).write_bytes(file.read_bytes())
     return local
 

@@ -44,4 +44,5 @@ PLAN = Command(
     options=_options,
     run=_plan,
     config=True,
+    local=("cells",),
 )

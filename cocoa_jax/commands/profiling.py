@@ -89,6 +89,7 @@ _ATTENTION = Command(
     example="cocoa profile attention --topology v5e:1x1 --lengths 1024,4096 --masks full,packed-bridge --backward",
     options=_attention_options,
     run=_attention,
+    local=("output",),
 )
 _STEP = Command(
     about="The whole train step of a stage, compiled for a TPU slice.",
@@ -96,6 +97,7 @@ _STEP = Command(
     options=_step_options,
     run=_step,
     config=True,
+    local=("report",),
 )
 _TRACE = Command(
     about="An XLA trace of real steps on the device that is here.",
@@ -103,12 +105,14 @@ _TRACE = Command(
     options=_trace_options,
     run=_trace,
     config=True,
+    local=("trace",),
 )
 _MASKS = Command(
     about="Draw masks and the tiles that a span kernel visits under them.",
     example="cocoa profile masks --masks bridge,packed-bridge --output masks.png",
     options=_masks_options,
     run=_masks,
+    local=("output",),
 )
 GROUP = Group(
     "What attention or a train step costs on a TPU slice that need not be there, or here.",

@@ -86,6 +86,7 @@ RUN = Command(
     example="cocoa run configs/recipes/pictures/cocoa.yaml --output runs/cocoa",
     options=_run_options,
     run=_run,
+    local=("write",),
 )
 INIT = Command(
     about="Make a small backbone in Hugging Face form from scratch.",
@@ -93,6 +94,7 @@ INIT = Command(
     options=_init_options,
     run=lambda given: make_picture_backbone(given.output, given.backbone),
     config=True,
+    local=("output",),
 )
 TRAIN = Command(
     about="Train one stage, or continue it where it was.",

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from cocoa_jax.checkpoints.added_tokens import with_mean_rows
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
-from cocoa_jax.checkpoints.places import folder_at
+from cocoa_jax.checkpoints.places import folder_at, is_folder
 from cocoa_jax.config import EvaluateConfig, to_dict
 from cocoa_jax.data.masking import Purpose, example_rng
 from cocoa_jax.data.pairs import picture_source
@@ -126,7 +126,7 @@ def is_shifted(folder: str | Path) -> bool:
     So it is, as in the paper, where no stage did, or where the stage before is not there any more.
     """
     path = folder_at(folder)
-    while path.is_dir() and open_backbone(path).trained:
+    while is_folder(path) and open_backbone(path).trained:
         metadata = read_metadata(path)
         masking = metadata["config"] and metadata["config"]["data"]["masking"]
         if masking:

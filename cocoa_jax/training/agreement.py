@@ -21,7 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
 from cocoa_jax.data.mixture import Mixture
+from cocoa_jax.data.processor import Processor
 from cocoa_jax.training.folder import without
+from cocoa_jax.training.hosts import meet
 from cocoa_jax.training.mesh import replicated
 from cocoa_jax.training.place import GLOBAL
 
@@ -40,13 +42,24 @@ _LOCAL = (
 )
 
 
-def held_here(config: TrainConfig, mixture: Mixture, model: Any) -> dict[str, Any]:
-    """What this host holds of what all must hold alike (JSON); ``model`` is the config of the backbone."""
+class Disagreed(SettingsError):
+    """Hosts of a run hold or read something else than the others; all of them raise it."""
+
+
+def held_here(config: TrainConfig, mixture: Mixture, processor: Processor) -> dict[str, Any]:
+    """What this host holds of what all must hold alike (JSON)."""
     settings = without(to_dict(config), _LOCAL)
     known = config.data.bad.known
     settings["data"]["bad"]["known"] = known and f"{zlib.crc32(Path(known).read_bytes()):08x}"
     counts = {name: len(source) for name, source in mixture.sources.items()}
-    held = {"settings": settings, "data": dict(mixture.identity), "records": counts, "model": to_dict(model)}
+    held = {
+        "settings": settings,
+        "data": dict(mixture.identity),
+        "records": counts,
+        "model": to_dict(processor.config),
+        "tokenizer and pixels": processor.fingerprint(),
+        "added tokens": dict(processor.added),  # these decide who enters the collectives of ``with_mean_rows``
+    }
     return dict(json.loads(json.dumps(held)))
 
 
@@ -54,17 +67,18 @@ def check_alike(held: Mapping[str, Any]) -> None:
     """See that all processes hold the same; alone, this does nothing.
 
     Raises:
-        SettingsError: on all of them, naming those that hold something else, and what.
+        Disagreed: on all of them, naming those that hold something else, and what.
     """
     if jax.process_count() == 1:
         return
+    meet()  # the first collective of a run; some hosts open their tables long before others
     all_ = _gathered(json.dumps(held, sort_keys=True))
     odd = odd_ones(all_)
     if odd:
         usual = next(text for process, text in enumerate(all_) if process not in odd)
         what = differences(json.loads(usual), json.loads(all_[odd[0]]))
         more = f" and {len(what) - 5} more" if len(what) > 5 else ""
-        raise SettingsError(
+        raise Disagreed(
             f"processes {odd} do not hold what the others do ({'; '.join(what[:5])}{more}): give all hosts the same "
             "files and the same command"
         )
@@ -111,7 +125,7 @@ def check_planned(step: int, numbers: jax.Array | None, mesh: Mesh) -> None:
     """See that all hosts planned a step alike, by what ``planned`` gave.
 
     Raises:
-        SettingsError: on all of them, naming those that did not.
+        Disagreed: on all of them, naming those that did not.
     """
     if numbers is None:
         return
@@ -119,7 +133,7 @@ def check_planned(step: int, numbers: jax.Array | None, mesh: Mesh) -> None:
     found = dict(zip(owners, np.asarray(numbers).tolist(), strict=True))
     odd = odd_ones([found[process] for process in sorted(found)])
     if odd:
-        raise SettingsError(
+        raise Disagreed(
             f"processes {odd} read other records than the others for step {step}: files of the data are missing, "
             "damaged or others there; copy the data again, and the same command continues from the last checkpoint"
         )

@@ -96,19 +96,23 @@ def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone, added: Mapp
         added: tokens by name that the tokenizer of ``parent`` lacks; that of the stage has them.
 
     Raises:
-        SettingsError: it is another run's, with both sides of what differs; or that of ``parent``.
+        SettingsError: it is another run's, with both sides of what differs; that of ``parent``; or it holds a backbone
+            that no run brought there.
     """
     output = folder_at(config.output)
     if parent.path == output or (not is_remote(output) and parent.path.resolve() == output.resolve()):
         raise SettingsError(f"output and checkpoint are both {config.output}: give another output")
+    before, begun = epath.Path(backbone_folder(config.output)), (output / _PARENT).exists()
+    if not begun and before.exists():
+        _check_ours(output, before)
     output.mkdir(parents=True, exist_ok=True)
     check_settings(output / "config.json", to_dict(config), HOW)
     check_settings(output / "mixture.json", dict(mixture.identity))
-    if (output / _PARENT).exists():
+    if begun:
         _check_parent(output, parent)
     else:
         origin = parent.origin()
-        if (before := epath.Path(backbone_folder(config.output))).exists():
+        if before.exists():
             before.rmtree()  # of an attempt that did not come to the end of this, perhaps with another checkpoint
         carry_backbone(parent.side_files, output, added)
         if added:
@@ -131,6 +135,12 @@ def check_settings(path: Path, settings: dict[str, Any], how: Iterable[str] = ()
         raise SettingsError(
             f"{path.parent} was made with other settings ({'; '.join(changed)}): give another output or remove it"
         )
+
+
+def _check_ours(output: Path, before: epath.Path) -> None:
+    """See that a run may take back the folder ``before``: every attempt of ours writes its settings first."""
+    if not (output / "config.json").exists() or any(before.glob("*.safetensors")):
+        raise SettingsError(f"{before} is not of a run of this folder and would be replaced: give another output")
 
 
 def _check_parent(output: Path, parent: Backbone) -> None:

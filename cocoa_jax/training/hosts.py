@@ -145,7 +145,7 @@ def first_alone(name: str, work: Callable[[], object]) -> None:
             work()
         except Exception as error:
             failure = error
-    _meet()
+    meet()
     status = 0 if failure is None else 1 + again(failure)
     status = int(multihost_utils.broadcast_one_to_all(np.int32(status)))
     if failure is not None:
@@ -169,13 +169,16 @@ def ended_together(*alike: type[Exception]) -> Iterator[None]:
     try:
         yield
     except alike:
-        _meet()
+        meet()
         raise
-    _meet()
+    meet()
 
 
-def _meet() -> None:
-    """Wait until all processes are here; on their hosts, as a collective of devices does not wait for minutes."""
+def meet() -> None:
+    """Wait until all processes are here; on their hosts, as a collective of devices does not wait for minutes.
+
+    Alone, this does nothing.
+    """
     if jax.process_count() > 1:
         # By JAX's own coordination service, to which Orbax has the public way.
         multihost.get_barrier_sync_fn()(key=f"cocoa meeting {next(_MEETINGS)}", timeout_ms=_LONGEST)
@@ -210,6 +213,7 @@ def check_shared(folder: Path) -> None:
     if jax.process_count() == 1:
         return
     mark = folder / ".shared"
+    meet()  # where this is the first collective, some may come to it long before others
     number = str(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbelow(2**31))))
 
     def write() -> None:

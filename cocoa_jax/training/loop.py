@@ -20,7 +20,7 @@ from cocoa_jax.checkpoints.places import folder_at, twin
 from cocoa_jax.config import TrainConfig, to_dict
 from cocoa_jax.data.pipeline import STATS, built_ahead
 from cocoa_jax.data.processor import Processor
-from cocoa_jax.training.agreement import check_alike, check_planned, held_here, planned
+from cocoa_jax.training.agreement import Disagreed, check_alike, check_planned, held_here, planned
 from cocoa_jax.training.average import exchanged
 from cocoa_jax.training.compilation import kept_programs
 from cocoa_jax.training.divergence import Diverged, Pending, check_finite, check_weights
@@ -53,12 +53,13 @@ def train(config: TrainConfig) -> Path:
     Raises:
         SettingsError, PackingError: settings that contradict each other, the machine, or an earlier run in the folder.
         Diverged: the loss is NaN or infinite.
+        Disagreed: processes of the run hold other settings, files or records than the others.
         Stopped: SIGTERM arrived, in any process of the run.
         PeerLost: another process of the run died.
         UnavailableCheckpointError: a checkpoint cannot be read now, for a reason that passes.
     """
     join(config.distributed)
-    with with_peers(), kept_programs(config.loop.compilation_cache), ended_together(Stopped, Diverged):
+    with with_peers(), kept_programs(config.loop.compilation_cache), ended_together(Stopped, Diverged, Disagreed):
         return _train(config)
 
 
@@ -79,7 +80,7 @@ def _train(config: TrainConfig) -> Path:
     meter = Meter(StepFlops(config, backbone.config), share.count)
 
     # --------------------------------------------------------------------------------- the state: continued or new
-    check_alike(held_here(config, mixture, backbone.config))
+    check_alike(held_here(config, mixture, processor))
     first_alone("folder", lambda: prepare(config, mixture, backbone, processor.added))
     # In this order a signal in the middle of the last save, which is waited for, does not end it.
     with _stop_requests() as stopping, StageCheckpoints(output, config.loop.keep) as checkpoints:

@@ -6,18 +6,19 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from cocoa_jax.checkpoints.causes import root_cause
+from cocoa_jax.checkpoints.causes import from_network, root_cause
 from cocoa_jax.checkpoints.places import carry, is_remote, log_file, twin
 from cocoa_jax.training.throughput import Load, Meter
 from cocoa_jax.training.weights_and_biases import WandbRun
 
+_PAUSES = (2.0, 8.0, 20.0)  # seconds before logs are tried again at the end, while a network fails
 _log = logging.getLogger(__name__)
 
 
@@ -71,13 +72,18 @@ class MetricsWriter:
             self._board.flush()
             self._carry(warn=True)
 
-    def _carry(self, *, warn: bool) -> None:
-        try:
-            carry(self._output, self._sent)
-        except Exception as error:  # every package of a network has its own
-            if not warn:
-                raise
-            _log.warning("logs could not be written to %s (%s)", self._output, root_cause(error))
+    def _carry(self, *, warn: bool, pauses: Sequence[float] = ()) -> None:
+        for pause in (*pauses, None):
+            try:
+                return carry(self._output, self._sent)
+            except Exception as error:  # every package of a network has its own
+                if pause is None or not from_network(error):
+                    told = "logs could not be written to %s (%s): they are in %s"
+                    _log.warning(told, self._output, root_cause(error), twin(self._output))
+                    if not warn:
+                        raise
+                    return None
+            time.sleep(pause)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -90,7 +96,9 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.close()
         self._lines.close()
-        self._carry(warn=kind is not None)  # else there is an error already, which tells how to go on
+        # After this nobody brings them: a run that goes on may have no step left to do. With an error already there,
+        # which tells how to go on, this one is only logged.
+        self._carry(warn=kind is not None, pauses=_PAUSES)
 
 
 class NoMetrics:

@@ -18,9 +18,16 @@ MORE = ProcessorConfig(bridge_tokens=("<|im_end|>", "<|second|>"))
 TEXT = "a kiwi <|mask|> fruit <|second|>"
 
 
-@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json", "saved"])
 def test_programs_that_read_the_folder_know_the_same_ids_and_nothing_else_changes(published, form, tmp_path):
-    folder = shutil.copytree(published, tmp_path / "copy")
+    folder = tmp_path / "copy"
+    if form == "saved":  # by transformers 5, whose tokenizer_config.json lists no added tokens
+        AutoTokenizer.from_pretrained(published).save_pretrained(folder)
+        for name in ("config.json", "preprocessor_config.json"):
+            shutil.copyfile(published / name, folder / name)
+        assert "added_tokens_decoder" not in json.loads((folder / "tokenizer_config.json").read_text())
+    else:
+        shutil.copytree(published, folder)
     if form == "vocab.json":
         (folder / "tokenizer.json").unlink()
     config, before = read_config(folder), AutoTokenizer.from_pretrained(folder)
@@ -31,6 +38,10 @@ def test_programs_that_read_the_folder_know_the_same_ids_and_nothing_else_change
     assert {name: after.convert_tokens_to_ids(name) for name in planned.added} == planned.added
     assert len(after) == len(before) + 2 and after.decode(planned.mask_id) == "<|mask|>"
     assert after.decode([planned.mask_id], skip_special_tokens=True) == ""
+    known = before.backend_tokenizer.get_added_tokens_decoder()
+    assert {row: after.convert_ids_to_tokens(row) for row in known} == {
+        row: token.content for row, token in known.items()
+    }
     words = "the red car <|vision_start|> on a hill<|im_end|>"
     assert after(words)["input_ids"] == before(words)["input_ids"]
     assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"

@@ -13,12 +13,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from cocoa_jax.checkpoints import huggingface, merging, stream
+from cocoa_jax.checkpoints.added_tokens import add_to_tokenizer, token_ids, wider_tokenizer, with_mean_rows
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
 from cocoa_jax.checkpoints.huggingface import SINGLE_FILE, write_folder
 from cocoa_jax.checkpoints.merging import merge_checkpoint
 from cocoa_jax.checkpoints.orbax import StageCheckpoints, carry_backbone, save_base
-from cocoa_jax.checkpoints.peft import save_adapter
+from cocoa_jax.checkpoints.peft import export_adapter, save_adapter
+from cocoa_jax.config import TrainConfig, parse, to_dict
+from cocoa_jax.data.processor import Processor
+from cocoa_jax.data.processor_settings import ProcessorConfig
+from cocoa_jax.models.config import read_config
 from cocoa_jax.models.lora import AdapterRecord, LoraConfig, adapted_graph, merge
 from cocoa_jax.models.qwen2_vl import Compute
 
@@ -61,6 +66,49 @@ def stage(request, source) -> Path:
 def assert_same(folder: Path, other: Path) -> None:
     assert (folder / SINGLE_FILE).read_bytes() == (other / SINGLE_FILE).read_bytes()
     assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.json", SINGLE_FILE}
+
+
+@pytest.fixture(params=[True, False], ids=["rows trained", "rows frozen"])
+def masked(request, published, stage_settings, tmp_path) -> Path:
+    """A stage 1 with an adapter, from a checkpoint whose tokenizer has no mask token."""
+    folder, origin = tmp_path / "1-warmup", open_backbone(published)
+    settings = {"rank": 2, "targets": [r"text\.layers\.attention\.q_proj"], "tokens": request.param}
+    config = parse(TrainConfig, stage_settings("warmup", published, folder, lora=settings))
+    processor = Processor.load(published, origin.config, config.data.processor)
+    (mask,) = processor.added.values()
+    record = AdapterRecord(config.lora, tuple(sorted({mask, *processor.bridge_ids})) if request.param else ())
+    _, shapes = adapted_graph(origin.config, Compute(), record.config, record.rows)
+    rng = np.random.default_rng(0)
+    adapter = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
+    carry_backbone(published, folder, processor.added)
+    save_base(folder, with_mean_rows(origin.load(), processor.added.values(), processor.used_rows))
+    metadata = {"stage": "warmup", "config": to_dict(config), "parent": origin.origin(), "adapter": record.to_json()}
+    with StageCheckpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(1, params={}, adapter=adapter, head={}, optimizer={}, loop={}, metadata=metadata, wait=True)
+    return folder
+
+
+def test_an_exported_adapter_makes_the_stage_of_what_it_began_from_with_the_tokens_that_that_lacks(
+    masked, published, tmp_path
+):
+    merge_checkpoint(masked, tmp_path / "merged")
+    export_adapter(masked, tmp_path / "peft")
+    merge_checkpoint(published, tmp_path / "again", tmp_path / "peft")
+    merged, again = ({path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("merged", "again"))
+    assert merged == again
+    settings = ProcessorConfig()
+    assert Processor.load(published, read_config(published), settings).added
+    assert not Processor.load(tmp_path / "again", read_config(published), settings).added
+
+
+def test_the_tokenizer_that_knows_more_comes_along_and_another_is_refused(published, masked, tmp_path):
+    side_files = masked / "backbone"
+    assert wider_tokenizer(published, side_files) == wider_tokenizer(side_files, published) == side_files
+    assert wider_tokenizer(published, tmp_path) == published and wider_tokenizer(tmp_path, published) == published
+    other = shutil.copytree(published, tmp_path / "other")
+    add_to_tokenizer(other, {"<|other|>": next(iter(token_ids(side_files, ["<|mask|>"])))})
+    with pytest.raises(CheckpointError, match=r"tokenizers of .*backbone and .*other differ, as in \('<\|.*: give the"):
+        wider_tokenizer(side_files, other)
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

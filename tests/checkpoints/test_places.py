@@ -3,6 +3,7 @@
 Arrays are Orbax's and TensorStore's own business there, and are not tested here.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -14,12 +15,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.errors import CheckpointError
-from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone
+from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone, is_adapted
 from cocoa_jax.checkpoints.places import carry, fetch, folder_at, is_remote, log_file, twin
-from cocoa_jax.config import SettingsError, TrainConfig, parse
+from cocoa_jax.config import SettingsError, TrainConfig, parse, to_dict
 from cocoa_jax.data.mixture import Mixture
+from cocoa_jax.evaluation.probe import is_shifted
 from cocoa_jax.training import inputs, metrics
 from cocoa_jax.training.folder import check_settings, prepare
+from cocoa_jax.training.loop import Stopped
 from cocoa_jax.training.metrics import MetricsWriter
 from cocoa_jax.training.throughput import Load, Meter
 
@@ -34,6 +37,17 @@ class Bucket(MemoryFileSystem):
     @classmethod
     def _strip_protocol(cls, path):
         return "/" + re.sub(r"^(gs|gcs)://", "", str(path)).strip("/")
+
+    def exists(self, path, **more):  # as gcsfs, in which this alone tells of a network that fails
+        try:
+            return bool(self.info(path))
+        except FileNotFoundError:
+            return False
+
+    def isfile(self, path):
+        with contextlib.suppress(Exception):
+            return self.info(path)["type"] == "file"
+        return False
 
 
 @pytest.fixture
@@ -80,11 +94,28 @@ def test_a_backbone_goes_with_its_stage_and_is_opened_there(bucket, backbone):
         open_backbone("gs://b/elsewhere")
 
 
+def test_a_bucket_that_cannot_be_asked_is_not_one_that_lacks_a_stage(bucket, backbone, monkeypatch):
+    """Launchers try again after the one, and delete slices after the other."""
+    carry_backbone(backbone, "gs://b/run/1-warmup")
+
+    def fail(*arguments, **named):
+        raise ConnectionResetError("no answer")
+
+    monkeypatch.setattr(Bucket, "info", fail)
+    assert not folder_at("gs://b/run/1-warmup").is_dir()
+    for ask in (open_backbone, is_adapted, is_shifted, lambda stage: fetch(backbone_folder(stage))):
+        with pytest.raises(ConnectionResetError, match="no answer"):
+            ask("gs://b/run/1-warmup")
+
+
 def test_nothing_stays_in_a_bucket_of_a_checkpoint_that_the_run_did_not_begin_from(bucket, backbone, stage_settings):
     left = folder_at("gs://b/run") / "backbone" / "tokenizer.json"
     left.parent.mkdir(parents=True)
     left.write_text("of another checkpoint, before a kill")
     config = parse(TrainConfig, stage_settings("bridge", backbone, "gs://b/run"))
+    with pytest.raises(SettingsError, match="gs://b/run/backbone is not of a run of this folder"):
+        prepare(config, Mixture({}, {}, {}), open_backbone(backbone))
+    check_settings(folder_at("gs://b/run") / "config.json", to_dict(config))  # what an attempt of the run leaves first
     prepare(config, Mixture({}, {}, {}), open_backbone(backbone))
     assert left.read_bytes() == (backbone / "tokenizer.json").read_bytes()
     assert "/b/run/parent.json" in bucket
@@ -163,11 +194,49 @@ def test_logs_that_do_not_reach_the_bucket_are_told_of_and_follow_later(bucket, 
         first.write(0, {"loss": 1.0}, Load(2, 1, 6, 4, 8, 8, 1e9))
         patch.setattr(metrics, "carry", fail)
         first.carry()
-        assert "logs could not be written to gs://b/run (no answer)" in caplog.text and not bucket
+        told = f"logs could not be written to gs://b/run (no answer): they are in {twin('gs://b/run')}"
+        assert told in caplog.text and not bucket
     assert "/b/run/metrics.jsonl" in bucket
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "carry", fail)
+        patch.setattr(metrics.time, "sleep", lambda seconds: None)
+        caplog.clear()
         with pytest.raises(ConnectionResetError), writer():  # nobody would bring them later
             pass
+        assert told in caplog.text
         with pytest.raises(SettingsError, match="an error before"), writer():
             raise SettingsError("an error before")
+
+
+@pytest.mark.parametrize("ended", [None, Stopped], ids=str)
+def test_logs_are_tried_again_at_the_end_since_the_next_command_has_nothing_left_to_do(bucket, monkeypatch, ended):
+    failures, waited = [ConnectionResetError("no answer"), TimeoutError("no answer")], []
+
+    def fail_twice(*arguments):
+        if failures:
+            raise failures.pop()
+        carry(*arguments)
+
+    monkeypatch.setattr(metrics, "carry", fail_twice)
+    monkeypatch.setattr(metrics.time, "sleep", waited.append)
+    with (
+        contextlib.nullcontext() if ended is None else pytest.raises(ended),
+        MetricsWriter("gs://b/run", "bridge", 0, 1, Meter(lambda work: 1e9, 1)) as writer,
+    ):
+        writer.write(0, {"loss": 1.0}, Load(2, 1, 6, 4, 8, 8, 1e9))
+        if ended is not None:
+            raise ended
+    assert b'"step": 0' in bucket["/b/run/metrics.jsonl"].getvalue() and len(waited) == 2
+
+
+def test_what_stays_wrong_with_logs_is_not_tried_again(bucket, monkeypatch):
+    def fail(*arguments):
+        raise PermissionError("no right to write")
+
+    monkeypatch.setattr(metrics, "carry", fail)
+    monkeypatch.setattr(metrics.time, "sleep", lambda seconds: pytest.fail("waited"))
+    with (
+        pytest.raises(PermissionError, match="no right"),
+        MetricsWriter("gs://b/run", "bridge", 0, 1, Meter(lambda work: 1e9, 1)),
+    ):
+        pass

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from cocoa_jax.config import SettingsError, TrainConfig, differences, parse
 from cocoa_jax.data.mixture import Mixture
+from cocoa_jax.data.processor import Processor
 from cocoa_jax.models.config import read_config
 from cocoa_jax.training import agreement, loop
-from cocoa_jax.training.agreement import held_here, odd_ones
+from cocoa_jax.training.agreement import check_alike, held_here, odd_ones
 
 
 @pytest.mark.parametrize(
@@ -21,16 +24,18 @@ def test_who_is_odd(held, odd):
     assert odd_ones(held) == odd
 
 
-def test_what_lies_elsewhere_on_another_host_may_and_what_makes_another_run_may_not(stage_settings, backbone, tmp_path):
+def test_what_lies_elsewhere_on_another_host_may_and_what_makes_another_run_may_not(
+    stage_settings, backbone, published, tmp_path
+):
     for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
         (tmp_path / name).write_text(text)
-    model, sources = read_config(backbone), {"words": range(5)}
+    sources = {"words": range(5)}
 
-    def held(known="a", records=sources, contents="0123", checkpoint=backbone, **more):
+    def held(known="a", records=sources, contents="0123", checkpoint=backbone, files=backbone, model=None, **more):
         settings = stage_settings("bridge", checkpoint, tmp_path, **more)
         settings["data"]["bad"] = {"known": str(tmp_path / known)}
-        mixture = Mixture(records, {}, {"contents": contents})
-        return held_here(parse(TrainConfig, settings), mixture, model)
+        config, mixture = parse(TrainConfig, settings), Mixture(records, {}, {"contents": contents})
+        return held_here(config, mixture, Processor.load(files, model or read_config(files), config.data.processor))
 
     usual = held()
     assert json.loads(json.dumps(usual)) == usual
@@ -40,9 +45,29 @@ def test_what_lies_elsewhere_on_another_host_may_and_what_makes_another_run_may_
     assert differences(usual, records) == ["records.words: 5, 4"]
     assert differences(usual, contents) == ["data.contents: '0123', '4567'"]
     assert [one.partition(":")[0] for one in differences(usual, known)] == ["settings.data.bad.known"]
-    vision = dataclasses.replace(model, text=dataclasses.replace(model.text, rope_theta=1.0))
-    other = held_here(parse(TrainConfig, stage_settings("bridge", backbone, tmp_path)), Mixture({}, {}, {}), vision)
-    assert "model.text.rope_theta" in str(differences(usual, other))
+    model = read_config(backbone)
+    model = dataclasses.replace(model, text=dataclasses.replace(model.text, rope_theta=1.0))
+    assert "model.text.rope_theta" in str(differences(usual, held(model=model)))
+    tokens, pixels = held(files=published), shutil.copytree(backbone, tmp_path / "pixels")
+    assert [one.partition(":")[0] for one in differences(usual, tokens)] == ["added tokens.<|mask|>"]
+    settings = json.loads((pixels / "preprocessor_config.json").read_text())
+    (pixels / "preprocessor_config.json").write_text(json.dumps({**settings, "image_mean": [0.1, 0.2, 0.3]}))
+    assert [one.partition(":")[0] for one in differences(usual, held(files=pixels))] == ["tokenizer and pixels"]
+
+
+def test_hosts_wait_for_each_other_before_devices_do(monkeypatch):
+    """A collective gives up after 30 s on some devices, and tables are opened as fast as a host's disk is."""
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(agreement, "meet", lambda: asked.append("meeting"))
+
+    def both(value):
+        asked.append("collective")
+        return np.stack([value, value])
+
+    monkeypatch.setattr(agreement.multihost_utils, "process_allgather", both)
+    check_alike({"seed": 3})
+    assert asked == ["meeting", "collective", "collective"]
 
 
 @pytest.mark.parametrize("name", ["example", "target_key", "image_key", "negative_key", "stats", "shape"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cocoa_jax.checkpoints.convert import hf_to_orbax
 from cocoa_jax.checkpoints.errors import CheckpointError, UnavailableCheckpointError
 from cocoa_jax.config import SettingsError, TrainConfig, parse, to_dict
 from cocoa_jax.data.mixture import Mixture
@@ -93,6 +94,24 @@ def test_nothing_stays_of_a_checkpoint_that_the_run_did_not_begin_from(begun, tm
     again(right)
     for path in (tmp_path / "new" / "backbone").iterdir():
         assert path.read_bytes() == (Path(begun.checkpoint) / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("held", ["the checkpoint", "other weights", "a converted stage", "weights in a run"])
+def test_a_backbone_that_no_run_brought_is_never_replaced(backbone, stage_settings, tmp_path, held):
+    output, checkpoint = tmp_path / "run", backbone
+    if held == "a converted stage":
+        hf_to_orbax(backbone, output)
+    else:
+        shutil.copytree(backbone, output / "backbone")
+    if held == "the checkpoint":  # in the folder that `cocoa init` is shown to make, with the stage's name forgotten
+        checkpoint = output / "backbone"
+    config = parse(TrainConfig, stage_settings("bridge", checkpoint, output))
+    if held == "weights in a run":
+        (output / "config.json").write_text(json.dumps(to_dict(config)))
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(SettingsError, match=r"run/backbone is not of a run of this folder .*: give another output"):
+        again(config)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 def test_a_stage_is_not_trained_into_its_own_folder(trained, stage_settings, tmp_path):

@@ -27,6 +27,7 @@ from cocoa_jax.training.hosts import (
     Peers,
     _shared,
     again,
+    check_shared,
     first_alone,
     peers,
 )
@@ -35,6 +36,9 @@ from cocoa_jax.training.loop import STOPPED
 WORKER = Path(__file__).with_name("host_run.py")
 LAUNCH = Path(__file__).parents[2] / "launch"
 STEPS = 24
+DISAGREED = (
+    "processes [1] do not hold what the others do (seed: 0, 1): give all hosts the same files and the same command"
+)
 ENVIRONMENT = {COORDINATOR: "10.0.0.1:8482", COUNT: "4", INDEX: "3"}
 
 
@@ -221,7 +225,7 @@ def test_a_process_that_dies_ends_the_other(killed):
     [
         ("first", (1, 1), ("was made with other settings", "process 0 could not go on, and says why (folder)")),
         ("second", (None, 1), ("", "was made with other settings")),
-        ("both", (1, 1), ("in all of them", "in all of them")),
+        ("both", (1, 1), (DISAGREED, DISAGREED)),
         ("none", (0, 0), ("", "")),
     ],
 )
@@ -250,7 +254,7 @@ def test_the_others_end_as_process_0_ends(monkeypatch, error, raised, status):
 
     sent = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(hosts, "_meet", lambda: None)
+    monkeypatch.setattr(hosts, "meet", lambda: None)
     monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda value: sent.append(value) or sent[0])
     with pytest.raises(type(error), match=str(error)):
         first_alone("folder", wrong)
@@ -258,6 +262,21 @@ def test_the_others_end_as_process_0_ends(monkeypatch, error, raised, status):
     with pytest.raises(raised, match=r"process 0 could not go on, and says why \(folder\)") as caught:
         first_alone("folder", wrong)
     assert again(caught.value) == again(error) == (status == STOPPED)
+
+
+def test_hosts_wait_for_each_other_before_devices_do(monkeypatch, tmp_path):
+    asked = []
+
+    def ask(value):
+        asked.append("collective")
+        raise InterruptedError
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "meet", lambda: asked.append("meeting"))
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", ask)
+    with pytest.raises(InterruptedError):
+        check_shared(tmp_path)
+    assert asked == ["meeting", "collective"]
 
 
 def start(shared, config: Path, processes: int, tell: tuple[int, int, int] = (-1, 0, -1), **more: str):
