@@ -245,6 +245,28 @@ def test_a_folder_belongs_to_one_build(mixed, mixed_pairs, processors, tmp_path)
         made(mixed_pairs(()), processors["2"], tmp_path / "none")
 
 
+def test_another_kind_or_instruction_does_not_get_the_former_records(processors, noise, tmp_path):
+    """Both change the records, and neither the pictures nor their number."""
+    columns = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["rose", "sun_flower"])}
+    rows = [{"image": io.BytesIO(noise(30, 40, i).data), "label": i} for i in range(2)]
+    write_tfds(tmp_path / "flowers", tfds.features.FeaturesDict(columns), rows)
+
+    def again(output, dataset):
+        (named,) = open_named("mixture", MixtureConfig({"mine": dataset}, str(tmp_path)))
+        few, config = CappedSource(named.source, np.arange(2)), BuildConfig(workers=0)
+        return build("mine", few, named.contents, processors["2"], str(tmp_path / output), config).record(0).query.text
+
+    kinds = [DatasetConfig("pictures", kind=kind, split="validation") for kind in ("caption", "picture-caption")]
+    asked = [DatasetConfig("tfds", "flowers", instruction=text) for text in ("", "Name the flower:", "Which flower?")]
+    for output, datasets in (("pictures", kinds), ("flowers", asked)):
+        first = again(output, datasets[0])
+        for other in datasets[1:]:
+            with pytest.raises(PrepareError, match=r"was begun with other data or settings \(contents: "):
+                again(output, other)
+        assert again(output, datasets[0]) == first
+    assert again("named", asked[1]) == "Name the flower:"
+
+
 def test_rejected_records_are_named_and_counted_by_reason(mixed, processors, tmp_path):
     broken = dataclasses.replace(mixed, broken=(2, 3, 8))
     prepared = made(broken, processors["2"], tmp_path, shard_records=2)
