@@ -128,6 +128,13 @@ class NamedSource:
         return dataclasses.replace(self.source.record(index, rng), dataset=self.name)
 
 
+def with_negatives(source: RecordSource, most: int) -> RecordSource:
+    """``source`` without the wrong targets that nobody asks for: reading them takes time, and they may be bad."""
+    if isinstance(source, CappedSource | NamedSource | StagedSource):
+        return dataclasses.replace(source, source=with_negatives(source.source, most))
+    return source.with_negatives(most) if isinstance(source, TableSource) else source
+
+
 def open_mixture(config: MixtureConfig, stage: Stage) -> Mixture:
     """The data sets that ``stage`` draws from.
 
