@@ -52,7 +52,7 @@ def test_extras_are_those_of_the_package_in_the_clone():
     code = [*(ROOT / "cocoa_jax").rglob("*.py")]
     named = [re.findall(r"'\.\[([\w,]+)\]'", path.read_text()) for path in (README, *DOCS, *code)]
     assert {extra for found in named for some in found for extra in some.split(",")} <= set(ast.literal_eval(line))
-    assert [path for path in code if "cocoa-jax[" in path.read_text()] == []
+    assert [path for path in (README, *DOCS, *code) if "cocoa-jax[" in path.read_text()] == []
 
 
 def test_the_recipe_that_is_shown_is_one(call, tmp_path, monkeypatch):

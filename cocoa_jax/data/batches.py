@@ -34,7 +34,7 @@ STATS = (
 """Entries of ``batch["stats"]``, int32: the source's place among the sorted names (stage 3 of one source a batch, else
 -1); rows, examples, tokens and patches used in the global batch; rows beyond the widest shape, for a batch that
 overflows all of them; records that others stand in for; tokens un-chosen because an example has more of them than a row
-may hide."""
+may hide; the last two with a window in its first step, for all of its steps."""
 
 Hidden = Mapping[int, Int32[np.ndarray, " m"]]
 """Positions of each example whose tokens are hidden."""

@@ -13,6 +13,7 @@ import numpy as np
 from cocoa_jax.data.bad import BAD, Bad, BadConfig, KnownBad, Ledger
 from cocoa_jax.data.example import Example
 from cocoa_jax.data.masking import Purpose, example_rng
+from cocoa_jax.data.mixture import with_negatives
 from cocoa_jax.data.packing import PackingError, RowsConfig, check_fits
 from cocoa_jax.data.pixels import ImageError, decode
 from cocoa_jax.data.processor import ExampleError, Processor
@@ -166,6 +167,7 @@ def check(
 ) -> Iterator[tuple[str, int, str]]:
     """Read and decode every record; gives (source, index, reason), the reason "" for a good one, in order."""
     verifying = dataclasses.replace(config, bad=BadConfig("stop"))
+    sources = {name: with_negatives(source, config.negatives) for name, source in sources.items()}
 
     def one(name: str, index: int) -> tuple[str, int, str]:
         intake = Intake(verifying, (sources[name],), processor, seed, Ledger(verifying.bad, None), verify=True)

@@ -128,6 +128,13 @@ class NamedSource:
         return dataclasses.replace(self.source.record(index, rng), dataset=self.name)
 
 
+def with_negatives(source: RecordSource, most: int) -> RecordSource:
+    """``source`` without the wrong targets that nobody asks for: reading them takes time, and they may be bad."""
+    if isinstance(source, CappedSource | NamedSource | StagedSource):
+        return dataclasses.replace(source, source=with_negatives(source.source, most))
+    return source.with_negatives(most) if isinstance(source, TableSource) else source
+
+
 def open_mixture(config: MixtureConfig, stage: Stage) -> Mixture:
     """The data sets that ``stage`` draws from.
 
@@ -226,7 +233,7 @@ def _open_pictures(name: str, dataset: DatasetConfig, root: Path) -> Opened:
     if dataset.instruction:
         raise SourceError("the embedded pictures bring their instructions: leave `instruction` out")
     pictures = load_pictures(split)
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(dataset.kind.encode(), digest_size=16)  # the same pictures make other records
     for picture in pictures:
         digest.update(picture.id.encode() + picture.image.data)
     return picture_source(dataset.kind, pictures, mirror=True), digest.hexdigest()

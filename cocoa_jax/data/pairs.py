@@ -10,7 +10,7 @@ import numpy as np
 
 from cocoa_jax.data import prompts
 from cocoa_jax.data.collage import draw_collage, draw_tile, encode
-from cocoa_jax.data.prompts import instruct, plain
+from cocoa_jax.data.prompts import INSTRUCTIONS, instruct, plain
 from cocoa_jax.data.sources import Content, Image, Picture, Record
 
 COMMON_DESCRIPTION = 3  # a description of more pictures than this is boilerplate, not a description
@@ -169,8 +169,13 @@ def _where(wanted: Callable[[Picture], bool]) -> Callable[[Sequence[Picture]], l
     return lambda pictures: [(index,) for index, picture in enumerate(pictures) if wanted(picture)]
 
 
-def _often(rng: np.random.Generator, instructed: str, bare: str) -> str:
-    return instructed if rng.random() < prompts.INSTRUCTION_RATE else bare
+def _asked(task: str, words: str = "") -> Content:
+    """Words in the instruction of a task, which is told apart from them: stages 1 and 2 rebuild none."""
+    return Content(instruct(task, words), instruction=INSTRUCTIONS[task])
+
+
+def _often_asked(rng: np.random.Generator, task: str, words: str = "") -> Content:
+    return _asked(task, words) if rng.random() < prompts.INSTRUCTION_RATE else Content(words)
 
 
 Made = tuple[Content, Content, str]
@@ -215,39 +220,40 @@ def _bridge_prompt(rng: np.random.Generator) -> str:
 
 def _caption(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
     words = source.words(entry[0], prompts.QUERY_TEMPLATES, rng)
-    query = Content(_often(rng, instruct("caption", words), words))
-    target = Content(_often(rng, instruct("picture"), ""), source.images(entry, rng))
+    query = _often_asked(rng, "caption", words)
+    target = replace(_often_asked(rng, "picture"), images=source.images(entry, rng))
     return query, target, source.things[entry[0]]
 
 
 def _picture_caption(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
-    query = Content(_often(rng, instruct("picture-caption"), ""), source.images(entry, rng))
+    query = replace(_often_asked(rng, "picture-caption"), images=source.images(entry, rng))
     return query, Content(plain(source.pictures[entry[0]].caption)), source.things[entry[0]]
 
 
 def _style(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
-    query, target = source.images(entry, rng)
-    prompt = _often(rng, instruct("picture"), "")
-    return Content(instruct(source.name), (query,)), Content(prompt, (target,)), source.things[entry[1]]
+    shown, other = source.images(entry, rng)
+    target = replace(_often_asked(rng, "picture"), images=(other,))
+    return replace(_asked(source.name), images=(shown,)), target, source.things[entry[1]]
 
 
 def _skin_tone(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
-    query, target = source.images(entry, rng)
+    shown, other = source.images(entry, rng)
     wanted = source.pictures[entry[1]]
-    text = instruct("skin-tone", prompts.TONE_TEXT.format(tone=wanted.skin_tone))
-    return Content(text, (query,)), Content(_often(rng, instruct("picture"), ""), (target,)), f"tone:{tone_key(wanted)}"
+    query = replace(_asked("skin-tone", prompts.TONE_TEXT.format(tone=wanted.skin_tone)), images=(shown,))
+    return query, replace(_often_asked(rng, "picture"), images=(other,)), f"tone:{tone_key(wanted)}"
 
 
 def _keyword(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
     words = usable_keywords(source.pictures[entry[0]])
     word = words[rng.integers(len(words))]
-    return Content(instruct("keyword"), source.images(entry, rng)), Content(word), f"text:{word}"
+    return replace(_asked("keyword"), images=source.images(entry, rng)), Content(word), f"text:{word}"
 
 
 def _category(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
     picture = source.pictures[entry[0]]
     task = "scenery" if picture.style == "photo" else "category"
-    return Content(instruct(task), source.images(entry, rng)), Content(picture.label), f"text:{picture.label}"
+    query = replace(_asked(task), images=source.images(entry, rng))
+    return query, Content(picture.label), f"text:{picture.label}"
 
 
 def _tile(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made:
@@ -260,8 +266,8 @@ def _tile(source: PictureSource, entry: Entry, rng: np.random.Generator) -> Made
     order = rng.permutation(4)
     picture = source.pictures[entry[0]]
     collage = encode(draw_collage([tiles[i] for i in order]), f"collage of {picture.id}", "BMP")
-    query = Content(instruct("tile", plain(picture.caption)), (collage,))
-    target = Content(instruct("tile-target"), (encode(tiles[0], f"tile of {picture.id}", "BMP"),))
+    query = replace(_asked("tile", plain(picture.caption)), images=(collage,))
+    target = replace(_asked("tile-target"), images=(encode(tiles[0], f"tile of {picture.id}", "BMP"),))
     return query, target, source.things[entry[0]]
 
 

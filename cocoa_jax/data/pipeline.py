@@ -19,6 +19,7 @@ from cocoa_jax.data.batch_config import BatchConfig, Stage
 from cocoa_jax.data.batches import STATS, BatchBuilder, lengths_of
 from cocoa_jax.data.intake import Intake, examples_of
 from cocoa_jax.data.masking import MaskingConfig, Purpose, example_rng
+from cocoa_jax.data.mixture import with_negatives
 from cocoa_jax.data.packing import ALONE, PackingError, RowsConfig, RowShare, check_fits, plan_batch, plan_rows
 from cocoa_jax.data.planned import PlannedBuilder, stored_lengths
 from cocoa_jax.data.processor import Processor
@@ -119,7 +120,7 @@ def _draws(
         draws = _batched(grain.MapDataset.mix(orders, shares), size * config.rows.window)
     if config.rows.window > 1:
         draws = grain.MapDataset.range(steps).map(_InWindow(draws, config.rows.window))
-    return draws[:steps], tuple(sources[name] for name in names)
+    return draws[:steps], tuple(with_negatives(sources[name], config.negatives) for name in names)
 
 
 def _batched(draws: grain.MapDataset[np.ndarray], size: int) -> grain.MapDataset[np.ndarray]:
@@ -197,7 +198,7 @@ def rejected(config: BatchConfig, source: RecordSource, processor: Processor, se
 
     Nothing is decoded: lengths come from the sizes of pictures and from the text. `intake.check` decodes as well.
     """
-    reasons = {}
+    reasons, source = {}, with_negatives(source, config.negatives)
     for index in range(len(source)):
         try:
             examples_of(source.record(index, example_rng(seed, 0, index, Purpose.RECORD)), config, processor)

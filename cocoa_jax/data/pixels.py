@@ -20,6 +20,7 @@ _MOST_PIXELS = 178_956_970  # Pillow's own line between a large picture and a de
 _MOST_ELONGATED = 200
 # Named, because Pillow asks every plugin otherwise, whatever a file is called: PostScript runs in an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
+_SWAPPING = (5, 6, 7, 8)  # orientations of EXIF that exchange width and height; what is not from 1 to 8 turns nothing
 
 
 class ImageError(ValueError):
@@ -203,7 +204,7 @@ def open_image(data: bytes, name: str) -> Image:
             if opened.format == "PNG":
                 told = any(mark in data for mark in (b"eXIf", b"exif", b"adobe.xmp"))
             if told and width * height <= _MOST_PIXELS:
-                turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5  # these swap width and height
+                turned = opened.getexif().get(PIL.ExifTags.Base.Orientation) in _SWAPPING
                 width, height = (height, width) if turned else (width, height)
     except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
         raise ImageError(f"{name}: cannot be decoded ({_reason(error, data)})") from error

@@ -114,7 +114,8 @@ class PlannedBuilder:
         extra = 0 if shape in config.rows.shapes else shape.rows - config.rows.widest.rows
         used = [i for row in plan for i in row]
         tokens, patches, _ = lengths[used].sum(axis=0)
-        batch["stats"] = np.array([kind, len(plan), len(used), tokens, patches, extra, len(bad), dropped], np.int32)
+        whole = (0, 0) if turn else (len(bad), dropped)  # of all steps of the window: told by its first alone
+        batch["stats"] = np.array([kind, len(plan), len(used), tokens, patches, extra, *whole], np.int32)
         return batch
 
     def records(self, step: int, draws: np.ndarray) -> list[Record]:

@@ -131,8 +131,6 @@ def read_part(work: Work, shard: int) -> Part | None:
         return None
     with path.open("rb") as file, np.load(file) as stored:
         arrays = dict(stored)
-    if "stamps" not in arrays:  # of an earlier version, which kept none
-        return None
     known, sizes = json.loads(str(arrays.pop("known"))), arrays.pop("sizes")
     stamps = json.loads(arrays.pop("stamps").tobytes())
     known["rejected"] = tuple((index, reason) for index, reason in known["rejected"])

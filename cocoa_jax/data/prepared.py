@@ -21,7 +21,7 @@ from cocoa_jax.data.readers.stages import Stage
 from cocoa_jax.data.sources import Content, Image, Record, SourceError
 
 SPLIT = "train"
-FORMAT = 1
+FORMAT = 2
 LENGTHS, STATISTICS, REJECTED = "lengths.npz", "statistics.json", "rejected.jsonl"
 
 
@@ -88,7 +88,6 @@ def parse(data: bytes) -> Record:
         target_key=feature["target_key"].bytes_list.value[0].decode(),
         negatives=tuple(contents[2:]),
         image_key=feature["image_key"].bytes_list.value[0].decode(),
-        # Folders of earlier versions have none.
         negative_keys=tuple(key.decode() for key in feature["negative_keys"].bytes_list.value),
     )
 
@@ -195,7 +194,7 @@ def open_prepared(folder: str, name: str = "") -> PreparedSource:
     """The source in a folder that `cocoa data build` made, local or `gs://`.
 
     Raises:
-        SourceError: there is none, or it was not finished.
+        SourceError: there is none, it was not finished, or another version of this made it.
     """
     path = epath.Path(folder)
     try:
@@ -205,5 +204,8 @@ def open_prepared(folder: str, name: str = "") -> PreparedSource:
             f"{folder} holds no prepared data ({type(error).__name__}): make it, or finish it, by `cocoa data build`"
         ) from error
     if statistics["format"] != FORMAT:
-        raise SourceError(f"{folder} has format {statistics['format']}, this reads {FORMAT}: build it again")
+        raise SourceError(
+            f"{folder} has format {statistics['format']}, this reads {FORMAT}: remove it, or give another output, and "
+            "build it again by `cocoa data build`"
+        )
     return PreparedSource(name or statistics["name"], str(path), statistics)

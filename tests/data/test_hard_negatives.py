@@ -1,14 +1,22 @@
 """Hard negatives from MMEB-train's lists to the loss: 0, 1 or 2 of a record, and none that is not there."""
 
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
-from cocoa_jax.data.pipeline import BatchConfig, RowsConfig, stage_dataset, step_records
+from cocoa_jax.data.intake import check
+from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture, with_negatives
+from cocoa_jax.data.naming import open_named
+from cocoa_jax.data.pipeline import BatchConfig, MaskingConfig, RowsConfig, rejected, stage_dataset, step_records
+from cocoa_jax.data.prepare import BuildConfig, build
+from cocoa_jax.data.readers.records import Columns
+from cocoa_jax.data.readers.stores import FolderStore
+from cocoa_jax.data.sources import RecordError
+from cocoa_jax.data.synthesis.pictures import open_subjects, subject
 from cocoa_jax.objectives.contrastive import ContrastiveConfig, contrastive_loss, info_nce
 
 N = 6
@@ -79,6 +87,59 @@ def test_as_many_as_are_read_of_a_long_list(tmp_path, to_parquet, processors):
     for number in (9, -1):
         with pytest.raises(ValueError, match=f"negatives is {number}: a record brings 8 wrong targets at most"):
             BatchConfig("contrastive", ROWS, negatives=number)
+
+
+@pytest.fixture
+def some_missing(tmp_path, to_lines, picture):
+    """Pairs with pictures for wrong targets, of which record 2 lacks the first, and record 4 the second."""
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    wrong = [["1.jpg", "2.jpg"], ["3.jpg"], ["gone.jpg", "1.jpg"], [], ["2.jpg", "gone.jpg"], ["1.jpg"]]
+    rows = [{"q": f"{i % 4}.jpg", "t": f"kiwi {i}", "n": wrong[i]} for i in range(N)]
+    to_lines(tmp_path / "rows.jsonl", rows)
+    columns = Columns(query_image="q", target_text="t", negative_image="n")
+    return MixtureConfig({"mine": DatasetConfig("table", "rows.jsonl", columns=columns)}, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stage", "negatives", "bad", "reads"),
+    [("warmup", 0, [], 6), ("bridge", 0, [], 6), ("contrastive", 0, [], 6), ("contrastive", 1, [2], 11),
+     ("contrastive", 2, [2, 4], None)],
+)  # fmt: skip
+def test_wrong_targets_that_nobody_asks_for_are_not_read(
+    some_missing, processors, monkeypatch, stage, negatives, bad, reads
+):
+    rows = dataclasses.replace(ROWS, masked_per_row=24)
+    masking = None if stage == "contrastive" else MaskingConfig(0.5, 0.5)
+    config, processor = BatchConfig(stage, rows, masking=masking, negatives=negatives), processors["2"]
+    found = open_mixture(some_missing, stage)
+    read = []
+    plain = FolderStore.read
+    monkeypatch.setattr(FolderStore, "read", lambda self, path: read.append(path) or plain(self, path))
+    assert [i for _, i, reason in check(config, found.sources, processor, 0) if reason] == bad
+    assert reads is None or len(read) == reads
+    assert list(rejected(config, found.sources["mine"], processor, 0)) == bad
+    made = stage_dataset(config, found.sources, found.weights, processor, seed=0, steps=1)
+    if bad:
+        with pytest.raises(RecordError, match=r"mine [24]: path 'gone\.jpg': not in"):
+            made[0]
+    else:
+        read.clear()
+        assert made[0]["stats"][2] == N * (2 if stage == "contrastive" else 1) and len(read) == N
+
+
+def test_how_many_are_read_is_no_matter_of_the_data(some_missing, processors, tmp_path):
+    (named,) = open_named("mixture", some_missing)
+    few = with_negatives(named.source, 1)
+    assert few.fingerprint() == named.source.fingerprint() == named.contents
+    assert [len(pickle.loads(pickle.dumps(few)).record(i).negatives) for i in (0, 1, 3, 4)] == [1, 1, 0, 1]
+    assert vars(few)["settled"] is named.source.settled and with_negatives(few, 8) is few
+    assert len(named.source.record(0).negatives) == 2, "the source itself reads on"
+    # A build reads all of them, for whatever stage comes.
+    made = build("mine", named.source, "x", processors["2"], str(tmp_path / "out"), BuildConfig(workers=0))
+    assert [len(made.record(i).negatives) for i in range(len(made))] == [2, 1, 0, 1]
+    (asked,) = open_subjects(["mixture"], {"mixture": some_missing})
+    assert subject(asked.source, 2).words == "kiwi 2", "nor does a model that is asked for words see them"
 
 
 @pytest.mark.parametrize("more", [{"symmetric": True}, {"false_negatives": True}, {"hardness": 2.0}])

@@ -21,7 +21,8 @@ from cocoa_jax.data.pairs import (
     usable_keywords,
 )
 from cocoa_jax.data.pixels import decode
-from cocoa_jax.data.sources import Image, Picture, Record, load_pictures
+from cocoa_jax.data.readers.stages import for_stage
+from cocoa_jax.data.sources import Image, Picture, Record, RecordError, load_pictures
 
 TRAIN = load_pictures("train")
 BY_ID = {picture.id: picture for picture in TRAIN}
@@ -230,6 +231,24 @@ def test_category_is_the_label() -> None:
         assert scenery == (picture.style == "photo")
     emoji = {(picture.category, picture.label) for picture in TRAIN if picture.code_point}
     assert len(emoji) == len({label for _, label in emoji}) == 100  # no two subgroups share a name
+
+
+@pytest.mark.parametrize("kind", [kind for kind, made in KINDS.items() if not made.made_for])
+def test_stages_1_and_2_rebuild_the_words_of_pairs_and_no_instruction(kind: str) -> None:
+    parts = [part for text in prompts.INSTRUCTIONS.values() for part in text.split("{text}") if part.strip('"')]
+    instructed = words = 0
+    for record in some(kind, 40):
+        instructed += any(part in side.text for part in parts for side in (record.query, record.target))
+        rebuilt = [for_stage(record, "warmup").query.text]
+        try:
+            rebuilt.append(for_stage(record, "bridge").target.text)
+        except RecordError as error:
+            assert "query and target have pictures" in str(error)
+        assert not any(part in text for part in parts for text in rebuilt), rebuilt
+        assert all(record.target.text in text for text in rebuilt if not record.target.images)
+        words += all(rebuilt)
+    # Pictures in two styles have no words.
+    assert instructed > 0 and words == (0 if "3d" in kind else 40)
 
 
 def test_tile_is_part_of_its_collage() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cocoa_jax.data.bad import BadConfig, KnownBad, Ledger, TooManyBad
+from cocoa_jax.data.batches import choose
 from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
 from cocoa_jax.data.packing import PackingError, RowsConfig, RowShare
 from cocoa_jax.data.pipeline import STATS, BatchConfig, MaskingConfig, built_ahead, stage_dataset
@@ -151,6 +152,24 @@ def test_a_window_counts_its_records_once(prepared, processors, monkeypatch):
     planned = dataset(prepared, processors, "warmup", dataclasses.replace(STAGES["warmup"], rows=WINDOW), steps=6)
     assert all(planned[step] for step in range(6))
     assert noted == [(15, 0), (15, 0)]
+
+
+def test_the_steps_of_a_window_tell_its_bad_records_and_dropped_masks_once(
+    noise, mixed_pairs, processors, tmp_path, monkeypatch
+):
+    """Every second target is of pictures alone, which stage 2 does not rebuild; a row hides one token."""
+    pictures = mixed_pairs(tuple(noise(28, 28, seed) for seed in range(4)))
+    made = build("mixed", pictures, "x", processors["2"], str(tmp_path), BuildConfig(workers=0))
+    rows = dataclasses.replace(WINDOW, masked_per_row=1)
+    config = dataclasses.replace(STAGES["bridge"], rows=rows, bad=BadConfig("skip", 1.0))
+    noted, chosen = [], []
+    monkeypatch.setattr(Ledger, "note", lambda self, drawn, found: noted.append(len(found)))
+    monkeypatch.setattr("cocoa_jax.data.planned.choose", lambda *given: chosen.append(choose(*given)) or chosen[-1])
+    batches = dataset(made, processors, "bridge", config, steps=6)
+    stats = np.array([batches[step]["stats"] for step in range(6)])[:, [STATS.index("bad_records"), -1]]
+    dropped = [chosen[step][1] for step in (0, 3)]
+    assert min(*noted, *dropped) > 0 and STATS[-1] == "dropped_masks"
+    assert stats.reshape(2, 3, 2).sum(axis=1).tolist() == [list(pair) for pair in zip(noted, dropped, strict=True)]
 
 
 def test_an_example_that_is_not_as_long_as_stored_ends_the_run(prepared, processors, monkeypatch):

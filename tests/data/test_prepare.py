@@ -5,6 +5,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
-from tensorflow_datasets.proto import tf_example_pb2
 
 from cocoa_jax import cli
 from cocoa_jax.data.bad import BadConfig, TooManyBad
@@ -30,11 +30,11 @@ from cocoa_jax.data.naming import open_named
 from cocoa_jax.data.pixels import decode
 from cocoa_jax.data.prepare import BuildConfig, PrepareError, build, drawn_once, summary
 from cocoa_jax.data.prepare_shard import working_picture
-from cocoa_jax.data.prepared import LENGTHS, STATISTICS, open_prepared, parse, serialize
+from cocoa_jax.data.prepared import LENGTHS, STATISTICS, open_prepared
 from cocoa_jax.data.processor import ExampleError, Processor
 from cocoa_jax.data.processor_settings import ProcessorConfig, ProcessorError
 from cocoa_jax.data.readers.tfds import open_tfds
-from cocoa_jax.data.sources import Content, Image, RecordError, SourceError, content_key
+from cocoa_jax.data.sources import Content, Image, RecordError, SourceError
 
 WORDS = st.text("abc kiwi", max_size=40)
 
@@ -67,15 +67,6 @@ def test_records_come_back_with_smaller_pictures(mixed, processors, tmp_path):
                 assert other.width * other.height <= one.width * one.height
                 # PNG loses nothing: the model sees the very same pixels.
                 np.testing.assert_array_equal(processor.pixels.patches(one), processor.pixels.patches(other))
-
-
-def test_records_of_an_earlier_version_are_read(mixed):
-    record = mixed.record(8, None)
-    stored = tf_example_pb2.Example.FromString(serialize(record))
-    del stored.features.feature["negative_keys"]
-    before = parse(stored.SerializeToString())
-    assert len(record.negatives) == 2 and before.negative_keys == ()
-    assert before.wrong_keys() == record.wrong_keys() == tuple(map(content_key, record.negatives))
 
 
 def test_tensorflow_datasets_opens_it_without_tensorflow(mixed, processors, tmp_path):
@@ -243,6 +234,47 @@ def test_a_folder_belongs_to_one_build(mixed, mixed_pairs, processors, tmp_path)
         made(mixed, processors["2.5"], tmp_path)
     with pytest.raises(PrepareError, match="has no records"):
         made(mixed_pairs(()), processors["2"], tmp_path / "none")
+
+
+def test_folders_of_the_former_format_are_refused_and_built_anew(mixed, processors, tmp_path):
+    """They lack keys of wrong targets, without which some would be false negatives."""
+    folder = Path(made(mixed, processors["2"], tmp_path).folder)
+    whole = files(str(folder))
+    for name in ("plan.json", STATISTICS):
+        stored = json.loads((folder / name).read_text())
+        assert stored["format"] == 2
+        (folder / name).write_text(json.dumps(stored | {"format": 1}))
+    with pytest.raises(SourceError, match=r"has format 1, this reads 2: remove it, or give another output, and build"):
+        open_prepared(str(folder))
+    with pytest.raises(PrepareError, match=r"\(format: 1, 2\): give another output or remove it"):
+        made(mixed, processors["2"], tmp_path)
+    (folder / STATISTICS).unlink()  # one that was not finished
+    with pytest.raises(PrepareError, match=r"\(format: 1, 2\): give another output or remove it"):
+        made(mixed, processors["2"], tmp_path)
+    shutil.rmtree(folder)
+    assert files(made(mixed, processors["2"], tmp_path).folder) == whole
+
+
+def test_another_kind_or_instruction_does_not_get_the_former_records(processors, noise, tmp_path):
+    """Both change the records, and neither the pictures nor their number."""
+    columns = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["rose", "sun_flower"])}
+    rows = [{"image": io.BytesIO(noise(30, 40, i).data), "label": i} for i in range(2)]
+    write_tfds(tmp_path / "flowers", tfds.features.FeaturesDict(columns), rows)
+
+    def again(output, dataset):
+        (named,) = open_named("mixture", MixtureConfig({"mine": dataset}, str(tmp_path)))
+        few, config = CappedSource(named.source, np.arange(2)), BuildConfig(workers=0)
+        return build("mine", few, named.contents, processors["2"], str(tmp_path / output), config).record(0).query.text
+
+    kinds = [DatasetConfig("pictures", kind=kind, split="validation") for kind in ("caption", "picture-caption")]
+    asked = [DatasetConfig("tfds", "flowers", instruction=text) for text in ("", "Name the flower:", "Which flower?")]
+    for output, datasets in (("pictures", kinds), ("flowers", asked)):
+        first = again(output, datasets[0])
+        for other in datasets[1:]:
+            with pytest.raises(PrepareError, match=r"was begun with other data or settings \(contents: "):
+                again(output, other)
+        assert again(output, datasets[0]) == first
+    assert again("named", asked[1]) == "Name the flower:"
 
 
 def test_rejected_records_are_named_and_counted_by_reason(mixed, processors, tmp_path):

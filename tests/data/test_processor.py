@@ -116,6 +116,18 @@ def test_exif_orientation_is_applied(noise, encoded, form, orientation, turn):
         decode(dataclasses.replace(stored, width=width, height=height))
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_there_is_not_turns_nothing(noise, encoded, form, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    stored = encoded(PIL.Image.open(io.BytesIO(noise(20, 30).data)), form=form, exif=exif)
+    opened = open_image(stored.data, "odd")
+    assert (opened.width, opened.height) == (20, 30)
+    with PIL.Image.open(io.BytesIO(stored.data)) as plain:
+        np.testing.assert_array_equal(decode(opened), plain.convert("RGB"))
+
+
 def test_mirrored_flips_columns(noise):
     image = noise(30, 20)
     np.testing.assert_array_equal(decode(dataclasses.replace(image, mirrored=True)), np.asarray(decode(image))[:, ::-1])

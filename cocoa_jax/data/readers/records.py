@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -67,6 +68,7 @@ class TableSource:
         split_query, split_target: what belongs to the instruction in a stored text; module-level functions.
         list_targets: the target columns hold lists of candidates, the first of which is the target and the others,
             up to ``negatives``, are wrong ones.
+        negatives: of a record at most so many wrong targets are read; those beyond may be missing or broken.
     """
 
     name: str
@@ -114,6 +116,14 @@ class TableSource:
             keys[index] = int.from_bytes(digest, "little")
         first = np.unique(keys, return_index=True)[1]
         return frozenset(np.setdiff1d(np.arange(len(keys)), first).tolist())
+
+    def with_negatives(self, most: int) -> TableSource:
+        """The same of at most so many wrong targets, and with what is known of ids and zips already."""
+        if self.negatives <= most:
+            return self
+        fewer = copy.copy(self)
+        vars(fewer)["negatives"] = most
+        return fewer
 
     def fingerprint(self) -> str:
         """Changes with the rows, the mapping, the instruction, and (in zips) the pictures."""
@@ -195,9 +205,10 @@ class TableSource:
         for side, content in (("query", query), ("target", target)):
             if not content.text and not content.images:
                 raise RecordError(f"its {side} has neither text nor pictures in columns {sorted(row)}: leave it out")
+        places = _paired(wrong_texts, wrong_pictures)[: self.negatives] if self.negatives else []
         wrong = [
             self.target_content(_as_text(text, "negative"), self.read_images(picture, f"{self.name} {name}"), asked)
-            for text, picture in _paired(wrong_texts, wrong_pictures)[: self.negatives]
+            for text, picture in places
         ]
         return Record(
             id=name,

@@ -9,6 +9,7 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from cocoa_jax.data.sources import RecordError, SourceError
 LARGEST_FILE = 2**26  # bytes of one encoded picture; real ones have a few megabytes
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _DRIVE = re.compile(r"[A-Za-z]:")
+_ENOUGH = 1000  # paths found in a zip that say how those of its table are to be read
 _STORED, _DEFLATED, _ENCRYPTED = 0, 8, 1
 
 
@@ -30,6 +32,11 @@ class MissingPicture(RecordError):
 class PictureStore(Protocol):
     """Encoded pictures by the path that a row gives; picklable, safe to share between threads."""
 
+    @property
+    def where(self) -> str:
+        """What it is called in an error."""
+        ...
+
     def read(self, path: str) -> bytes:
         """The bytes at ``path``.
 
@@ -39,7 +46,7 @@ class PictureStore(Protocol):
         ...
 
     def settle(self, paths: Callable[[], Iterable[str]]) -> None:
-        """Find out from the paths of a table, in their order, which of their leading folders a zip lacks."""
+        """Find out from the paths of a table, in their order, under which names a zip holds them."""
         ...
 
     def fingerprint(self) -> str: ...
@@ -89,6 +96,10 @@ class FolderStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return FolderStore, (Path(self._root),)
 
+    @property
+    def where(self) -> str:
+        return self._root
+
     def read(self, path: str) -> bytes:
         parts = inside(path)
         try:
@@ -104,7 +115,7 @@ class FolderStore:
             with open(real, "rb") as file:
                 return file.read()
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise MissingPicture(f"path {path!r}: not in {self._root}: fetch it or correct `images`") from error
+            raise MissingPicture(f"path {path!r}: not in {self.where}: fetch it or correct `images`") from error
         except PermissionError as error:
             raise RecordError(f"path {path!r}: no permission to read it: change its mode") from error
         except (OSError, ValueError) as error:
@@ -135,11 +146,15 @@ class ZipStore:
     """Members of a zip, read at random; 56 bytes of memory a member instead of zipfile's half a kilobyte.
 
     A row's path may have leading folders that the zip lacks, and the other way round: published zips were made at
-    different levels. `settle` fixes these folders for all rows, so that no two paths are one member.
+    different levels. `settle` fixes both for all rows, so that no two paths are one member.
+
+    Args:
+        lacks: leading folders of every path that the zip does not have.
+        under: the folder that holds all of its files, with a slash, where the paths do not have it.
     """
 
-    def __init__(self, path: Path, lacks: tuple[str, ...] = ()):
-        self._path, self._lacks = path, lacks
+    def __init__(self, path: Path, lacks: tuple[str, ...] = (), under: str = ""):
+        self._path, self._lacks, self._under = path, lacks, under
         try:
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if not member.is_dir()]
@@ -157,14 +172,14 @@ class ZipStore:
         self._keys = self._keys[order]
         fields = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type, m.flag_bits) for m in members]
         self._members = np.array(fields, np.int64).reshape(-1, 6)[order]
-        tops = {member.filename.split("/")[0] for member in members if "/" in member.filename}
-        self._top = next(iter(tops)) if len(tops) == 1 else ""
+        tops = {member.filename.partition("/")[0] if "/" in member.filename else "" for member in members}
+        self._unders = ("", *(f"{top}/" for top in tops if top and len(tops) == 1))
         digest = hashlib.blake2b(self._keys.tobytes(), digest_size=16)
         digest.update(self._members[:, 1:4].tobytes())
         self._digest = digest.hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ZipStore, (self._path, self._lacks)
+        return ZipStore, (self._path, self._lacks, self._under)
 
     def __del__(self) -> None:
         if "_file" in self.__dict__:
@@ -173,48 +188,57 @@ class ZipStore:
     def __len__(self) -> int:
         return len(self._keys)
 
+    @property
+    def where(self) -> str:
+        lacking = f" (without the leading {'/'.join(self._lacks)}/ of paths)" if self._lacks else ""
+        return f"{self._path.name}{lacking}"
+
     def read(self, path: str) -> bytes:
         place = self.place(inside(path))
         if place is None:
-            raise MissingPicture(f"path {path!r}: not in {self._path.name}: fetch it or correct `images`")
+            raise MissingPicture(f"path {path!r}: not in {self.where}: fetch it or correct `images`")
         return self._member(self._members[place], path)
 
     def place(self, parts: tuple[str, ...]) -> int | None:
         """The number of the member that a path means; None: of none."""
-        whole = self._whole(parts)
         skip = len(self._lacks)
-        return self._whole(parts[skip:]) if whole is None and parts[:skip] == self._lacks else whole
+        return self._find(self._under + "/".join(parts[skip:])) if parts[:skip] == self._lacks else None
 
-    def _whole(self, parts: tuple[str, ...]) -> int | None:
-        """The number of the member of exactly this path, perhaps below the one folder that holds all."""
-        name = "/".join(parts)
-        for full in (name, f"{self._top}/{name}") if self._top else (name,):
-            key = np.uint64(_key(full))
-            place = int(np.searchsorted(self._keys, key))
-            if place < len(self._keys) and self._keys[place] == key:
-                return place
-        return None
+    def _find(self, name: str) -> int | None:
+        """The number of the member that is called so."""
+        key = np.uint64(_key(name))
+        place = int(np.searchsorted(self._keys, key))
+        return place if place < len(self._keys) and self._keys[place] == key else None
 
     def settle(self, paths: Callable[[], Iterable[str]]) -> None:
-        """It lacks of all paths the folders that it lacks of the first path found in it."""
+        """Every path lacks, and has too much, what most of the first ones found in the zip do."""
         self._settle(paths(), lambda parts: range(len(parts)))
 
     def settle_by_name(self, paths: Callable[[], Iterable[str]]) -> None:
-        """As `settle`, of paths through a folder that is called like the zip: the others may mean another zip."""
+        """As `settle`, by whole paths and those through a folder called like the zip: others may mean another zip."""
         self._settle(
             paths(), lambda parts: (0, *(n for n, part in enumerate(parts[:-1], 1) if part == self._path.stem))
         )
 
     def _settle(self, paths: Iterable[str], skips: Callable[[tuple[str, ...]], Iterable[int]]) -> None:
+        # Most of many, since one alone may be found by accident: where its own picture is missing, as another's.
+        ways: Counter[tuple[tuple[str, ...], str]] = Counter()
+        found: set[tuple[str, ...]] = set()
         for path in paths:
             try:
                 parts = inside(path)
             except RecordError:
                 continue
-            for skip in skips(parts):
-                if self._whole(parts[skip:]) is not None:
-                    self._lacks = parts[:skip]
-                    return
+            if parts in found:
+                continue
+            names = [(parts[:n], under, under + "/".join(parts[n:])) for n in skips(parts) for under in self._unders]
+            if fit := [(lacks, under) for lacks, under, name in names if self._find(name) is not None]:
+                ways.update(fit)
+                found.add(parts)
+            if len(found) == _ENOUGH:
+                break
+        if ways:
+            self._lacks, self._under = max(ways, key=ways.__getitem__)  # of equally many the first
 
     def _member(self, fields: np.ndarray, path: str) -> bytes:
         offset, packed, size, crc, method, flags = (int(field) for field in fields)
@@ -253,13 +277,19 @@ class FirstOf:
     def __reduce__(self) -> tuple[Any, ...]:
         return FirstOf, (self._stores,)
 
+    @property
+    def where(self) -> str:
+        return ", ".join(store.where for store in self._stores)
+
     def read(self, path: str) -> bytes:
         for store in self._stores:
             try:
                 return store.read(path)
-            except MissingPicture as error:
-                missing = error
-        raise missing
+            except MissingPicture:
+                continue
+        zips = any(isinstance(store, ZipStore) for store in self._stores)
+        named = ", or call a zip like the folder of the paths that it lacks" if zips else ""
+        raise MissingPicture(f"path {path!r}: not in {self.where}: fetch it or correct `images`{named}")
 
     def settle(self, paths: Callable[[], Iterable[str]]) -> None:
         for store in self._stores:

@@ -67,11 +67,12 @@ class TfdsSource:
         return Record(name, self.name, query, target, content_key(target), image_key=image_key(images))
 
     def fingerprint(self) -> str:
-        """Over the metadata and the sizes of the shards."""
+        """Over the metadata, the sizes of the shards and the instruction."""
         folder = epath.Path(self.folder)
         digest = hashlib.blake2b((folder / "dataset_info.json").read_bytes(), digest_size=16)
         for path in sorted(folder.glob(f"*-{self.split}.array_record*")):
             digest.update(f"{path.name} {path.stat().length}\n".encode())
+        digest.update(self.instruction.encode())
         return digest.hexdigest()
 
     @functools.cached_property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL.Image
 
-from cocoa_jax.data.mixture import MixtureConfig
+from cocoa_jax.data.mixture import MixtureConfig, with_negatives
 from cocoa_jax.data.naming import OpenedSource, open_named
 from cocoa_jax.data.pixels import decode, open_image
 from cocoa_jax.data.readers.stores import FolderStore
@@ -81,7 +81,8 @@ def open_subjects(names: Sequence[str], mixtures: Mapping[str, MixtureConfig]) -
         if folder.is_dir() and not (folder / "dataset_info.json").exists():
             opened.append(_open_folder(folder))
         else:
-            opened.extend(open_named(name, mixtures.get(name)))
+            for named in open_named(name, mixtures.get(name)):
+                opened.append(dataclasses.replace(named, source=with_negatives(named.source, 0)))
     called = [source.name for source in opened]
     if len(set(called)) < len(called):
         raise SourceError(f"sources are called {sorted(called)}: name them apart in a mixture file")

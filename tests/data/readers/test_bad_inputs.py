@@ -163,15 +163,15 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path, picture):
     store.settle(lambda: ["images/sub/good.jpg"])
     assert store.read("images/sub/good.jpg") == picture(3)
     with pytest.raises(RecordError, match="at most"):
-        store.read("honest.jpg")
+        store.read("images/sub/honest.jpg")
     tracemalloc.start()
     try:
         with pytest.raises(RecordError, match="not the 10 bytes"):
-            store.read("lying.jpg")
+            store.read("images/sub/lying.jpg")
         assert tracemalloc.get_traced_memory()[1] < 2**20, "no more than was announced is unpacked"
     finally:
         tracemalloc.stop()
-    with pytest.raises(RecordError, match=r"not in bomb\.zip"):
+    with pytest.raises(RecordError, match=r"not in bomb\.zip \(without the leading images/sub/ of paths\): fetch it"):
         store.read("other.jpg")
 
 
@@ -240,7 +240,66 @@ def test_flat_zips_give_the_pictures_of_their_own_folders(tmp_path):
     assert shown([part, val], ["train/0.png", "val/0.png", "1.png"]) == ["missing", 3, 2]
     assert shown([part], ["no", "../0.png", "a/train/0.png", "a/train/1.png", "b/train/0.png", "1.png", "train/1.png"])[
         2:
-    ] == [1, 2, "missing", 2, "missing"]
+    ] == [1, 2, "missing", "missing", "missing"]
+
+
+ZIPS = {
+    "one folder twice": ({"T/a": 1, "T/T/a": 2}, ["a", "T/a"], [1, 2]),
+    "one folder beside files": ({"README": 9, "1": 1, "val/2": 2}, ["2", "val/2"], ["missing", 2]),
+    "found without its folder": ({"a/1": 1, "0": 2}, ["a/0", "a/1", "0"], ["missing", 1, 2]),
+    "without a folder and as it is": ({"0": 1, "1": 2}, ["val/0", "0", "val/1"], [1, "missing", 2]),
+    "below one that paths lack": ({"T/a": 1, "T/b": 2}, ["gone", "a", "T/b", "b"], ["missing", 1, "missing", 2]),
+    "lacking one and below another": ({"T/a": 1, "T/b": 2}, ["x/a", "x/T/b", "x/b"], [1, "missing", 2]),
+}
+
+
+@pytest.mark.parametrize("case", ZIPS)
+def test_no_two_paths_are_one_picture_of_a_zip(tmp_path, case):
+    members, rows, wanted = ZIPS[case]
+    path = zipped(tmp_path / "some.zip", {name: red(value) for name, value in members.items()})
+    assert shown([path], rows) == wanted
+
+
+names = st.lists(st.lists(st.sampled_from(["T", "a", "b"]), min_size=1, max_size=3).map("/".join), unique=True)
+
+
+@settings(max_examples=100)
+@given(members=names, rows=names)
+def test_whatever_a_table_says_no_member_is_two_paths(tmp_path_factory, members, rows):
+    path = zipped(tmp_path_factory.mktemp("zip") / "T.zip", {name: name.encode() for name in members})
+    for settle in (ZipStore.settle, ZipStore.settle_by_name):
+        store = ZipStore(path)
+        settle(store, lambda: rows)
+        found = [place for row in rows if (place := store.place(inside(row))) is not None]
+        assert len(set(found)) == len(found)
+        assert found or not set(rows) & set(members)
+
+
+def test_a_picture_that_a_zip_has_by_accident_is_that_of_its_own_place(tmp_path):
+    train = zipped(tmp_path / "train.zip", {"0.png": red(1), "1.png": red(2)})
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.png").write_bytes(red(3))
+    rows = ["train/1.png", "train/0.png", "0.png"]
+    assert shown([train, tmp_path / "photos"], rows) == [2, 1, 3]
+    assert shown([train, tmp_path / "photos"], ["0.png", *rows[:2]]) == [3, 2, 1], "in whatever order"
+    store = open_store([train, tmp_path / "photos"])
+    store.settle(lambda: rows)
+    with pytest.raises(RecordError) as raised:
+        store.read("train/2.png")
+    assert str(raised.value) == (
+        f"path 'train/2.png': not in train.zip (without the leading train/ of paths), {tmp_path}/photos: fetch it or "
+        "correct `images`, or call a zip like the folder of the paths that it lacks"
+    )
+
+
+def test_a_thousand_paths_say_how_a_zip_is_read(tmp_path, monkeypatch):
+    """Each counts once, however often a table repeats it."""
+    path = zipped(tmp_path / "some.zip", {"0": red(1), "1": red(2), "2": red(3)})
+    assert shown([path], ["0", "0", "0", "a/1", "a/2"]) == ["missing"] * 3 + [2, 3]
+    monkeypatch.setattr(stores, "_ENOUGH", 1)
+    read = []
+    ZipStore(path).settle(lambda: (read.append(row) or row for row in ["gone", "b/0", "a/1", "a/2"]))
+    assert read == ["gone", "b/0"], "no more of a table is read than that"
 
 
 def test_the_first_place_that_holds_a_picture_gives_it(tmp_path):
