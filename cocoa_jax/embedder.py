@@ -18,6 +18,7 @@ import PIL.ImageOps
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from cocoa_jax.checkpoints.added_tokens import with_mean_rows
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import EvaluateConfig, MeshConfig, evaluate_config_of
@@ -47,9 +48,13 @@ class Embedder:
     """A trained stage or a Hugging Face folder that turns items into unit-length rows.
 
     A row does not depend on which other items are embedded with it, nor on their order.
+
+    Args:
+        untrained: whether bridge tokens that the folder's tokenizer lacks begin as the mean of the others, as they do
+            where training begins; by default they are refused, since they mean nothing there.
     """
 
-    def __init__(self, folder: str | Path, settings: EvaluateConfig):
+    def __init__(self, folder: str | Path, settings: EvaluateConfig, *, untrained: bool = False):
         backbone = open_backbone(folder)
         self.settings = settings
         self._mesh = make_mesh(settings.mesh)
@@ -57,11 +62,13 @@ class Embedder:
         chunk = settings.compute.chunk_rows
         self._rows = settings.rows.divisible_by(batch_shards(self._mesh) * (chunk or 1))
         self._processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
-        self._processor.require_bridge(folder)
+        if not untrained:
+            self._processor.require_bridge(folder)
         graph, shapes = graph_of(backbone.config, settings.compute)
         shardings = param_shardings({"backbone": shapes}, self._mesh)["backbone"]
         wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-        self._params = jax.tree.map(jax.device_put, backbone.load(wanted), shardings)
+        params = jax.tree.map(jax.device_put, backbone.load(wanted), shardings)
+        self._params = with_mean_rows(params, self._processor.lacking_bridge.values(), self._processor.used_rows)
         kept, width = settings.kept_tokens, settings.width
 
         def embed(params: Params, batch: Mapping[str, Array]) -> Array:
