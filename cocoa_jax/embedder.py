@@ -27,7 +27,7 @@ from cocoa_jax.data.pipeline import embedding_rows
 from cocoa_jax.data.pixels import decode, open_image
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.processor_settings import ProcessorConfig
-from cocoa_jax.data.sources import Content, Image
+from cocoa_jax.data.sources import Content, Image, RecordError, utf8_text
 from cocoa_jax.models.qwen2_vl import Params, bind, graph_of
 from cocoa_jax.objectives.embedding import embed_in_chunks
 from cocoa_jax.objectives.similarity import truncated
@@ -100,7 +100,7 @@ class Embedder:
             progress: whether to show a bar.
 
         Raises:
-            ItemError: naming the first item with an unknown key, nothing in it, or a picture that cannot be read.
+            ItemError: naming the first item with an unknown key, nothing in it, or what cannot be read.
         """
         return self.embed_contents([read_item(item, f"item {place}") for place, item in enumerate(items)], progress)
 
@@ -163,14 +163,15 @@ def read_item(item: Item, name: str) -> Content:
     """An item as content; ``name`` is what an error calls it.
 
     Raises:
-        ItemError: an unknown key, nothing in it, or a picture that cannot be read.
+        ItemError: an unknown key, nothing in it, or a text or a picture that cannot be read.
     """
     unknown = sorted(set(item) - {"text", "image"})
     if unknown or not item:
         raise ItemError(f"{name}: has the keys {sorted(item)}, expected text, image or both")
-    text = item.get("text", "")
-    if not isinstance(text, str):
-        raise ItemError(f"{name}: text is a {type(text).__name__}, expected a string")
+    try:
+        text = utf8_text(item.get("text", ""), "text")
+    except RecordError as error:
+        raise ItemError(f"{name}: {error}") from error
     images = (_read_image(item["image"], name),) if "image" in item else ()
     if not text and not images:
         raise ItemError(f"{name}: its text is empty and it has no image: leave it out")
@@ -219,7 +220,7 @@ def embed_file(
     ``settings`` are those of `Embedder.load`.
 
     Raises:
-        ItemError: naming the line that is no JSON object, or whose picture cannot be read.
+        ItemError: naming the line that is no JSON object, or whose text or picture cannot be read.
     """
     path = Path(source)
     items = []

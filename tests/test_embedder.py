@@ -115,7 +115,8 @@ def test_nothing_to_embed(embedder):
         ({"text": "a", "label": "b"}, r"item 1: has the keys \['label', 'text'\]"),
         ({}, r"item 1: has the keys \[\]"),
         ({"text": ""}, r"item 1: its text is empty and it has no image"),
-        ({"text": 7}, r"item 1: text is a int, expected a string"),
+        ({"text": 7}, r"item 1: text is a int, expected text"),
+        ({"text": "a \ud800"}, r"item 1: text is no UTF-8 \(surrogates not allowed at character 2\)"),
         ({"image": "nowhere.png"}, r"item 1: the image 'nowhere.png' cannot be read .*: give a picture file"),
         ({"image": b"no picture"}, r"item 1: the image bytes cannot be read"),
         ({"image": 7}, r"item 1: the image int cannot be read"),
@@ -206,6 +207,7 @@ def test_a_line_that_is_no_utf8_is_named(trained, tmp_path):
         ({"image": "nowhere.png"}, r"line 3: the image .*nowhere.png.* cannot be read"),
         ({"image": "words.png"}, r"line 3: the image .*words.png.* cannot be read"),
         ({"title": "x"}, r"line 3: has the keys \['title'\]"),
+        ({"text": "\ud83d kiwi"}, r"line 3: text is no UTF-8 \(surrogates not allowed at character 0\)"),
     ],
     ids=str,
 )
