@@ -235,8 +235,8 @@ def embed_file(
         if not isinstance(item, dict):
             raise ItemError(f"{path} line {number}: a {type(item).__name__}, expected an object with text or image")
         items.append((number, item))
-    contents = read_items(items, path.parent)
-    rows = Embedder.load(checkpoint, settings).embed_contents(contents, progress=True)
+    embedder = Embedder.load(checkpoint, settings)  # before the pictures, of which there may be many
+    rows = embedder.embed_contents(read_items(items, path.parent), progress=True)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(target.name + ".partial")

@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 import cocoa_jax
+from cocoa_jax import embedder as embedding
+from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.config import EvaluateConfig, parse, to_dict
 from cocoa_jax.data.pixels import decode
 from cocoa_jax.embedder import Embedder, ItemError, default_settings, embed_file, read_item
@@ -217,6 +219,14 @@ def test_a_bad_line_is_named_and_nothing_is_written(trained, tmp_path, line, mes
     with pytest.raises(ItemError, match=message) as caught:
         embed_file(trained, tmp_path / "items.jsonl", tmp_path / "out.npz")
     assert "\n" not in str(caught.value) and not (tmp_path / "out.npz").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_pictures_are_read(picture, tmp_path, monkeypatch):
+    (tmp_path / "noise.png").write_bytes(png(picture()))
+    write(tmp_path / "items.jsonl", {"image": "noise.png"})
+    monkeypatch.setattr(embedding, "open_image", lambda *given: pytest.fail("a picture is read"))
+    with pytest.raises(CheckpointError, match=r"nowhere is not a folder"):
+        embed_file(tmp_path / "nowhere", tmp_path / "items.jsonl", tmp_path / "out.npz")
 
 
 def test_a_shorter_width_is_the_beginning_of_the_embedding(trained, embedder, items):
