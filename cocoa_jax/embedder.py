@@ -18,6 +18,7 @@ import PIL.ImageOps
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from cocoa_jax.checkpoints.added_tokens import with_mean_rows
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import EvaluateConfig, MeshConfig, evaluate_config_of
@@ -26,7 +27,7 @@ from cocoa_jax.data.pipeline import embedding_rows
 from cocoa_jax.data.pixels import decode, open_image
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.processor_settings import ProcessorConfig
-from cocoa_jax.data.sources import Content, Image
+from cocoa_jax.data.sources import Content, Image, RecordError, utf8_text
 from cocoa_jax.models.qwen2_vl import Params, bind, graph_of
 from cocoa_jax.objectives.embedding import embed_in_chunks
 from cocoa_jax.objectives.similarity import truncated
@@ -47,9 +48,13 @@ class Embedder:
     """A trained stage or a Hugging Face folder that turns items into unit-length rows.
 
     A row does not depend on which other items are embedded with it, nor on their order.
+
+    Args:
+        untrained: whether bridge tokens that the folder's tokenizer lacks begin as the mean of the others, as they do
+            where training begins; by default they are refused, since they mean nothing there.
     """
 
-    def __init__(self, folder: str | Path, settings: EvaluateConfig):
+    def __init__(self, folder: str | Path, settings: EvaluateConfig, *, untrained: bool = False):
         backbone = open_backbone(folder)
         self.settings = settings
         self._mesh = make_mesh(settings.mesh)
@@ -57,11 +62,13 @@ class Embedder:
         chunk = settings.compute.chunk_rows
         self._rows = settings.rows.divisible_by(batch_shards(self._mesh) * (chunk or 1))
         self._processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
-        self._processor.require_bridge(folder)
+        if not untrained:
+            self._processor.require_bridge(folder)
         graph, shapes = graph_of(backbone.config, settings.compute)
         shardings = param_shardings({"backbone": shapes}, self._mesh)["backbone"]
         wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-        self._params = jax.tree.map(jax.device_put, backbone.load(wanted), shardings)
+        params = jax.tree.map(jax.device_put, backbone.load(wanted), shardings)
+        self._params = with_mean_rows(params, self._processor.lacking_bridge.values(), self._processor.used_rows)
         kept, width = settings.kept_tokens, settings.width
 
         def embed(params: Params, batch: Mapping[str, Array]) -> Array:
@@ -93,7 +100,7 @@ class Embedder:
             progress: whether to show a bar.
 
         Raises:
-            ItemError: naming the first item with an unknown key, nothing in it, or a picture that cannot be read.
+            ItemError: naming the first item with an unknown key, nothing in it, or what cannot be read.
         """
         return self.embed_contents([read_item(item, f"item {place}") for place, item in enumerate(items)], progress)
 
@@ -156,14 +163,15 @@ def read_item(item: Item, name: str) -> Content:
     """An item as content; ``name`` is what an error calls it.
 
     Raises:
-        ItemError: an unknown key, nothing in it, or a picture that cannot be read.
+        ItemError: an unknown key, nothing in it, or a text or a picture that cannot be read.
     """
     unknown = sorted(set(item) - {"text", "image"})
     if unknown or not item:
         raise ItemError(f"{name}: has the keys {sorted(item)}, expected text, image or both")
-    text = item.get("text", "")
-    if not isinstance(text, str):
-        raise ItemError(f"{name}: text is a {type(text).__name__}, expected a string")
+    try:
+        text = utf8_text(item.get("text", ""), "text")
+    except RecordError as error:
+        raise ItemError(f"{name}: {error}") from error
     images = (_read_image(item["image"], name),) if "image" in item else ()
     if not text and not images:
         raise ItemError(f"{name}: its text is empty and it has no image: leave it out")
@@ -212,7 +220,7 @@ def embed_file(
     ``settings`` are those of `Embedder.load`.
 
     Raises:
-        ItemError: naming the line that is no JSON object, or whose picture cannot be read.
+        ItemError: naming the line that is no JSON object, or whose text or picture cannot be read.
     """
     path = Path(source)
     items = []
@@ -227,8 +235,8 @@ def embed_file(
         if not isinstance(item, dict):
             raise ItemError(f"{path} line {number}: a {type(item).__name__}, expected an object with text or image")
         items.append((number, item))
-    contents = read_items(items, path.parent)
-    rows = Embedder.load(checkpoint, settings).embed_contents(contents, progress=True)
+    embedder = Embedder.load(checkpoint, settings)  # before the pictures, of which there may be many
+    rows = embedder.embed_contents(read_items(items, path.parent), progress=True)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(target.name + ".partial")

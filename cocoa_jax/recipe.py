@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ from cocoa_jax.config import (
 )
 from cocoa_jax.data.mixture import open_mixture
 from cocoa_jax.data.prompts import INSTRUCTIONS, plain
+from cocoa_jax.data.readers.ranked import open_ranked
 from cocoa_jax.data.sources import SourceError, load_pictures
 from cocoa_jax.evaluation.collect import REPORT, build_report
 from cocoa_jax.evaluation.set_page import write_set_report
 from cocoa_jax.evaluation.sets import MMEB, Sets, evaluate_sets, named_sets
 from cocoa_jax.models.qwen2_vl import abstract_params
 from cocoa_jax.training.hosts import peers
+from cocoa_jax.training.inputs import known_bad, open_sources
 from cocoa_jax.training.loop import train
 
 PICTURES = "pictures"
@@ -129,7 +131,8 @@ def run_recipe(recipe: Recipe, steps: tuple[int, ...] | None = None) -> Path | N
     """Runs what is not done yet: the backbone, every stage, the scores; returns the report, None where there is none.
 
     Raises:
-        SettingsError: a folder that was made with other settings, an output in a bucket, or several processes; whatever
+        SettingsError: a folder that was made with other settings, an output in a bucket, or several processes;
+            SourceError: data of any stage or sets to score that cannot be opened, before a stage is trained; whatever
             training and scoring raise.
     """
     if is_remote(recipe.output):
@@ -138,13 +141,14 @@ def run_recipe(recipe: Recipe, steps: tuple[int, ...] | None = None) -> Path | N
     # Hosts of a pod outside of GKE have nothing in their environment that tells of the others; JAX asks the TPU.
     if any(peers(config.distributed, os.environ) for config in configs) or jax.process_count() > 1:
         raise SettingsError(f"this is one of several processes, {_ONE}")
-    folder = Path(recipe.output)
+    folder, left = Path(recipe.output), [config for config in configs if not is_done(config)]
+    if left:
+        _require_data(left, sets or {})
     if recipe.init is not None and not (folder / "backbone").is_dir():
         settings = recipe.init.backbone
         make_picture_backbone(folder / "backbone", dataclasses.replace(settings, seed=settings.seed + recipe.seed))
-    for config in configs:
-        if not is_done(config):
-            train(config)
+    for config in left:
+        train(config)
     if recipe.tasks == PICTURES:
         return build_report(folder, tuple(recipe.stages))
     if sets is None:
@@ -209,6 +213,14 @@ def make_picture_backbone(folder: str | Path, settings: ScratchConfig) -> None:
         if text
     ]
     make_backbone(folder, settings, [*words, *INSTRUCTIONS.values()], abstract_params)
+
+
+def _require_data(configs: Sequence[TrainConfig], sets: Sets) -> None:
+    """See that all can be opened that is read later: days of training may come before it."""
+    for config in configs:
+        known_bad(config, open_sources(config))
+    for name, (chosen, root) in sets.items():
+        open_ranked(name, chosen, root)
 
 
 def _stage_config(recipe: Recipe, settings: dict[str, Any], files: Path) -> TrainConfig:

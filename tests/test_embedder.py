@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 import cocoa_jax
+from cocoa_jax import embedder as embedding
+from cocoa_jax.checkpoints.errors import CheckpointError
 from cocoa_jax.config import EvaluateConfig, parse, to_dict
 from cocoa_jax.data.pixels import decode
 from cocoa_jax.embedder import Embedder, ItemError, default_settings, embed_file, read_item
@@ -115,7 +117,8 @@ def test_nothing_to_embed(embedder):
         ({"text": "a", "label": "b"}, r"item 1: has the keys \['label', 'text'\]"),
         ({}, r"item 1: has the keys \[\]"),
         ({"text": ""}, r"item 1: its text is empty and it has no image"),
-        ({"text": 7}, r"item 1: text is a int, expected a string"),
+        ({"text": 7}, r"item 1: text is a int, expected text"),
+        ({"text": "a \ud800"}, r"item 1: text is no UTF-8 \(surrogates not allowed at character 2\)"),
         ({"image": "nowhere.png"}, r"item 1: the image 'nowhere.png' cannot be read .*: give a picture file"),
         ({"image": b"no picture"}, r"item 1: the image bytes cannot be read"),
         ({"image": 7}, r"item 1: the image int cannot be read"),
@@ -206,6 +209,7 @@ def test_a_line_that_is_no_utf8_is_named(trained, tmp_path):
         ({"image": "nowhere.png"}, r"line 3: the image .*nowhere.png.* cannot be read"),
         ({"image": "words.png"}, r"line 3: the image .*words.png.* cannot be read"),
         ({"title": "x"}, r"line 3: has the keys \['title'\]"),
+        ({"text": "\ud83d kiwi"}, r"line 3: text is no UTF-8 \(surrogates not allowed at character 0\)"),
     ],
     ids=str,
 )
@@ -215,6 +219,14 @@ def test_a_bad_line_is_named_and_nothing_is_written(trained, tmp_path, line, mes
     with pytest.raises(ItemError, match=message) as caught:
         embed_file(trained, tmp_path / "items.jsonl", tmp_path / "out.npz")
     assert "\n" not in str(caught.value) and not (tmp_path / "out.npz").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_pictures_are_read(picture, tmp_path, monkeypatch):
+    (tmp_path / "noise.png").write_bytes(png(picture()))
+    write(tmp_path / "items.jsonl", {"image": "noise.png"})
+    monkeypatch.setattr(embedding, "open_image", lambda *given: pytest.fail("a picture is read"))
+    with pytest.raises(CheckpointError, match=r"nowhere is not a folder"):
+        embed_file(tmp_path / "nowhere", tmp_path / "items.jsonl", tmp_path / "out.npz")
 
 
 def test_a_shorter_width_is_the_beginning_of_the_embedding(trained, embedder, items):

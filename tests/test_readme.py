@@ -68,12 +68,14 @@ def test_the_recipe_that_is_shown_is_one(call, tmp_path, monkeypatch):
     assert steps == {"2-bridge": 2, "3-contrastive": 900}  # one epoch of 100 records in batches of 64
 
 
-def test_the_settings_that_are_shown_read_as_a_recipe_trains(tmp_path):
+@pytest.mark.parametrize("kind", ["cocoa", "no_warmup", "no_bridge", "bidirectional", "causal", "moca"])
+def test_the_settings_that_are_shown_read_as_a_recipe_trains(tmp_path, kind):
     (text,) = [block for block in blocks(ROOT / "docs/evaluation.md", "yaml") if block.startswith("# settings.yaml")]
-    (tmp_path / "settings.yaml").write_text(text)
+    assert "\n# visibility:" in text
+    (tmp_path / "settings.yaml").write_text(text.replace("# visibility", "visibility") if kind == "causal" else text)
     shown = load_config(EvaluateConfig, tmp_path / "settings.yaml")
-    stage = stage_configs(read_recipe(ROOT / "configs/recipes/cocoa_qwen2_vl_2b.yaml"), (1, 1, 1))[-1]
-    trained = evaluate_config_of(to_dict(stage))
+    recipe = read_recipe(ROOT / f"configs/recipes/{kind}_qwen2_vl_2b.yaml")
+    trained = evaluate_config_of(to_dict(stage_configs(recipe, (1,) * len(recipe.stages))[-1]))
     for field in ("processor", "visibility", "pooling", "tokens", "mesh"):
         assert getattr(shown, field) == getattr(trained, field), field
     assert shown.compute.dtype == trained.compute.dtype and shown.rows.widest[1:] == trained.rows.widest[1:]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 
 from cocoa_jax import cli, recipe
 from cocoa_jax.config import InitConfig, SettingsError, TrainConfig, load_config, load_mixture, named_config, to_dict
+from cocoa_jax.data.sources import SourceError
 from cocoa_jax.recipe import Recipe, is_done, read_recipe, run_recipe, stage_configs
 from cocoa_jax.training.mesh import mesh_sizes
 
@@ -235,6 +237,57 @@ def test_what_it_is_scored_on_is_looked_for_before_it_is_trained(tiny, monkeypat
     assert told == "cocoa: this run will not be scored: give --evaluation_data, the data of mmeb-v1\n"
     (tmp_path / "sets.yaml").write_text("sets: {a: {format: classes, path: a}}\n")
     assert recipe.scored_sets(dataclasses.replace(read_recipe(tiny), tasks=str(tmp_path / "sets.yaml"))).keys() == {"a"}
+
+
+@pytest.fixture
+def on_words(tiny, mmeb_train):
+    """The recipe of ``tiny`` on words; its last stage draws from a data set that is not there."""
+    gone = {**mmeb_train.config, "path": "gone.jsonl", "stages": ["contrastive"]}
+    datasets = {"words": mmeb_train.config, "last": gone}
+    (mmeb_train.root / "mixture.yaml").write_text(yaml.safe_dump({"datasets": datasets}))
+    values = yaml.safe_load(tiny.read_text())
+    for stage in values["stages"].values():
+        stage["data"] = {**stage["data"], "kinds": {}, "mixture": str(mmeb_train.root / "mixture.yaml")}
+    return dataclasses.replace(read_recipe(tiny), stages=values["stages"])
+
+
+def test_the_data_of_all_stages_are_looked_for_before_the_first_is_trained(on_words, mmeb_train, monkeypatch):
+    trained = []
+    monkeypatch.setattr(recipe, "train", lambda config: trained.append(config.stage))
+    with pytest.raises(SourceError, match=r"data set last: no file is called .*gone.jsonl"):
+        run_recipe(on_words)
+    monkeypatch.setattr(recipe, "is_done", lambda config: config.stage == "contrastive")
+    run_recipe(on_words)  # what is done needs no data any more
+    assert trained == ["bridge"]
+    monkeypatch.setattr(recipe, "is_done", lambda config: False)
+    shutil.copy(mmeb_train.root / "words.jsonl", mmeb_train.root / "gone.jsonl")
+    run_recipe(on_words)
+    assert trained == ["bridge", "bridge", "contrastive"]
+
+
+def test_sets_of_ones_own_are_looked_for_before_the_first_stage_is_trained(tiny, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(recipe, "train", trained.append)
+    (tmp_path / "things" / "hill").mkdir(parents=True)
+    (tmp_path / "things" / "hill" / "1.png").write_bytes(b"not read")
+    (tmp_path / "sets.yaml").write_text(
+        "sets:\n  things: {format: classes, path: things}\n  fruit: {format: beir, path: fruit}\n"
+    )
+    with pytest.raises(SourceError, match=r"fruit: .*corpus.jsonl is not there: correct `path`"):
+        run_recipe(dataclasses.replace(read_recipe(tiny), tasks=str(tmp_path / "sets.yaml")))
+    assert not trained
+
+
+def test_a_list_of_bad_records_of_other_data_is_refused_before_the_first_stage_is_trained(tiny, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(recipe, "train", trained.append)
+    read = read_recipe(tiny)
+    (tmp_path / "bad.json").write_text(json.dumps({"fingerprint": "0", "checked": {}, "bad": {}}))
+    last = {**read.stages["contrastive"]}
+    last["data"] = {**last["data"], "bad": {"known": str(tmp_path / "bad.json")}}
+    with pytest.raises(ValueError, match=r"bad.json is about data 0, this is"):
+        run_recipe(dataclasses.replace(read, stages={**read.stages, "contrastive": last}))
+    assert not trained
 
 
 @pytest.fixture

@@ -86,13 +86,18 @@ class Processor:
         plain = without_added_tokens(full)
         return cls(config, settings, plain, pixels, **dataclasses.asdict(tokens), decoded=decoded)
 
+    @property
+    def lacking_bridge(self) -> dict[str, int]:
+        """The bridge tokens that the tokenizer does not have, by name, and the rows that they take."""
+        return {name: row for name, row in self.added.items() if name in self.settings.bridge_tokens}
+
     def require_bridge(self, folder: str | Path) -> None:
         """See that ``folder`` can be embedded with: only training gives a new bridge token a meaning.
 
         Raises:
             ProcessorError: its tokenizer lacks a bridge token.
         """
-        if lacking := [name for name in self.settings.bridge_tokens if name in self.added]:
+        if lacking := list(self.lacking_bridge):
             raise ProcessorError(
                 f"{folder}: its tokenizer lacks {lacking} of bridge_tokens: name those of its training"
             )

@@ -27,6 +27,21 @@ class SourceError(ValueError):
     """A data set that cannot be opened: nothing in it can be used before the cause is removed."""
 
 
+def utf8_text(value: Any, what: str) -> str:
+    """``value`` itself, where a tokenizer can read it; an error calls it ``what``.
+
+    Raises:
+        RecordError: it is no text, or holds half of a surrogate pair, which JSON can spell and UTF-8 cannot.
+    """
+    if not isinstance(value, str):
+        raise RecordError(f"{what} is a {type(value).__name__}, expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{what} is no UTF-8 ({error.reason} at character {error.start}): encode it again") from error
+    return value
+
+
 @dataclass(frozen=True)
 class Image:
     """An encoded picture that is decoded only when asked.

@@ -42,8 +42,8 @@ def probe(
     """Probes models on the embedded pictures, all in the same way, and writes ``probe.json`` and ``probe.svg``.
 
     Args:
-        checkpoints: the stages of a run in order, and the folder that it began with; pixels, rows and visibility are
-            those of the last.
+        checkpoints: the stages of a run in order, and the folder that it began with; pixels, rows, visibility and
+            bridge tokens are those of the last, and tokens that a model lacks are there as training would begin them.
         split: of the embedded pictures.
         examples: how many pictures, taken evenly.
         names: what to call the checkpoints; None takes the names of their folders.
@@ -175,7 +175,7 @@ def _geometry(
     sides: tuple[Sequence[Content], Sequence[Content]],
     tick: Callable[[int], object],
 ) -> dict[str, float]:
-    embedder = Embedder(folder, settings)
+    embedder = Embedder(folder, settings, untrained=True)  # a stage that lacks a token of the last one is shown too
     pictures, words = (embedder.embed_contents(side, tick=tick) for side in sides)
     both = np.concatenate([pictures, words])
     return {

@@ -56,7 +56,8 @@ def evaluate(
         checkpoint: a trained stage or a Hugging Face folder.
         output: where ``results.json`` goes, and ``embeddings.npz`` with what the trained model made of the tasks.
         splits: any of validation, test_seen, test_unseen.
-        untrained: the model to compare with; by default the folder that the first stage started from.
+        untrained: the model to compare with; by default the folder that the first stage started from. Bridge tokens
+            that it lacks are there as training would begin them.
         settings: how to read pixels and text; by default as in training.
 
     Raises:
@@ -84,7 +85,9 @@ def evaluate(
         first_alone("embeddings", partial(save_embeddings, output / EMBEDDINGS, trained, config))
     elif (done := _read(output / RESULTS, config)) is not None:
         return Evaluation(tasks, trained, done, settings.compared_apart)
-    first = trained if origin == folder_at(checkpoint) else embed_tasks(Embedder(origin, settings), tasks)
+    first = trained
+    if origin != folder_at(checkpoint):
+        first = embed_tasks(Embedder(origin, settings, untrained=True), tasks)
     tokens = settings.compared_apart
     scores = {task.name: score(*trained[task.name], task.relevant, tokens) for task in tasks}
     before = {task.name: score(*first[task.name], task.relevant, tokens) for task in tasks}

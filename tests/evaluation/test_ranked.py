@@ -1,5 +1,6 @@
 """Sets to score: what is read of MMEB, of BEIR's layout and of folders of classes, and what is refused."""
 
+import json
 import os
 import shutil
 
@@ -9,7 +10,7 @@ from pyarrow import parquet
 
 from cocoa_jax.config import load_config
 from cocoa_jax.data.readers.ranked import RankedConfig, RankedFile, open_ranked
-from cocoa_jax.data.sources import SourceError
+from cocoa_jax.data.sources import Content, SourceError
 
 
 def opened(path):
@@ -79,7 +80,8 @@ def fruit(own_sets, tmp_path):
     shutil.copytree(own_sets.parent / "fruit", tmp_path / "fruit")
 
     def judge(*lines: str):
-        (tmp_path / "fruit" / "qrels" / "test.tsv").write_text("".join(f"{line}\n" for line in lines))
+        written = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+        (tmp_path / "fruit" / "qrels" / "test.tsv").write_bytes(written)
         return open_ranked("mine", RankedConfig("beir", "fruit"), tmp_path)
 
     return tmp_path / "fruit", judge
@@ -109,11 +111,71 @@ def test_a_document_with_the_id_of_a_query_is_none_of_its_candidates(fruit):
         ("q0 d0 1", r"test.tsv line 1: 'q0 d0 1' has 1 columns: give a query, a document and a score"),
         ("q0\td0\tno", r"test.tsv line 1: score 'no' is no number: give one above 0"),
         ("q0\td0\tnan", r"score 'nan' is no number"),
+        ("h\udcfcgel\td0\t1", r"test.tsv line 1: no UTF-8 \(invalid start byte at byte 1\): encode the file again"),
     ],
 )
 def test_a_judgement_that_cannot_be_read_is_named(fruit, line, words):
     with pytest.raises(SourceError, match=words):
         fruit[1](line)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x1c", "\x0b"])
+def test_a_judgement_ends_with_a_newline_alone(fruit, mark, end):
+    folder, judge = fruit
+    corpus = (folder / "corpus.jsonl").read_text()
+    (folder / "corpus.jsonl").write_text(corpus.replace('"d0"', json.dumps(f"d{mark}0")))
+    one = judge(*(f"{line}{end[:-1]}" for line in ("query-id\tcorpus-id\tscore", f"q0\td{mark}0\t1", "", "q1\td1\t1")))
+    assert one.right == (frozenset({0}), frozenset({1}))
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"text": 7}, r"corpus.jsonl row 4: text is a int, expected text"),
+        ({"title": 1984, "text": "a novel"}, r"corpus.jsonl row 4: title is a int, expected text"),
+        ({"title": ["a"]}, r"corpus.jsonl row 4: title is a list, expected text"),
+        ({"text": "a \ud800"}, r"corpus.jsonl row 4: text is no UTF-8 \(surrogates not allowed at character 2\)"),
+        ({"image": "\ud800.png"}, r"corpus.jsonl row 4: image is no UTF-8"),
+        ({"image": 7}, r"corpus.jsonl row 4: image is a int, expected text"),
+        ("no object", r"mine: corpus.jsonl row 4: a str, expected an object"),
+    ],
+    ids=str,
+)
+def test_an_entry_that_is_no_text_is_named(fruit, entry, words):
+    folder, judge = fruit
+    with (folder / "corpus.jsonl").open("a") as lines:
+        lines.write(json.dumps({"_id": "d4", **entry} if isinstance(entry, dict) else entry) + "\n")
+    with pytest.raises(SourceError, match=words):
+        judge("q0\td0\t1")
+
+
+def test_an_entry_may_leave_out_what_it_does_not_have(fruit):
+    folder, judge = fruit
+    with (folder / "corpus.jsonl").open("a") as lines:
+        lines.write('{"_id": "d4", "title": null, "text": "a hill", "image": null}\n')
+    assert judge("q0\td4\t1").candidates[4] == Content("a hill")
+
+
+def test_a_class_whose_name_is_no_text_is_named(tmp_path):
+    os.mkdir(os.fsencode(tmp_path) + b"/h\xfcgel")  # as a disk of Latin-1 names has it
+    with pytest.raises(SourceError, match=r"mine: the name of the folder 'h\\udcfcgel' is no UTF-8"):
+        open_ranked("mine", RankedConfig("classes", ""), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"qry_text": 7, "qry_img_path": "", "tgt_text": ["a"], "tgt_img_path": [""]},
+        {"qry_text": "a", "qry_img_path": "", "tgt_text": [1, 2], "tgt_img_path": ["", ""]},
+    ],
+    ids=["query", "candidates"],
+)
+def test_a_set_of_mmeb_whose_words_are_numbers_is_refused(tmp_path, row):
+    (tmp_path / "mine").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "mine" / "test-00000-of-00001.parquet")
+    with pytest.raises(SourceError, match="mine row 0: expected a text, a path and two lists of candidates"):
+        open_ranked("mine", RankedConfig("mmeb", ""), tmp_path)
 
 
 def test_an_id_that_is_there_twice_is_refused(fruit):

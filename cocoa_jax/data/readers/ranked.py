@@ -18,7 +18,7 @@ from cocoa_jax.data.readers.mmeb import mmeb_eval
 from cocoa_jax.data.readers.records import TableSource, instructed
 from cocoa_jax.data.readers.stores import PictureStore, open_store
 from cocoa_jax.data.readers.tables import JsonTable, hash_file
-from cocoa_jax.data.sources import Content, RecordError, SourceError
+from cocoa_jax.data.sources import Content, RecordError, SourceError, utf8_text
 
 Split = Literal["IND", "OOD"]
 Format = Literal["mmeb", "beir", "classes"]
@@ -112,7 +112,10 @@ def open_ranked(name: str, config: RankedConfig, root: Path) -> RankedSet:
         SourceError: naming what is not there or does not fit together.
     """
     openers = {"mmeb": _open_mmeb, "beir": _open_beir, "classes": _open_classes}
-    opened = openers[config.format](name, config, root / config.path)
+    try:
+        opened = openers[config.format](name, config, root / config.path)
+    except RecordError as error:  # a row of a table that cannot be read
+        raise SourceError(f"{name}: {error}") from error
     if not len(opened.queries) or not len(opened.candidates):
         raise SourceError(f"{name}: {len(opened.queries)} queries, {len(opened.candidates)} candidates: both need one")
     seen = "\n".join((repr(config), opened.source))
@@ -141,8 +144,10 @@ def _open_mmeb(name: str, config: RankedConfig, root: Path) -> RankedSet:
         )
         text, path = row[columns.query_text] or "", row[columns.query_image] or ""
         texts, paths = row[columns.target_text] or [], row[columns.target_image] or []
-        if not isinstance(path, str) or not all(isinstance(part, list) for part in (texts, paths)):
-            raise SourceError(f"{name} row {index}: expected a path and two lists of candidates: fetch the set again")
+        if not (isinstance(texts, list) and isinstance(paths, list) and _are_text(text, path, *texts, *paths)):
+            raise SourceError(
+                f"{name} row {index}: expected a text, a path and two lists of candidates: fetch the set again"
+            )
         most = max(len(texts), len(paths))
         if not most:
             raise SourceError(f"{name} row {index}: it has no candidates, the first of which is the right one")
@@ -161,6 +166,10 @@ def _open_mmeb(name: str, config: RankedConfig, root: Path) -> RankedSet:
         source.query_instruction(queries[0][0], queries[0][2]) if queries else "",
         OWN if config.instruction else "MMEB_Test_Instruct" if columns.query_instruction else "MMEB-eval",
     )  # fmt: skip
+
+
+def _are_text(*values: Any) -> bool:
+    return set(map(type, values)) <= {str, type(None)}
 
 
 def _stamps(store: PictureStore | None, paths: Iterable[str]) -> str:
@@ -198,11 +207,11 @@ def _open_beir(name: str, config: RankedConfig, root: Path) -> RankedSet:
     place = {key: i for i, key in enumerate(corpus)}
     right: dict[str, set[int]] = {}
     try:
-        lines = judged.read_text().splitlines()
+        lines = judged.read_bytes().split(b"\n")  # an id may hold what Python and Unicode take for ends of lines
     except OSError as error:
         raise SourceError(f"{name}: {judged} cannot be read ({error.strerror}): correct `path` or `qrels`") from error
     for number, line in enumerate(lines, start=1):
-        if number == 1 and line.split("\t")[-1].strip() == "score":
+        if not line.strip(b"\r") or (number == 1 and line.split(b"\t")[-1].strip() == b"score"):
             continue
         try:
             query, document, relevant = _judgement(line)
@@ -234,11 +243,15 @@ def _own_documents(right: Mapping[str, set[int]], place: Mapping[str, int]) -> I
     return own if (own >= 0).any() else None
 
 
-def _judgement(line: str) -> tuple[str, str, bool]:
+def _judgement(line: bytes) -> tuple[str, str, bool]:
     """Query, document, and whether the score is above 0."""
-    parts = line.split("\t")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"no UTF-8 ({error.reason} at byte {error.start}): encode the file again") from error
+    parts = text.split("\t")
     if len(parts) != 3:
-        raise SourceError(f"{line[:60]!r} has {len(parts)} columns: give a query, a document and a score, by tabs")
+        raise SourceError(f"{text[:60]!r} has {len(parts)} columns: give a query, a document and a score, by tabs")
     try:
         score = float(parts[2])
     except ValueError:
@@ -259,8 +272,13 @@ def _entries(name: str, path: Path) -> dict[str, tuple[str, str]]:
         key = str(row["_id"])
         if key in found:
             raise SourceError(f"{path} row {index}: `_id` {key!r} is that of an earlier row: make ids unique")
-        words = " ".join(part for part in (row.get("title") or "", row.get("text") or "") if part)
-        found[key] = (words, str(row.get("image") or ""))
+        given = [part for part in ("title", "text", "image") if row.get(part) is not None]
+        try:
+            values = {part: utf8_text(row[part], part) for part in given}
+        except RecordError as error:
+            raise SourceError(f"{path} row {index}: {error}") from error
+        image = values.pop("image", "")
+        found[key] = (" ".join(filter(None, values.values())), image)
     return found
 
 
@@ -285,6 +303,8 @@ def _open_classes(name: str, config: RankedConfig, root: Path) -> RankedSet:
     if not root.is_dir():
         raise SourceError(f"{name}: {root} is no folder: correct `path`")
     classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for label in classes:
+        utf8_text(label, f"the name of the folder {label!r}")
     pictures = [
         (path, label)
         for label, folder in enumerate(classes)
