@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
@@ -66,7 +67,11 @@ class Embedder:
             self._processor.require_bridge(folder)
         graph, shapes = graph_of(backbone.config, settings.compute)
         shardings = param_shardings({"backbone": shapes}, self._mesh)["backbone"]
-        wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+        wanted = jax.tree.map_with_path(
+            lambda keys, a, s: jax.ShapeDtypeStruct(a.shape, _held(keys, a, settings.compute.dtype), sharding=s),
+            shapes,
+            shardings,
+        )
         params = jax.tree.map(jax.device_put, backbone.load(wanted), shardings)
         self._params = with_mean_rows(params, self._processor.lacking_bridge.values(), self._processor.used_rows)
         kept, width = settings.kept_tokens, settings.width
@@ -125,6 +130,11 @@ class Embedder:
                 if tick is not None:
                     tick(int(used.sum()))
         return out
+
+
+def _held(keys: tuple[Any, ...], leaf: Any, dtype: str) -> Any:
+    """How a parameter is held that nobody trains: what products round before they use it is kept rounded."""
+    return jnp.dtype(dtype) if keys[-1].key in ("kernel", "table") else leaf.dtype
 
 
 def default_settings(folder: str | Path) -> EvaluateConfig:

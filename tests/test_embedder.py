@@ -1,5 +1,6 @@
 """The object that users came for: every form of an item, and what a row may depend on."""
 
+import dataclasses
 import io
 import json
 
@@ -8,6 +9,7 @@ import PIL.ExifTags
 import PIL.Image
 import pytest
 import yaml
+from flax.traverse_util import flatten_dict
 
 import cocoa_jax
 from cocoa_jax import embedder as embedding
@@ -229,9 +231,18 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_pictures_are_read(pict
         embed_file(tmp_path / "nowhere", tmp_path / "items.jsonl", tmp_path / "out.npz")
 
 
-def test_a_shorter_width_is_the_beginning_of_the_embedding(trained, embedder, items):
-    import dataclasses
+def test_weights_are_held_as_products_take_them(trained, items, monkeypatch):
+    settings = default_settings(trained)
+    settings = dataclasses.replace(settings, compute=dataclasses.replace(settings.compute, dtype="bfloat16"))
+    held = Embedder(trained, settings)
+    kinds = {path[-1]: leaf.dtype for path, leaf in flatten_dict(held._params).items()}
+    assert {str(kinds.pop(name)) for name in ("kernel", "table")} == {"bfloat16"}
+    assert {str(kind) for kind in kinds.values()} == {"float32"}
+    monkeypatch.setattr(embedding, "_held", lambda keys, leaf, dtype: leaf.dtype)
+    np.testing.assert_array_equal(held.embed(items), Embedder(trained, settings).embed(items))
 
+
+def test_a_shorter_width_is_the_beginning_of_the_embedding(trained, embedder, items):
     short = Embedder(trained, dataclasses.replace(default_settings(trained), width=8)).embed(items[:3])
     whole = embedder.embed(items[:3])[:, :8]
     np.testing.assert_allclose(short, whole / np.linalg.norm(whole, axis=1, keepdims=True), atol=TOLERANCE)
@@ -239,6 +250,7 @@ def test_a_shorter_width_is_the_beginning_of_the_embedding(trained, embedder, it
 
 def test_processes_that_share_the_rows_make_the_batches_of_one(trained):
     from cocoa_jax.checkpoints.backbone import open_backbone
+    from cocoa_jax.data.packing import RowShare
     from cocoa_jax.data.pipeline import embedding_rows
     from cocoa_jax.data.processor import Processor
     from cocoa_jax.data.sources import Content
@@ -247,7 +259,7 @@ def test_processes_that_share_the_rows_make_the_batches_of_one(trained):
     processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
     contents = [Content(f"word {i} " * (i % 5 + 1)) for i in range(40)]
     make = [contents, processor, settings.rows, settings.visibility]
-    whole, left, right = (list(embedding_rows(*make, *process)) for process in ((0, 1), (0, 2), (1, 2)))
+    whole, left, right = (list(embedding_rows(*make, RowShare(*share))) for share in (((0,), 1), ((0,), 2), ((1,), 2)))
     assert len(whole) == len(left) == len(right) > 1
     for (batch, held), (first, held_first), (second, held_second) in zip(whole, left, right, strict=True):
         np.testing.assert_array_equal(held, held_first)
