@@ -23,8 +23,8 @@ from cocoa_jax.checkpoints.added_tokens import with_mean_rows
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import EvaluateConfig, MeshConfig, evaluate_config_of
+from cocoa_jax.data.inference import embedding_rows
 from cocoa_jax.data.packing import RowsConfig
-from cocoa_jax.data.pipeline import embedding_rows
 from cocoa_jax.data.pixels import decode, open_image
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.processor_settings import ProcessorConfig
@@ -38,6 +38,7 @@ from cocoa_jax.training.place import place
 from cocoa_jax.training.sharding import param_shardings
 
 Item = Mapping[str, Any]
+_THREADS = min(8, os.cpu_count() or 1)  # that read pictures while devices compute
 _NO_PNG = ("CMYK", "YCbCr", "LAB", "HSV")  # modes that PNG cannot store and that are read as RGB
 
 
@@ -119,16 +120,25 @@ class Embedder:
         """
         out = np.zeros((len(contents), self.width), np.float32)
         share, visibility = row_share(self._mesh), self.settings.visibility
-        rows = embedding_rows(contents, self._processor, self._rows, visibility, share)
+        rows = embedding_rows(contents, self._processor, self._rows, visibility, share, _THREADS)
+
+        def keep(embedded: Array, held: np.ndarray) -> None:
+            used = held.ravel() >= 0
+            out[held.ravel()[used]] = np.asarray(embedded)[used]
+            bar.update(int(used.sum()))
+            if tick is not None:
+                tick(int(used.sum()))
+
+        running: tuple[Array, np.ndarray] | None = None
         with tqdm(total=len(contents), desc="embed", unit="item", disable=not progress, leave=False) as bar:
             for batch, held in rows:
                 batch["example"] = np.arange(held.size, dtype=np.int32)
-                embedded = np.asarray(self._embed(self._params, place(batch, self._mesh)))
-                used = held.ravel() >= 0
-                out[held.ravel()[used]] = embedded[used]
-                bar.update(int(used.sum()))
-                if tick is not None:
-                    tick(int(used.sum()))
+                started = self._embed(self._params, place(batch, self._mesh)), held
+                if running is not None:  # fetched when the next one runs, so that no device waits for the host
+                    keep(*running)
+                running = started
+            if running is not None:
+                keep(*running)
         return out
 
 

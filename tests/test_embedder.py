@@ -242,6 +242,33 @@ def test_weights_are_held_as_products_take_them(trained, items, monkeypatch):
     np.testing.assert_array_equal(held.embed(items), Embedder(trained, settings).embed(items))
 
 
+def test_devices_never_wait_for_the_host(trained, monkeypatch):
+    """The next batch runs before the rows of the one before are asked for, and those after it are being built."""
+    one, log = Embedder(trained, default_settings(trained)), []
+    run, build = one._embed, embedding.embedding_rows
+
+    class Rows:
+        def __init__(self, number, rows):
+            self.number, self.rows = number, rows
+
+        def __array__(self, dtype=None, copy=None):
+            log.append(f"fetch {self.number}")
+            return np.asarray(self.rows)
+
+    def start(params, batch):
+        log.append(f"run {sum(word.startswith('run') for word in log)}")
+        return Rows(int(log[-1][4:]), run(params, batch))
+
+    asked = []
+    monkeypatch.setattr(embedding, "embedding_rows", lambda *given: asked.append(given) or build(*given))
+    monkeypatch.setattr(one, "_embed", start)
+    one.embed([{"text": f"word {i} " * 5} for i in range(200)])
+    last = sum(word.startswith("run") for word in log) - 1
+    between = [word for n in range(last) for word in (f"run {n + 1}", f"fetch {n}")]
+    assert last >= 2 and log == ["run 0", *between, f"fetch {last}"]
+    assert asked[0][-1] == embedding._THREADS
+
+
 def test_a_shorter_width_is_the_beginning_of_the_embedding(trained, embedder, items):
     short = Embedder(trained, dataclasses.replace(default_settings(trained), width=8)).embed(items[:3])
     whole = embedder.embed(items[:3])[:, :8]
@@ -250,8 +277,8 @@ def test_a_shorter_width_is_the_beginning_of_the_embedding(trained, embedder, it
 
 def test_processes_that_share_the_rows_make_the_batches_of_one(trained):
     from cocoa_jax.checkpoints.backbone import open_backbone
+    from cocoa_jax.data.inference import embedding_rows
     from cocoa_jax.data.packing import RowShare
-    from cocoa_jax.data.pipeline import embedding_rows
     from cocoa_jax.data.processor import Processor
     from cocoa_jax.data.sources import Content
 

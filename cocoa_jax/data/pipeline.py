@@ -5,29 +5,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int32
 
 from cocoa_jax.data.bad import BAD, BadConfig, KnownBad, Ledger
 from cocoa_jax.data.batch_config import BatchConfig, Stage
-from cocoa_jax.data.batches import STATS, BatchBuilder, lengths_of
+from cocoa_jax.data.batches import STATS, BatchBuilder
 from cocoa_jax.data.intake import Intake, examples_of
 from cocoa_jax.data.masking import MaskingConfig, Purpose, example_rng
 from cocoa_jax.data.mixture import with_negatives
-from cocoa_jax.data.packing import ALONE, PackingError, RowsConfig, RowShare, check_fits, plan_batch, plan_rows
+from cocoa_jax.data.packing import ALONE, PackingError, RowsConfig, RowShare
 from cocoa_jax.data.planned import PlannedBuilder, stored_lengths
 from cocoa_jax.data.processor import Processor
-from cocoa_jax.data.rows import Arrays, VisibilityConfig, write_rows
+from cocoa_jax.data.rows import Arrays, VisibilityConfig
 
 if TYPE_CHECKING:
     from cocoa_jax.data.pairs import RecordSource
-    from cocoa_jax.data.sources import Content
 
 __all__ = [
     "STATS",
@@ -38,14 +36,11 @@ __all__ = [
     "Stage",
     "VisibilityConfig",
     "built_ahead",
-    "embedding_rows",
     "rejected",
     "stage_batches",
     "stage_dataset",
     "step_records",
 ]
-
-_WINDOW = 8  # inference plans rows over this many batches at once, so that rows fill up and lengths are alike
 
 
 def stage_dataset(
@@ -260,47 +255,3 @@ class _InWindow:
 
     def __call__(self, step: int) -> np.ndarray:
         return np.asarray(self.windows[step // self.steps])
-
-
-def embedding_rows(
-    contents: Sequence[Content],
-    processor: Processor,
-    rows: RowsConfig,
-    visibility: VisibilityConfig,
-    share: RowShare = ALONE,
-) -> Iterator[tuple[Arrays, Int32[np.ndarray, "B E"]]]:
-    """Pack contents into batches for inference, every content in exactly one.
-
-    Contents are planned over windows of a few batches, the longest first, into rows of the widest shape; each batch
-    then gets the first shape that holds its contents. ``batch_size`` contents are about one batch.
-
-    Yields:
-        This process's rows of a batch (the model's arrays and ``pool``), and which content each example slot of all
-        its rows holds, -1 for none. Every process looks at every content, and decodes the pictures of its own rows.
-    Raises:
-        ExampleError, ImageError, PackingError: naming the content.
-    """
-    rows = dataclasses.replace(rows, window=1)
-    widest, slots = rows.widest, rows.examples_per_row
-    if not widest.patches and any(content.images or content.videos for content in contents):
-        raise PackingError("rows.shapes has no patches and there are pictures to embed: give it a shape with patches")
-    capacity = (widest.tokens, widest.patches, rows.masked_per_row)
-    window = _WINDOW * rows.batch_size
-    for start in range(0, len(contents), window):
-        examples = {}
-        for i in range(start, min(start + window, len(contents))):
-            examples[i] = processor.embedding(contents[i], widest.tokens)
-            check_fits(len(examples[i].tokens), examples[i].patches, rows, f"content {i}")
-        lengths = lengths_of(examples, {})
-        plan = plan_rows(lengths, capacity, slots)
-        for first in range(0, len(plan), widest.rows):
-            # Some rows of a first-fit plan, planned again alone, need no more rows than they are.
-            chosen = np.sort(np.concatenate(plan[first : first + widest.rows]))
-            shape, packed = plan_batch(lengths[chosen], rows)
-            part = [[start + int(i) for i in chosen[row]] for row in packed]
-            part += [[] for _ in range(shape.rows - len(part))]
-            held = np.full((len(part), slots), -1, np.int32)
-            for row, members in enumerate(part):
-                held[row, : len(members)] = members
-            own = [part[row] for row in share.of(len(part))]
-            yield write_rows(examples, own, processor, shape, slots, visibility, truncated=False), held

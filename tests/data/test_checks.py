@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cocoa_jax.data.checks import BatchError, check_batch
+from cocoa_jax.data.inference import embedding_rows
 from cocoa_jax.data.packing import RowsConfig
-from cocoa_jax.data.pipeline import embedding_rows
 from cocoa_jax.data.rows import VisibilityConfig
 from cocoa_jax.data.sources import Content
 

@@ -12,6 +12,7 @@ import pytest
 
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.data.example import BLOCK_B
+from cocoa_jax.data.inference import embedding_rows
 from cocoa_jax.data.packing import PackingError, RowShare
 from cocoa_jax.data.pipeline import (
     STATS,
@@ -20,7 +21,6 @@ from cocoa_jax.data.pipeline import (
     RowsConfig,
     VisibilityConfig,
     built_ahead,
-    embedding_rows,
     rejected,
     stage_batches,
     stage_dataset,

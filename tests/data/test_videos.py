@@ -7,8 +7,8 @@ import PIL.Image
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from cocoa_jax.data.inference import embedding_rows
 from cocoa_jax.data.packing import RowsConfig
-from cocoa_jax.data.pipeline import embedding_rows
 from cocoa_jax.data.pixels import ImageError
 from cocoa_jax.data.processor import ExampleError
 from cocoa_jax.data.rows import VisibilityConfig

@@ -10,8 +10,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from cocoa_jax.data.inference import embedding_rows
 from cocoa_jax.data.packing import RowsConfig
-from cocoa_jax.data.pipeline import embedding_rows
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.processor_settings import ProcessorConfig
 from cocoa_jax.data.rows import VisibilityConfig
