@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -48,6 +49,21 @@ def recorded(folder: Path) -> list[int]:
     return [dict(event.stats)["step_num"] for line in lines for event in line.events if event.name == "train"]
 
 
+@contextlib.contextmanager
+def read_programs() -> Iterator[list[str]]:
+    """Names what JAX counts of programs that were compiled before and are read from their folder."""
+    found: list[str] = []
+
+    def note(event: str, **more: object) -> None:
+        found.extend([event] * (event == "/jax/compilation_cache/cache_hits"))
+
+    jax.monitoring.register_event_listener(note)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_listener(note)
+
+
 def stop_after(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(loop, "_stop_requests", lambda: contextlib.nullcontext(lambda step: step + 1 == steps))
 
@@ -58,10 +74,11 @@ def test_a_stage_hands_on_the_average_and_goes_on_from_the_weights(settings, tmp
     averaged = train(settings(tmp_path / "averaged", ema=0.9))
     assert losses(averaged) == losses(plain)  # the average is looked at by nobody
     assert list(Path(compiled).iterdir()) and jax.config.jax_compilation_cache_dir == before
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, read_programs() as read:
         stop_after(patch, 3)
         with pytest.raises(Stopped):
             train(settings(tmp_path / "stopped", ema=0.9))
+    assert read  # of the run before, whose settings are the same
     stopped = train(settings(tmp_path / "stopped", ema=0.9))
     assert losses(stopped) == losses(averaged)
     taken = [jax.tree.leaves(open_backbone(folder).load()) for folder in (plain, averaged, stopped)]
