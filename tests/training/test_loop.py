@@ -217,9 +217,12 @@ def test_sigterm_in_the_middle_of_the_last_save_does_not_end_it(settings_in, tmp
 def test_a_stop_between_two_looks_is_saved_first(settings_in, tmp_path, monkeypatch):
     answers = iter([False, True])
     monkeypatch.setattr(loop, "_stop_requests", lambda: contextlib.nullcontext(lambda step: next(answers)))
+    asked, build = [], loop.built_ahead
+    monkeypatch.setattr(loop, "built_ahead", lambda *given: asked.append(given) or build(*given))
     with pytest.raises(Stopped, match="stopped at step 2 of"):
         train(parse(TrainConfig, settings_in(tmp_path / "run")))
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    assert asked[0][3] > 8 * 32 * 1176 * 4  # bytes of the patches of its rows
 
 
 def test_a_finished_stage_is_not_run_again(finished, settings_in, monkeypatch):
