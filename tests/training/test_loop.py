@@ -154,6 +154,31 @@ def test_a_full_disk_is_one_error_and_loses_nothing(finished, settings_in, tmp_p
     assert records(tmp_path / "run") == records(finished)
 
 
+def test_a_disk_that_is_too_full_for_metrics_is_one_error_and_loses_nothing(
+    finished, settings_in, tmp_path, monkeypatch, call
+):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings_in(tmp_path / "run")))
+    write, before = MetricsWriter.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_and_write(self, step, metrics, load):
+        if step == 4:
+            (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (events.stat().st_size, before[1]))
+        write(self, step, metrics, load)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(MetricsWriter, "write", fill_and_write)
+            status, _, said = call("train", "--config", tmp_path / "run.yaml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (told,) = [line for line in said.splitlines() if line.startswith("cocoa: ")]
+    assert status == 1 and "Traceback" not in said, said
+    assert f"metrics could not be written to {tmp_path / 'run'}" in told and "File too large" in told
+    assert train(parse(TrainConfig, settings_in(tmp_path / "run"))) == tmp_path / "run"
+    assert records(tmp_path / "run") == records(finished)
+
+
 def test_a_damaged_newest_checkpoint_is_skipped_and_the_run_repeated_from_the_one_before(
     finished, settings_in, tmp_path, caplog
 ):
