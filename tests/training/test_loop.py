@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
+from tensorboardX.proto.event_pb2 import Event
 
 from cocoa_jax import cli
 from cocoa_jax.checkpoints.backbone import open_backbone
@@ -73,6 +75,19 @@ def records(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
 
 
+def scalars(folder: Path) -> dict[int, dict[str, float]]:
+    """What TensorBoard is told, by step and name; a record is its length, a checksum, itself and a checksum."""
+    (file,) = (folder / "tensorboard").iterdir()
+    data, found = file.read_bytes(), dict[int, dict[str, float]]()
+    while data:
+        end = 12 + struct.unpack("<Q", data[:8])[0]
+        event = Event.FromString(data[12:end])
+        for value in event.summary.value:
+            found.setdefault(event.step, {})[value.tag] = value.simple_value
+        data = data[end + 4 :]
+    return found
+
+
 @pytest.fixture(scope="module")
 def finished(settings_in, tmp_path_factory):
     """A run that nobody disturbed."""
@@ -90,6 +105,9 @@ def test_a_run_leaves_metrics_and_a_stage(finished, backbone):
     assert all(0 < line["padding_tokens"] < 1 and 0 < line["padding_patches"] < 1 for line in lines)
     clocked = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
     assert all(clocked[name] > 0 for name in CLOCK) and "mfu" not in clocked  # nobody knows the peak of a CPU
+    shown = scalars(finished)
+    assert list(shown) == list(range(STEPS))
+    assert shown[STEPS - 1] | {"step": STEPS - 1} == pytest.approx(clocked)  # of float32
     assert lines[-1]["loss"] < lines[0]["loss"]
     metadata = read_metadata(finished)
     assert metadata["stage"] == "bridge" and metadata["parent"]["path"] == str(backbone)
@@ -98,7 +116,6 @@ def test_a_run_leaves_metrics_and_a_stage(finished, backbone):
     assert [line["extra_rows"] for line in lines] == [0] * STEPS and all(line["examples"] == 8 for line in lines)
     assert all(line["dropped_masks"] >= 0 for line in lines) and any(line["dropped_masks"] > 0 for line in lines)
     assert sorted(path.name for path in (finished / "checkpoints").iterdir() if path.name.isdigit()) == ["6", "8"]
-    assert list((finished / "tensorboard").iterdir())
 
 
 def test_killed_in_the_middle_it_continues_bit_for_bit(finished, settings_in, tmp_path):
