@@ -315,6 +315,24 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(settings_in, t
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
 
 
+def test_the_same_command_meets_a_loss_that_is_no_number_again(settings_in, tmp_path):
+    """With a checkpoint before it, from which it goes on: the same step, records, numbers and batch."""
+    wild = {"learning_rate": 1e30, "warmup_steps": 0, "clip": 1e30}
+    config = parse(
+        TrainConfig, settings_in(tmp_path / "run", optimizer=wild, loop={"steps": STEPS, "checkpoint_every": 1})
+    )
+    found = []
+    for _ in range(2):
+        with pytest.raises(Diverged, match="at step 1: "):
+            train(config)
+        assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
+        dump = (tmp_path / "run" / "diverged" / "1").rename(tmp_path / f"dump {len(found)}")
+        with np.load(dump / "batch-0.npz") as batch:
+            found.append([(dump / "report.json").read_text(), {name: batch[name].tolist() for name in batch.files}])
+        found[-1].append((tmp_path / "run" / "metrics.jsonl").read_text())  # the line of step 0, not written again
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
