@@ -66,7 +66,8 @@ class DataConfig:
         interleave: in how many equal parts a batch of stage 3 is drawn, each from one data set.
         bad: what happens to records that cannot be used.
         decoded_mib: MiB of memory in which pictures stay decoded, for data that is seen many times and fits.
-        threads: threads that build batches ahead.
+        threads: threads that build batches ahead, two each, or fewer where batches are so large that they would take
+            more than 32 GiB.
         workers: processes that do so instead; 0 for none.
     """
 

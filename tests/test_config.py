@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cocoa_jax.config import (
+    DistributedConfig,
     InitConfig,
     MeshConfig,
     OptimizerConfig,
@@ -110,6 +111,14 @@ def test_numbers_below_their_least_are_refused_by_name_and_value(section, name, 
     with pytest.raises(SettingsError) as told:
         with_value(DEMO, section, name, least - distance)
     assert str(told.value) == f"{section}.{name} is {least - distance}: the least is {least}, give that or more"
+
+
+def test_the_others_end_within_a_minute_where_a_process_dies():
+    """By the heartbeat that all have who name none, which is the one that the table of exit statuses names."""
+    told = (CONFIGS.parent / "docs/training.md").read_text()
+    assert DistributedConfig().heartbeat == 20 and "within `distributed.heartbeat` (20 s)" in told
+    given = [path for path in CONFIGS.rglob("*.yaml") if "heartbeat" in path.read_text()]
+    assert not given
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "clip", "eps"])

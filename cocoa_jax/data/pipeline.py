@@ -19,10 +19,10 @@ from cocoa_jax.data.batches import STATS, BatchBuilder
 from cocoa_jax.data.intake import Intake, examples_of
 from cocoa_jax.data.masking import MaskingConfig, Purpose, example_rng
 from cocoa_jax.data.mixture import with_negatives
-from cocoa_jax.data.packing import ALONE, PackingError, RowsConfig, RowShare
+from cocoa_jax.data.packing import ALONE, PackingError, RowsConfig, RowShare, Shape
 from cocoa_jax.data.planned import PlannedBuilder, stored_lengths
 from cocoa_jax.data.processor import Processor
-from cocoa_jax.data.rows import Arrays, VisibilityConfig
+from cocoa_jax.data.rows import Arrays, VisibilityConfig, write_rows
 
 if TYPE_CHECKING:
     from cocoa_jax.data.pairs import RecordSource
@@ -40,7 +40,10 @@ __all__ = [
     "stage_batches",
     "stage_dataset",
     "step_records",
+    "widest_bytes",
 ]
+
+_AHEAD = 32 * 2**30  # bytes of batches that are built ahead, in each worker if there are any
 
 
 def stage_dataset(
@@ -167,18 +170,24 @@ def stage_batches(
         known=known,
         report=report,
     )
-    return built_ahead(dataset, threads, workers)
+    return built_ahead(dataset, threads, workers, widest_bytes(config, processor, share))
 
 
-def built_ahead(dataset: grain.MapDataset[Arrays], threads: int = 1, workers: int = 0) -> grain.IterDataset[Arrays]:
+def built_ahead(
+    dataset: grain.MapDataset[Arrays], threads: int = 1, workers: int = 0, batch_bytes: int = 0
+) -> grain.IterDataset[Arrays]:
     """What ``stage_dataset`` gives, or what is left of it (``dataset[start:]``), one batch after the other.
+
+    Two batches a thread are ahead, or fewer where they would take more than 32 GiB, but two in any case.
 
     Args:
         threads: that build batches, in each of the workers if there are any.
         workers: processes; 0 for none.
+        batch_bytes: of the largest batch, see ``widest_bytes``; 0 where nobody knows.
     """
     # Grain's default buffer of 500 elements is meant for records, not for batches of pixels.
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    ahead = min(2 * threads, max(2, _AHEAD // max(batch_bytes, 1)))
+    options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
     batches = dataset.to_iter_dataset(options)
     if not workers:
         return batches
@@ -186,6 +195,16 @@ def built_ahead(dataset: grain.MapDataset[Arrays], threads: int = 1, workers: in
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
+
+
+def widest_bytes(config: BatchConfig, processor: Processor, share: RowShare = ALONE) -> int:
+    """Bytes of this process's rows of the largest batch, without the few that say what is hidden."""
+
+    def of_a_row(shape: Shape) -> int:
+        empty = write_rows({}, [[]], processor, shape, config.rows.examples_per_row, config.visibility, truncated=False)
+        return sum(array.nbytes for array in empty.values())
+
+    return max(rows // share.count * of_a_row(Shape(rows, *sides)) for rows, *sides in config.rows.shapes)
 
 
 def rejected(config: BatchConfig, source: RecordSource, processor: Processor, seed: int) -> dict[int, str]:

@@ -18,7 +18,7 @@ from cocoa_jax.checkpoints.backbone import Backbone
 from cocoa_jax.checkpoints.orbax import Restored, StageCheckpoints, base_folder, has_base, load_params, save_base
 from cocoa_jax.checkpoints.places import folder_at, twin
 from cocoa_jax.config import TrainConfig, to_dict
-from cocoa_jax.data.pipeline import STATS, built_ahead
+from cocoa_jax.data.pipeline import STATS, built_ahead, widest_bytes
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.training.agreement import Disagreed, check_alike, check_planned, held_here, planned
 from cocoa_jax.training.average import exchanged
@@ -96,7 +96,8 @@ def _train(config: TrainConfig) -> Path:
 
         # ------------------------------------------------------------------------------------------------ the loop
         step_function = make_step(program.loss, optimizer, wanted, config.loop.steps)
-        batches = iter(built_ahead(dataset[start:], config.data.threads, config.data.workers))
+        largest = widest_bytes(config.batches(), processor, share)
+        batches = iter(built_ahead(dataset[start:], config.data.threads, config.data.workers, largest))
         metadata: dict[str, Any] = {"stage": config.stage, "config": to_dict(config), "parent": origin_of(config)}
         metadata["data"] = mixture.fingerprint
         if program.adapter is not None:

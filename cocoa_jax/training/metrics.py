@@ -6,20 +6,27 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from cocoa_jax.checkpoints.causes import from_network, root_cause
+from cocoa_jax.checkpoints.causes import from_network, lacks_room, root_cause
 from cocoa_jax.checkpoints.places import carry, is_remote, log_file, twin
 from cocoa_jax.training.throughput import Load, Meter
 from cocoa_jax.training.weights_and_biases import WandbRun
 
 _PAUSES = (2.0, 8.0, 20.0)  # seconds before logs are tried again at the end, while a network fails
 _log = logging.getLogger(__name__)
+
+
+class MetricsError(RuntimeError):
+    """Numbers of a run that cannot be written down; the message names the folder and the cause."""
 
 
 class MetricsWriter:
@@ -32,6 +39,9 @@ class MetricsWriter:
         steps: length of the whole run.
         meter: turns loads and seconds into rates.
         wandb: gets the same; closed with this.
+
+    Raises:
+        MetricsError: here and from every method, what cannot be written to this machine.
     """
 
     def __init__(
@@ -41,9 +51,10 @@ class MetricsWriter:
         self._sent: dict[Path, tuple[int, int]] = {}
         self._output, folder, self._meter = output, twin(output), meter
         self._path = log_file(output, "metrics.jsonl")
-        _truncate(self._path, first)
-        self._lines = self._path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+        with self._written():
+            _truncate(self._path, first)
+            self._lines = self._path.open("a")
+            self._board = _Board(folder / "tensorboard", first)
         self._bar = tqdm(total=steps, initial=first, desc=stage, unit="step", dynamic_ncols=True)
         self._last = time.perf_counter()
 
@@ -53,10 +64,10 @@ class MetricsWriter:
         pace = self._meter.pace(load, now - self._last)
         self._last = now
         values = {**metrics, **load.padding(), **pace}
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with self._written():
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()
+            self._board.write(step, values)
         if self._wandb is not None:
             self._wandb.write(step, values)
         shown = f"loss {metrics['loss']:.3f}, {pace['examples_per_second']:.0f} examples/s"
@@ -69,7 +80,6 @@ class MetricsWriter:
         A failure is logged: the next time brings it all.
         """
         if is_remote(self._output):
-            self._board.flush()
             self._carry(warn=True)
 
     def _carry(self, *, warn: bool, pauses: Sequence[float] = ()) -> None:
@@ -85,6 +95,17 @@ class MetricsWriter:
                     return None
             time.sleep(pause)
 
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            remedy = "make room" if lacks_room(error) else "remove the cause"
+            raise MetricsError(
+                f"metrics could not be written to {twin(self._output)} ({root_cause(error)}): all checkpoints are "
+                f"whole, {remedy} and continue by the same command"
+            ) from error
+
     def __enter__(self) -> MetricsWriter:
         return self
 
@@ -92,13 +113,36 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._board.close()
         if self._wandb is not None:
             self._wandb.close()
-        self._lines.close()
+        for log in (self._board, self._lines):
+            with self._written() if kind is None else suppress(OSError):
+                log.close()
         # After this nobody brings them: a run that goes on may have no step left to do. With an error already there,
         # which tells how to go on, this one is only logged.
         self._carry(warn=kind is not None, pauses=_PAUSES)
+
+
+class _Board:
+    """Scalars for TensorBoard, each step at once in its file.
+
+    A SummaryWriter leaves that to a thread, which dies where a disk is full: who adds to its queue then waits for ever.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)  # hides later steps, written before a kill
+        self._events.write_event(Event(wall_time=time.time(), step=first, session_log=start))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        now = time.time()
+        for name, value in values.items():
+            self._events.write_event(Event(wall_time=now, step=step, summary=scalar(name, value)))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 class NoMetrics:

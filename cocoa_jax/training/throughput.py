@@ -53,7 +53,7 @@ class Meter:
         self._peak = None if chip is None else chip.peak_flops
 
     def load(self, batch: Mapping[str, np.ndarray], stats: np.ndarray, predicted: float) -> Load:
-        """Of a global batch, from this process's rows.
+        """Of a global batch, from this process's rows, whose pictures stand for those of the others by their patches.
 
         Args:
             stats: see ``STATS``.
@@ -63,10 +63,12 @@ class Meter:
             int(stats[STATS.index(f"{name}_used")]) for name in ("examples", "tokens", "patches")
         )
         work = Work.of_batch(batch, tokens, patches, predicted)
+        # Rows are planned from the fullest to the empty, so the shares do not show as many each.
+        own = int(np.sum(batch["patch_end"] > batch["patch_start"]))
         slots = batch["tokens"].size, batch["patches"].shape[0] * batch["patches"].shape[1]
         return Load(
             examples=examples,
-            pictures=count_pictures(batch) * self._shares,
+            pictures=round(count_pictures(batch) * patches / max(own, 1)),
             tokens=tokens,
             patches=patches,
             token_slots=slots[0] * self._shares,

@@ -1,5 +1,6 @@
 """Checkpoints of a stage: exact, atomic, movable between meshes, and able to lose the newest."""
 
+import asyncio
 import errno
 import json
 import logging
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -19,6 +21,7 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from orbax.checkpoint._src.serialization import serialization
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_worker
@@ -120,6 +123,23 @@ def test_donated_arrays_do_not_reach_the_disk(tmp_path):
         shape = {"params": {"kernel": jax.ShapeDtypeStruct((1 << 20,), jnp.float32)}}
         for number in range(3):
             np.testing.assert_array_equal(checkpoints.restore(number, shape).params["kernel"], 5.0 * number)
+
+
+def test_a_save_returns_while_its_arrays_are_being_written(tmp_path, monkeypatch):
+    write, begun, go_on = serialization.async_serialize_from_host, threading.Event(), threading.Event()
+
+    async def write_when_told(*given, **more):
+        begun.set()
+        await asyncio.to_thread(go_on.wait, 20)  # no longer, for a save that waits to end too
+        await write(*given, **more)
+
+    monkeypatch.setattr(serialization, "async_serialize_from_host", write_when_told)
+    with StageCheckpoints(tmp_path, keep=1) as checkpoints:
+        stage_worker.save(checkpoints, 1, stage_worker.state(1), wait=False)
+        found = begun.wait(60), checkpoints.steps()
+        go_on.set()
+        checkpoints.wait()
+        assert found == (True, []) and checkpoints.steps() == [1]
 
 
 def test_a_step_is_never_overwritten(stage):

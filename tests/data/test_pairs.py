@@ -298,8 +298,13 @@ def test_instructions_have_a_stable_hash(monkeypatch: pytest.MonkeyPatch) -> Non
 @given(st.text(alphabet=" abc", max_size=40), st.integers(1, 20))
 def test_shorten_cuts_between_words(text: str, limit: int) -> None:
     short = prompts.shorten(text, limit)
-    assert len(short) <= limit or short == text
-    assert (text.startswith(short) and len(short) <= max(limit, 0)) or short == text
+    assert len(short) <= limit and text.startswith(short)
+    if len(text) <= limit:
+        assert short == text
+    elif " " in text[: limit + 1]:
+        assert text[len(short)] == " "
+    else:  # one word that is longer than all there may be
+        assert short == text[:limit]
 
 
 def test_no_picture_is_a_test_picture() -> None:

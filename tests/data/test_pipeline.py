@@ -4,13 +4,16 @@ import dataclasses
 import itertools
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
 
 from cocoa_jax.attention.spans import Spans
+from cocoa_jax.data import pipeline
 from cocoa_jax.data.example import BLOCK_B
 from cocoa_jax.data.inference import embedding_rows
 from cocoa_jax.data.packing import PackingError, RowShare
@@ -24,6 +27,7 @@ from cocoa_jax.data.pipeline import (
     rejected,
     stage_batches,
     stage_dataset,
+    widest_bytes,
 )
 from cocoa_jax.data.pixels import ImageError
 from cocoa_jax.data.sources import Content, Image, Record
@@ -349,6 +353,33 @@ def test_threads_and_resuming_change_nothing(sources, processors, stage):
             assert_same(next(fresh), whole[step])
         with pytest.raises(StopIteration):
             next(fresh)
+
+
+@pytest.mark.parametrize(("size", "ahead"), [(0, 6), (10, 6), (100, 5), (400, 2)])
+def test_large_batches_are_built_ahead_up_to_a_limit_of_bytes(monkeypatch, size, ahead):
+    monkeypatch.setattr(pipeline, "_AHEAD", 500)
+    built: list[int] = []
+    numbers = grain.MapDataset.range(50).map(lambda index: built.append(index) or {"tokens": np.zeros(1)})
+    iterator = iter(built_ahead(numbers, threads=3, batch_bytes=size))
+    next(iterator)
+    began = time.monotonic()
+    while len(built) <= ahead and time.monotonic() < began + 10:
+        time.sleep(0.01)
+    time.sleep(0.2)  # in which more would be
+    iterator.close()
+    assert len(built) == 1 + ahead
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bytes_of_the_largest_batch_are_known_before_it_is_built(sources, processors, monkeypatch, family):
+    config = dataclasses.replace(STAGES["contrastive"], rows=dataclasses.replace(ROWS, shapes=((8, 64, 160),)))
+    given = config, sources, WEIGHTS, processors[family]
+    built = sum(array.nbytes for array in stage_dataset(*given, seed=5, steps=1)[0].values())
+    assert widest_bytes(config, processors[family]) == pytest.approx(built, rel=1e-3)  # counts are no rows
+    more_rows = dataclasses.replace(config, rows=dataclasses.replace(ROWS, shapes=((2, 64, 160), (32, 64, 80))))
+    monkeypatch.setattr(pipeline, "built_ahead", lambda *asked: asked)
+    *_, size = stage_batches(more_rows, *given[1:], seed=5, steps=1, process_count=2)
+    assert size == pytest.approx(built, rel=0.01)  # half of twice as many patches
 
 
 def test_worker_processes_change_nothing(sources, processors, monkeypatch):

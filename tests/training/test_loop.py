@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
+from tensorboardX.proto.event_pb2 import Event
 
 from cocoa_jax import cli
 from cocoa_jax.checkpoints.backbone import open_backbone
@@ -73,6 +75,19 @@ def records(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
 
 
+def scalars(folder: Path) -> dict[int, dict[str, float]]:
+    """What TensorBoard is told, by step and name; a record is its length, a checksum, itself and a checksum."""
+    (file,) = (folder / "tensorboard").iterdir()
+    data, found = file.read_bytes(), dict[int, dict[str, float]]()
+    while data:
+        end = 12 + struct.unpack("<Q", data[:8])[0]
+        event = Event.FromString(data[12:end])
+        for value in event.summary.value:
+            found.setdefault(event.step, {})[value.tag] = value.simple_value
+        data = data[end + 4 :]
+    return found
+
+
 @pytest.fixture(scope="module")
 def finished(settings_in, tmp_path_factory):
     """A run that nobody disturbed."""
@@ -90,6 +105,9 @@ def test_a_run_leaves_metrics_and_a_stage(finished, backbone):
     assert all(0 < line["padding_tokens"] < 1 and 0 < line["padding_patches"] < 1 for line in lines)
     clocked = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
     assert all(clocked[name] > 0 for name in CLOCK) and "mfu" not in clocked  # nobody knows the peak of a CPU
+    shown = scalars(finished)
+    assert list(shown) == list(range(STEPS))
+    assert shown[STEPS - 1] | {"step": STEPS - 1} == pytest.approx(clocked)  # of float32
     assert lines[-1]["loss"] < lines[0]["loss"]
     metadata = read_metadata(finished)
     assert metadata["stage"] == "bridge" and metadata["parent"]["path"] == str(backbone)
@@ -98,7 +116,6 @@ def test_a_run_leaves_metrics_and_a_stage(finished, backbone):
     assert [line["extra_rows"] for line in lines] == [0] * STEPS and all(line["examples"] == 8 for line in lines)
     assert all(line["dropped_masks"] >= 0 for line in lines) and any(line["dropped_masks"] > 0 for line in lines)
     assert sorted(path.name for path in (finished / "checkpoints").iterdir() if path.name.isdigit()) == ["6", "8"]
-    assert list((finished / "tensorboard").iterdir())
 
 
 def test_killed_in_the_middle_it_continues_bit_for_bit(finished, settings_in, tmp_path):
@@ -151,6 +168,31 @@ def test_a_full_disk_is_one_error_and_loses_nothing(finished, settings_in, tmp_p
     assert len(told) == 1 and "Traceback" not in ended.stderr, ended.stderr
     assert "a checkpoint could not be written to" in told[0] and "File too large" in told[0]
     assert train(parse(TrainConfig, settings)) == tmp_path / "run"
+    assert records(tmp_path / "run") == records(finished)
+
+
+def test_a_disk_that_is_too_full_for_metrics_is_one_error_and_loses_nothing(
+    finished, settings_in, tmp_path, monkeypatch, call
+):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings_in(tmp_path / "run")))
+    write, before = MetricsWriter.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_and_write(self, step, metrics, load):
+        if step == 4:
+            (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (events.stat().st_size, before[1]))
+        write(self, step, metrics, load)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(MetricsWriter, "write", fill_and_write)
+            status, _, said = call("train", "--config", tmp_path / "run.yaml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (told,) = [line for line in said.splitlines() if line.startswith("cocoa: ")]
+    assert status == 1 and "Traceback" not in said, said
+    assert f"metrics could not be written to {tmp_path / 'run'}" in told and "File too large" in told
+    assert train(parse(TrainConfig, settings_in(tmp_path / "run"))) == tmp_path / "run"
     assert records(tmp_path / "run") == records(finished)
 
 
@@ -217,9 +259,12 @@ def test_sigterm_in_the_middle_of_the_last_save_does_not_end_it(settings_in, tmp
 def test_a_stop_between_two_looks_is_saved_first(settings_in, tmp_path, monkeypatch):
     answers = iter([False, True])
     monkeypatch.setattr(loop, "_stop_requests", lambda: contextlib.nullcontext(lambda step: next(answers)))
+    asked, build = [], loop.built_ahead
+    monkeypatch.setattr(loop, "built_ahead", lambda *given: asked.append(given) or build(*given))
     with pytest.raises(Stopped, match="stopped at step 2 of"):
         train(parse(TrainConfig, settings_in(tmp_path / "run")))
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    assert asked[0][3] > 8 * 32 * 1176 * 4  # bytes of the patches of its rows
 
 
 def test_a_finished_stage_is_not_run_again(finished, settings_in, monkeypatch):
@@ -268,6 +313,24 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(settings_in, t
     with np.load(dump / "batch-0.npz") as saved:
         assert saved.files and all((saved[name] == batch[name]).all() for name in saved.files)
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_the_same_command_meets_a_loss_that_is_no_number_again(settings_in, tmp_path):
+    """With a checkpoint before it, from which it goes on: the same step, records, numbers and batch."""
+    wild = {"learning_rate": 1e30, "warmup_steps": 0, "clip": 1e30}
+    config = parse(
+        TrainConfig, settings_in(tmp_path / "run", optimizer=wild, loop={"steps": STEPS, "checkpoint_every": 1})
+    )
+    found = []
+    for _ in range(2):
+        with pytest.raises(Diverged, match="at step 1: "):
+            train(config)
+        assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
+        dump = (tmp_path / "run" / "diverged" / "1").rename(tmp_path / f"dump {len(found)}")
+        with np.load(dump / "batch-0.npz") as batch:
+            found.append([(dump / "report.json").read_text(), {name: batch[name].tolist() for name in batch.files}])
+        found[-1].append((tmp_path / "run" / "metrics.jsonl").read_text())  # the line of step 0, not written again
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,10 @@ def test_the_load_of_a_batch():
     stats = np.zeros(len(STATS), np.int32)
     stats[[STATS.index(f"{name}_used") for name in ("examples", "tokens", "patches")]] = 4, 15, 20
     load = Meter(lambda work: work.tokens + work.predicted, 2).load(batch, stats, 7)  # half of it is another host's
-    assert load == Load(examples=4, pictures=4, tokens=15, patches=20, token_slots=20, patch_slots=32, flops=22)
+    assert load == Load(examples=4, pictures=3, tokens=15, patches=20, token_slots=20, patch_slots=32, flops=22)
     assert load.padding() == {"padding_tokens": 0.25, "padding_patches": 0.375}
+    stats[STATS.index("patches_used")] = 12  # all pictures are in this half
+    assert Meter(lambda work: 0.0, 2).load(batch, stats, 7).pictures == 2
     assert Load(1, 0, 5, 0, 10, 0, 0).padding() == {"padding_tokens": 0.5}
 
 
