@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on a GKE cluster that xpk manages.
+# Train on a GKE cluster that xpk manages; the options are those of xpk 1.16.
 #
 #   xpk.sh VERB --name NAME --cluster CLUSTER --project PROJECT --zone ZONE [options] [-- COMMAND...]
 #
@@ -106,9 +106,9 @@ unused() {
 
 submit() {
   unused
-  # Without --restart-on-user-code-failure xpk takes a stage that saved and asks to be tried again for a failure.
+  # By itself xpk restarts after 42 and from 127 on: a stage that saved and asks to be tried again (75) would have failed.
   if ! run xpk workload create "--workload=$name" "${where[@]}" "--tpu-type=$tpu" "--num-slices=$slices" \
-    "--docker-image=$image" "--priority=$priority" "--max-restarts=$restarts" --restart-on-user-code-failure \
+    "--docker-image=$image" "--priority=$priority" "--max-restarts=$restarts" --restart-on-exit-codes=75 \
     "--termination-grace-period-seconds=$grace" "${tier[@]}" "--command=$(shown "${command[@]}")"; then
     loud "xpk failed; should a workload $name exist and be yours, it COSTS MONEY; to end it: $(shown xpk workload delete \
       "--workload=$name" "${where[@]}" --force)"

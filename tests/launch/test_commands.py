@@ -121,6 +121,7 @@ def check_flags(words: list[str]) -> None:
         "gcloud compute tpus queued-resources delete x --spot",
         "kubectl create --image=x",
         "xpk workload create --node-count=2",
+        "xpk workload create --restart-on-user-code-failure",
         "gcloud compute tpus locations list",
     ],
 )
