@@ -133,8 +133,7 @@ render() {
   [ -z "$spot" ] || wanted+=(spot)
   [ -z "$reservation" ] || wanted+=(reservation)
   [ -z "$data" ] || wanted+=(data)
-  [[ $path != */?* ]] || inside=${path#*/}
-  [ -z "$inside" ] || wanted+=(inside)
+  [[ $path != */?* ]] || inside=,only-dir=${path#*/}
   text=$(keep "${wanted[@]}" <"$here/jobset.yaml")
   local -A values=(
     [NAME]=$name [NAMESPACE]=$namespace [ACCELERATOR]=$accelerator [TOPOLOGY]=$topology [SLICES]=$slices

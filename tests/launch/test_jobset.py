@@ -65,7 +65,7 @@ def test_options_reach_the_pods():
     assert attributes == {"bucketName": "bucket", "mountOptions": "implicit-dirs,only-dir=some/data"}
     one = job_of(rendered("gke-submit-one-chip"))["template"]["spec"]["template"]["spec"]
     assert one["nodeSelector"]["cloud.google.com/reservation-name"] == "mine" and "tolerations" not in one
-    assert one["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+    assert one["volumes"][0]["csi"]["volumeAttributes"] == {"bucketName": "bucket", "mountOptions": "implicit-dirs"}
     plain = job_of(rendered("gke-submit"))["template"]["spec"]["template"]
     assert "volumes" not in plain["spec"] and "gke-gcsfuse/volumes" not in plain["metadata"]["annotations"]
 
