@@ -190,8 +190,10 @@ setup() {
 
 start() {
   local steps
+  # Processes of data.workers hand over whole batches in shared memory, of which a container has 64 MB by itself.
   steps="set -eu; sudo docker rm --force cocoa >/dev/null 2>&1 || true; sudo docker run --detach --name cocoa"
-  steps+=" --privileged --network host --stop-timeout $grace --volume ~/cocoa/data:/data $image $(shown "${command[@]}")"
+  steps+=" --privileged --network host --shm-size 16g --stop-timeout $grace --volume ~/cocoa/data:/data"
+  steps+=" $image $(shown "${command[@]}")"
   everywhere "$steps"
 }
 
