@@ -119,8 +119,29 @@ check_request() {
   [[ $until =~ ^([0-9]+[dhms])*$ ]] || die "--valid-until is '$until': give a time such as 6h or 1d12h"
 }
 
-# everywhere COMMAND: on all hosts of all slices at once; fails when it fails on one of them.
-everywhere() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all "--command=$1"; }
+# What a host says at last: how many its slice has, and how many slices there are, learnt as JAX learns it.
+census="of() { curl -sfH Metadata-Flavor:Google metadata.google.internal/computeMetadata/v1/instance/attributes/\$1; }"
+census+="; echo cocoa:done \$(of worker-network-endpoints | tr , ' ' | wc -w)"
+census+=" \$(of tpu-env | sed -n s/^MEGASCALE_NUM_SLICES://p | tr -cd 0-9)"
+
+# everywhere COMMAND [EXPECTED]: on all hosts of all slices at once; $said is what they say. It fails when COMMAND fails on
+# one of them, and when one does not answer: gcloud leaves out a slice that it cannot reach, and succeeds.
+everywhere() {
+  local answers line status=0 answered=0 wanted=1 hosts slices
+  said=""
+  answers=$(ask "${2:-}"$'\n'"cocoa:done 1" "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all \
+    "--command=$1 && { $census; }") || status=$?
+  while read -r line; do
+    case $line in
+      "cocoa:done "*)
+        read -r _ hosts slices <<<"$line"
+        answered=$((answered + 1)) wanted=$((hosts * ${slices:-1})) ;;
+      *) said+=$line$'\n' ;;
+    esac
+  done <<<"$answers"
+  [ "$status" -eq 0 ] || return "$status"
+  [ "$answered" -ge "$wanted" ] || { say "$answered of $wanted hosts of $name have answered"; return 1; }
+}
 
 # What has the name already may be somebody's run: it is left alone. Without an answer we go on: Google Cloud refuses a
 # name that is in use, too, and what we have not made we do not delete.
@@ -199,7 +220,7 @@ start() {
 
 log() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 '--command=sudo docker logs --follow cocoa'; }
 
-tail() { everywhere "sudo docker logs --tail 20 cocoa"; }
+tail() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all "--command=sudo docker logs --tail 20 cocoa"; }
 
 inspect="--command=sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa"
 
@@ -221,9 +242,9 @@ cause() {
 finish() {
   local now lost=0
   while true; do
-    if now=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "$inspect"); then
+    now=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "$inspect") || now=""
+    if [[ $now =~ ^[a-z]+:[0-9]+$ ]]; then
       lost=0
-      now=${now##*$'\n'}
       case $now in
         exited:0) return 0 ;;
         exited:* | dead:*) return "$(cause "${now#*:}")" ;;

@@ -1,6 +1,7 @@
 """The exact command lines, against golden files; every flag of theirs is one that public documentation lists."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -101,6 +102,33 @@ def test_what_is_run_is_what_was_printed(desk, case):
     assert ended.status == 0, ended.errors
     printed = (HERE / "golden" / f"{case}.txt").read_text().splitlines()
     assert ended.calls == [shlex.split(line) for line in printed if line.startswith(("gcloud ", "kubectl ", "xpk "))]
+
+
+def metadata(folder: Path, endpoints: str, environment: str) -> str:
+    """A PATH on which a host's metadata are those, and nothing is run as root."""
+    answers = {"worker-network-endpoints": endpoints, "tpu-env": environment}
+    (folder / "curl").write_text('#!/bin/sh\ncat "$0.${3##*/}"\n')  # -sfH HEADER URL
+    (folder / "sudo").write_text("#!/bin/sh\n")
+    for name, text in answers.items():
+        (folder / f"curl.{name}").write_text(text)
+    for name in ("curl", "sudo"):
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "environment", "told"),
+    [
+        ("unknown:unknown:10.0.0.2", "ACCELERATOR_TYPE: 'v5litepod-4'\n", "1"),
+        ("h0,h1,h2,h3", "MEGASCALE_COORDINATOR_ADDRESS: 'h0'\nMEGASCALE_NUM_SLICES: '2'\nWORKER_ID: '0'\n", "4 2"),
+    ],
+)
+def test_a_host_tells_how_many_there_are(tmp_path, endpoints, environment, told):
+    words = shlex.split((HERE / "golden/queued-stop.txt").read_text())
+    command = words[-1].removeprefix("--command=")
+    path = metadata(tmp_path, endpoints, environment)
+    ended = subprocess.run(["sh", "-c", command], env={"PATH": path}, capture_output=True, text=True)
+    assert ended.stdout.strip() == f"cocoa:done {told}", ended.stderr
 
 
 def check_flags(words: list[str]) -> None:

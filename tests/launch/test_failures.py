@@ -98,8 +98,10 @@ def up(desk, answers, *more):
         ({"describe": [[1, ""]]}, ["create", *["describe"] * 5]),
         ({**ACTIVE, "docker pull": [[1, "worker 3: no space left"]]}, ["create", "describe", "ssh"]),
         ({**ACTIVE, "docker run": [[1, ""]]}, ["create", "describe", "ssh", "ssh"]),
+        ({**ACTIVE, " ssh ": [[0, ""]]}, ["create", "describe", "ssh"]),
+        ({**ACTIVE, "docker run": [[0, "cocoa:done 4 2\n" * 4]]}, ["create", "describe", "ssh", "ssh"]),
     ],
-    ids=["never-there", "no-answer", "setup-on-one-host", "start"],
+    ids=["never-there", "no-answer", "setup-on-one-host", "start", "no-host-answers", "one-slice-of-two"],
 )
 def test_whatever_fails_the_slices_are_given_back(desk, answers, made):
     ended = up(desk, answers)
@@ -251,10 +253,12 @@ def test_success_leaves_the_slices(desk):
         ({"worker=all": [[0, "exited:134\nexited:1\nexited:134"]], "worker=0": [[0, "exited:134"]]}, 1),
         ({"worker=all": [[0, "exited:134\nexited:137"]], "worker=0": [[0, "exited:134"]]}, 134),
         ({"inspect": [[255, ""]], "describe": [[0, "SUSPENDED"]]}, 75),
+        ({"inspect": [[0, ""]], "describe": [[0, "SUSPENDED"]]}, 75),
+        ({"inspect": [[0, ""], [0, "exited:0"]], "describe": [[0, "ACTIVE"]]}, 0),
         ({"inspect": [[255, ""], [0, "exited:0"]], "describe": [[0, "ACTIVE"]]}, 0),
         ({"inspect": [[255, ""]], "describe": [[0, "ACTIVE"]]}, 75),
     ],
-    ids=["done", "saved", "error-on-one-host", "host-killed", "preempted", "lost-once", "lost"],
+    ids=["done", "saved", "error-on-one-host", "host-killed", "preempted", "preempted-silently", "silent-once", "lost-once", "lost"],
 )
 def test_how_a_run_ended(desk, answers, status):
     assert desk.run("queued.sh", *shlex.split(f"finish {AT}"), answers=answers).status == status
@@ -307,8 +311,8 @@ def test_a_pipeline_stops_at_an_error_that_stays_and_gives_back(desk):
 @pytest.mark.parametrize(
     "answers",
     [
-        {"docker pull": [[1, "worker 3: connection closed"], [0, ""]], "describe": [[0, "ACTIVE"]]},
-        {"docker run": [[255, ""], [0, ""]], "describe": [[0, "ACTIVE"]]},
+        {"docker pull": [[1, "worker 3: connection closed"], [0, "one host"]], "describe": [[0, "ACTIVE"]]},
+        {"docker run": [[255, ""], [0, "one host"]], "describe": [[0, "ACTIVE"]]},
         {"describe": [[0, "WAITING_FOR_RESOURCES"], [0, "SUSPENDED"], [0, "ACTIVE"]]},
     ],
     ids=["pull", "start", "wait"],
@@ -321,7 +325,7 @@ def test_slices_that_are_taken_away_before_the_stages_run_are_asked_for_again(de
 
 def test_slices_that_are_taken_away_before_the_stages_run_again_are_asked_for_again(desk):
     answers = {
-        "docker run": [[0, ""], [255, ""], [0, ""]],
+        "docker run": [[0, "one host"], [255, ""], [0, "one host"]],
         "worker=all.*inspect": [[0, "exited:75"]],
         "inspect": [[0, "exited:75"], [0, "exited:75"], [0, "exited:0"]],
         "describe": [[0, "ACTIVE"], [0, "ACTIVE"], [0, "SUSPENDED"], [0, "ACTIVE"]],
