@@ -222,33 +222,39 @@ log() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 '--comman
 
 tail() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all "--command=sudo docker logs --tail 20 cocoa"; }
 
-inspect="--command=sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa"
+inspect="sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa"
 
-# cause STATUS: what began it. When COMMAND fails on one host, the others only tell that another one is gone.
-cause() {
-  local all line
-  all=$(ask "" "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all "$inspect") || all=""
-  while read -r line; do
-    [[ $line =~ ^exited:([0-9]+)$ ]] || continue
-    if [ "${BASH_REMATCH[1]}" -ne 0 ] && ! retry "${BASH_REMATCH[1]}"; then
-      printf '%s\n' "${BASH_REMATCH[1]}"
-      return
-    fi
-  done <<<"$all"
-  printf '%s\n' "$1"
+# ending CODE: keep in $status how COMMAND has ended, which on the first host did with CODE; fails where it may go on, with
+# what a host says on which it does in $now. After an error on one host the others only tell that it is gone. A host that
+# was started anew says 255 of its container, by some versions of Docker 0 (moby/moby#45788): all have to say 0.
+ending() {
+  local line code all=1
+  status=$1 now=""
+  everywhere "$inspect" exited:0 || all=""
+  for line in $said; do
+    code=${line#*:}
+    case $line in
+      exited:0 | dead:0) ;;
+      exited:* | dead:*)
+        [ "$status" -ne 0 ] || status=$code
+        [ "$code" = 255 ] || retry "$code" || { status=$code; return; } ;;
+      *) all="" now=$line ;;
+    esac
+  done
+  [ "$status" -ne 255 ] || status=75
+  [ "$status" -ne 0 ] || [ -n "$all" ]
 }
 
 # Exit with the status of COMMAND, which ends on all hosts together.
 finish() {
-  local now lost=0
+  local now status lost=0
   while true; do
-    now=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "$inspect") || now=""
-    if [[ $now =~ ^[a-z]+:[0-9]+$ ]]; then
+    now=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "--command=$inspect") || now=""
+    case $now in
+      exited:* | dead:*) ! ending "${now#*:}" || return "$status" ;;
+    esac
+    if [[ $now =~ ^(created|running|paused|restarting): ]]; then
       lost=0
-      case $now in
-        exited:0) return 0 ;;
-        exited:* | dead:*) return "$(cause "${now#*:}")" ;;
-      esac
     else
       now=$(state) || now=unknown
       case $now in
@@ -256,7 +262,7 @@ finish() {
         *) say "$name is $now: the slices were taken away"; return 75 ;;
       esac
       if [ "$lost" -ge 5 ]; then
-        say "the first host of $name has not answered $lost times although it is $now"
+        say "not all hosts of $name have answered $lost times although it is $now"
         return 75
       fi
     fi

@@ -15,6 +15,7 @@ COMMAND = "-- cocoa-stages --base /data/m --run gs://b/r"
 STAGES = "--base /data/m --run gs://b/r --configs c"
 FREE = {"taken": [[1, "NOT_FOUND"]]}
 ACTIVE = {"describe": [[0, "ACTIVE"]]}
+GONE = {"describe": [[0, "SUSPENDED"]]}
 ENDED = {"get jobset": [[0, "Completed"]]}
 FINISHED = {**ACTIVE, "inspect": [[0, "exited:0"]]}
 
@@ -245,20 +246,29 @@ def test_success_leaves_the_slices(desk):
     assert [call[4] for call in ended.calls] == ["describe", "create", "describe", "ssh", "ssh"]
 
 
+def on(first, *everywhere):
+    """What Docker says on the first host, and on all of them in turn."""
+    return {"worker=all": [[0, text] for text in everywhere], "worker=0": [[0, first]]}
+
+
 @pytest.mark.parametrize(
     ("answers", "status"),
     [
-        ({"inspect": [[0, "running:0"], [0, "exited:0"]]}, 0),
-        ({"inspect": [[0, "exited:75"]]}, 75),
-        ({"worker=all": [[0, "exited:134\nexited:1\nexited:134"]], "worker=0": [[0, "exited:134"]]}, 1),
-        ({"worker=all": [[0, "exited:134\nexited:137"]], "worker=0": [[0, "exited:134"]]}, 134),
-        ({"inspect": [[255, ""]], "describe": [[0, "SUSPENDED"]]}, 75),
-        ({"inspect": [[0, ""]], "describe": [[0, "SUSPENDED"]]}, 75),
-        ({"inspect": [[0, ""], [0, "exited:0"]], "describe": [[0, "ACTIVE"]]}, 0),
-        ({"inspect": [[255, ""], [0, "exited:0"]], "describe": [[0, "ACTIVE"]]}, 0),
-        ({"inspect": [[255, ""]], "describe": [[0, "ACTIVE"]]}, 75),
+        pytest.param({"inspect": [[0, "running:0"], [0, "exited:0"]]}, 0, id="done"),
+        pytest.param({"inspect": [[0, "exited:75"]]}, 75, id="saved"),
+        pytest.param(on("exited:134", "exited:134\nexited:1\nexited:134"), 1, id="error-on-one-host"),
+        pytest.param(on("exited:134", "exited:134\nexited:137"), 134, id="host-killed"),
+        pytest.param({"inspect": [[0, "exited:255"]]}, 75, id="first-host-started-anew"),
+        pytest.param(on("exited:134", "exited:134\nexited:255"), 134, id="host-started-anew"),
+        pytest.param(on("exited:0", "exited:0\nexited:134"), 134, id="success-on-one-host"),
+        pytest.param(on("exited:0", "exited:0\nrunning:0", "exited:0\nexited:0"), 0, id="first-host-done-first"),
+        pytest.param({**on("exited:0", "exited:0\ncocoa:done 1 2"), **GONE}, 75, id="success-on-one-slice"),
+        pytest.param({"inspect": [[255, ""]], **GONE}, 75, id="preempted"),
+        pytest.param({"inspect": [[0, ""]], **GONE}, 75, id="preempted-silently"),
+        pytest.param({"inspect": [[0, ""], [0, "exited:0"]], **ACTIVE}, 0, id="silent-once"),
+        pytest.param({"inspect": [[255, ""], [0, "exited:0"]], **ACTIVE}, 0, id="lost-once"),
+        pytest.param({"inspect": [[255, ""]], **ACTIVE}, 75, id="lost"),
     ],
-    ids=["done", "saved", "error-on-one-host", "host-killed", "preempted", "preempted-silently", "silent-once", "lost-once", "lost"],
 )
 def test_how_a_run_ended(desk, answers, status):
     assert desk.run("queued.sh", *shlex.split(f"finish {AT}"), answers=answers).status == status
@@ -284,13 +294,19 @@ def test_a_pipeline_that_is_preempted_asks_again_and_continues(desk):
 
 
 def test_a_pipeline_whose_slices_are_still_there_starts_on_them(desk):
-    answers = {"worker=all.*inspect": [[0, "exited:75"]], "inspect": [[0, "exited:75"], [0, "exited:0"]], **ACTIVE}
+    answers = {"inspect": [[0, "exited:75"]] * 2 + [[0, "exited:0"]], **ACTIVE}
     ended, done = pipeline(desk, answers)
     assert ended.status == 0, ended.errors
     # What the first start said is told before its container goes.
     told = [next((word for word in ("docker logs", "docker run") if word in line), None) for line in done]
     assert [word for word in told if word] == ["docker run", "docker logs", "docker run"]
     assert sum("docker run" in line for line in done) == 2
+    assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
+
+
+def test_a_host_that_is_started_anew_is_started_on(desk):
+    ended, done = pipeline(desk, {**FINISHED, "inspect": [[0, "exited:255"]] * 2 + [[0, "exited:0"]]})
+    assert ended.status == 0 and sum("docker run" in line for line in done) == 2, ended.errors
     assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
 
 
@@ -326,8 +342,7 @@ def test_slices_that_are_taken_away_before_the_stages_run_are_asked_for_again(de
 def test_slices_that_are_taken_away_before_the_stages_run_again_are_asked_for_again(desk):
     answers = {
         "docker run": [[0, "one host"], [255, ""], [0, "one host"]],
-        "worker=all.*inspect": [[0, "exited:75"]],
-        "inspect": [[0, "exited:75"], [0, "exited:75"], [0, "exited:0"]],
+        "inspect": [[0, "exited:75"]] * 2 + [[0, "exited:0"]],
         "describe": [[0, "ACTIVE"], [0, "ACTIVE"], [0, "SUSPENDED"], [0, "ACTIVE"]],
     }
     ended, done = pipeline(desk, answers)
