@@ -6,9 +6,9 @@
 # Verbs
 #   create   ask for the slices                        needs --accelerator or --type and --topology, and --runtime;
 #            exits with 2 where NAME is in use
-#   wait     until they are there
+#   wait     until they are there; exits with 75 where they were taken away, with 3 where the request has failed
 #   setup    copy data to every host, pull the image   needs --image
-#   start    run COMMAND in the image on every host    needs --image
+#   start    run COMMAND in the image on every host    needs --image; what runs on all of them already is left alone
 #   up       create, wait, setup, start; what create has made is deleted if one of the others fails
 #   log      follow the log of the first host
 #   tail     the last lines of the log of every host
@@ -147,9 +147,9 @@ everywhere() {
 # name that is in use, too, and what we have not made we do not delete.
 unused() {
   local now
-  now=$(state "" 2>/dev/null) || return 0
+  look GONE
   case $now in
-    "") return ;;
+    "" | GONE) return ;;
     FAILED | SUSPENDED) [ -z "$replace" ] || { say "$name is $now: it is made again"; delete; return; } ;;
   esac
   in_use "$name" "queued resource" "$now" "finish where a run is on it, else wait, setup, start" \
@@ -183,21 +183,37 @@ create() {
   order
 }
 
-state() { ask "${1-ACTIVE}" "${tpus[@]}" describe "$name" "${where[@]}" '--format=value(state.state)'; }
+# look [EXPECTED]: keep in $now the state of the request: GONE where there is none, nothing where it cannot be read. Then
+# nobody can tell what there is, and whatever it is goes on by itself: no reason to give it up, but one to say so loudly.
+unread=0
+look() {
+  local answer
+  now=""
+  if answer=$(ask "${1-ACTIVE}" "${tpus[@]}" describe "$name" "${where[@]}" '--format=value(state.state)' 2>&1) &&
+    [[ $'\n'$answer =~ $'\n'([A-Z_]+)($|[[:space:]]) ]]; then
+    now=${BASH_REMATCH[1]} unread=0
+  elif [[ $answer == *NOT_FOUND* ]]; then
+    now=GONE unread=0
+  else
+    unread=$((unread + 1))
+    say "the state of $name could not be read: $answer"
+    [ "$unread" -ne 5 ] || loud "the state of $name could not be read 5 times; it MAY STILL BE RUNNING AND COST MONEY"
+  fi
+}
 
 wait_active() {
-  local now unanswered=0
+  local now
   while true; do
-    if now=$(state); then unanswered=0; else unanswered=$((unanswered + 1)); fi
-    [ "$unanswered" -lt 5 ] || { say "the state of $name could not be read $unanswered times"; return 3; }
+    look
     case $now in
       ACTIVE) return ;;
+      GONE) die "there is no queued resource $name in $zone of $project: see create, or whether somebody has deleted it" ;;
       SUSPENDING | SUSPENDED | DELETING) say "$name is $now: the slices were taken away"; return 75 ;;
       FAILED)
         say "$name is $now and will not become active: see gcloud compute tpus queued-resources describe $name"
         return 3 ;;
     esac
-    say "$name is ${now:-unknown}"
+    [ -z "$now" ] || say "$name is $now"
     pause
   done
 }
@@ -211,6 +227,9 @@ setup() {
 
 start() {
   local steps
+  # What could not be seen for a while may have gone on all the same.
+  everywhere "{ sudo docker ps --filter name=^cocoa\$ --format runs | grep runs || echo idle; }" idle || return
+  [[ $said != *runs* || $said == *idle* ]] || { say "it runs on all hosts of $name already"; return 0; }
   # Processes of data.workers hand over whole batches in shared memory, of which a container has 64 MB by itself.
   steps="set -eu; sudo docker rm --force cocoa >/dev/null 2>&1 || true; sudo docker run --detach --name cocoa"
   steps+=" --privileged --network host --shm-size 16g --stop-timeout $grace --volume ~/cocoa/data:/data"
@@ -256,15 +275,13 @@ finish() {
     if [[ $now =~ ^(created|running|paused|restarting): ]]; then
       lost=0
     else
-      now=$(state) || now=unknown
+      look
       case $now in
-        ACTIVE | unknown) lost=$((lost + 1)) ;;
+        ACTIVE) lost=$((lost + 1)) ;;
+        "") ;;
         *) say "$name is $now: the slices were taken away"; return 75 ;;
       esac
-      if [ "$lost" -ge 5 ]; then
-        say "not all hosts of $name have answered $lost times although it is $now"
-        return 75
-      fi
+      [ "$lost" -lt 5 ] || { say "hosts of $name have not answered $lost times although it is ACTIVE"; return 75; }
     fi
     pause
   done

@@ -78,6 +78,7 @@ FINISHED = {**ACTIVE, "inspect": [[0, "exited:0"]]}
         (f"pipeline.sh queued {REQUEST} {STAGES} --attempts many", "--attempts is 'many'"),
         (f"pipeline.sh queued {REQUEST} {STAGES} --attempts 0", "--attempts is 0"),
         (f"pipeline.sh queued {AT} --runtime r {STAGES}", "--accelerator (or --type) is missing"),
+        (f"pipeline.sh queued {REQUEST} --image '' {STAGES}", "--image is missing"),
     ],
     ids=str,
 )
@@ -96,11 +97,11 @@ def up(desk, answers, *more):
     ("answers", "made"),
     [
         ({"describe": [[0, "WAITING_FOR_RESOURCES"], [0, "FAILED"]]}, ["create", "describe", "describe"]),
-        ({"describe": [[1, ""]]}, ["create", *["describe"] * 5]),
+        ({"describe": [[1, "no network"]] * 7 + [[0, "FAILED"]]}, ["create", *["describe"] * 8]),
         ({**ACTIVE, "docker pull": [[1, "worker 3: no space left"]]}, ["create", "describe", "ssh"]),
-        ({**ACTIVE, "docker run": [[1, ""]]}, ["create", "describe", "ssh", "ssh"]),
+        ({**ACTIVE, "docker run": [[1, ""]]}, ["create", "describe", "ssh", "ssh", "ssh"]),
         ({**ACTIVE, " ssh ": [[0, ""]]}, ["create", "describe", "ssh"]),
-        ({**ACTIVE, "docker run": [[0, "cocoa:done 4 2\n" * 4]]}, ["create", "describe", "ssh", "ssh"]),
+        ({**ACTIVE, "docker run": [[0, "cocoa:done 4 2\n" * 4]]}, ["create", "describe", "ssh", "ssh", "ssh"]),
     ],
     ids=["never-there", "no-answer", "setup-on-one-host", "start", "no-host-answers", "one-slice-of-two"],
 )
@@ -184,7 +185,7 @@ def test_a_cluster_is_cleaned_of_nothing_that_was_not_submitted(desk, backend, w
 def test_slices_that_are_dead_are_replaced(desk, state):
     ended = up(desk, {"taken": [[0, state]], **ACTIVE}, "--replace")
     assert ended.status == 0, ended.errors
-    assert [call[4] for call in ended.calls] == ["describe", "delete", "create", "describe", "ssh", "ssh"]
+    assert [call[4] for call in ended.calls] == ["describe", "delete", "create", "describe", "ssh", "ssh", "ssh"]
     ended, done = pipeline(desk, {"taken": [[0, state]], **FINISHED})
     assert ended.status == 0, ended.errors
     assert done[:3] == ["describe", "delete", "create"] and done[3:].count("delete") == 1 and done[-1] == "delete"
@@ -243,7 +244,17 @@ def test_interrupted_while_it_waits_it_gives_back(desk):
 def test_success_leaves_the_slices(desk):
     ended = up(desk, ACTIVE)
     assert ended.status == 0
-    assert [call[4] for call in ended.calls] == ["describe", "create", "describe", "ssh", "ssh"]
+    assert [call[4] for call in ended.calls] == ["describe", "create", "describe", "ssh", "ssh", "ssh"]
+
+
+def test_what_runs_on_all_hosts_is_not_started_again(desk):
+    words = shlex.split(f"start {AT} --image r/p/i:1 {COMMAND}")
+    ended = desk.run("queued.sh", *words, answers={"docker ps": [[0, "runs\nruns"]]})
+    assert ended.status == 0 and len(ended.calls) == 1 and "runs on all hosts of cocoa already" in ended.errors
+    ended = desk.run("queued.sh", *words, answers={"docker ps": [[0, "runs\nidle"]]})
+    assert ended.status == 0 and "docker run " in ended.lines[-1]
+    ended = desk.run("queued.sh", *words, answers={"docker ps": [[255, "no network"]]})
+    assert ended.status == 255 and len(ended.calls) == 1
 
 
 def on(first, *everywhere):
@@ -268,6 +279,7 @@ def on(first, *everywhere):
         pytest.param({"inspect": [[0, ""], [0, "exited:0"]], **ACTIVE}, 0, id="silent-once"),
         pytest.param({"inspect": [[255, ""], [0, "exited:0"]], **ACTIVE}, 0, id="lost-once"),
         pytest.param({"inspect": [[255, ""]], **ACTIVE}, 75, id="lost"),
+        pytest.param({"inspect": [[255, ""]] * 10 + [[0, "exited:0"]], "describe": [[1, ""]]}, 0, id="no-network"),
     ],
 )
 def test_how_a_run_ended(desk, answers, status):
@@ -304,6 +316,17 @@ def test_a_pipeline_whose_slices_are_still_there_starts_on_them(desk):
     assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
 
 
+@pytest.mark.parametrize("unread", [[1, "no network"], [0, "ACTIVE"]], ids=["no-network", "no-ssh"])
+def test_a_run_outlives_what_cannot_be_seen(desk, unread):
+    looks = [[0, "running:0"], *[[255, "no network"]] * 10, [0, "exited:0"]]
+    answers = {"worker=0.*inspect": looks, "inspect": [[0, "exited:0"]], "docker ps": [[0, "idle"], [0, "runs"]]}
+    ended, done = pipeline(desk, {**answers, "describe": [[0, "ACTIVE"], *[unread] * 10, [0, "ACTIVE"]]})
+    assert ended.status == 0, ended.errors
+    assert sum("docker run" in line for line in done) == 1
+    assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
+    assert ("could not be read 5 times; it MAY STILL BE RUNNING" in ended.errors) == (unread[0] == 1)
+
+
 def test_a_host_that_is_started_anew_is_started_on(desk):
     ended, done = pipeline(desk, {**FINISHED, "inspect": [[0, "exited:255"]] * 2 + [[0, "exited:0"]]})
     assert ended.status == 0 and sum("docker run" in line for line in done) == 2, ended.errors
@@ -324,11 +347,14 @@ def test_a_pipeline_stops_at_an_error_that_stays_and_gives_back(desk):
     assert "MAY STILL BE RUNNING AND COST MONEY" in ended.errors
 
 
+TAKEN_ONCE = {"describe": [[0, "ACTIVE"], [0, "SUSPENDED"], [0, "ACTIVE"]]}
+
+
 @pytest.mark.parametrize(
     "answers",
     [
-        {"docker pull": [[1, "worker 3: connection closed"], [0, "one host"]], "describe": [[0, "ACTIVE"]]},
-        {"docker run": [[255, ""], [0, "one host"]], "describe": [[0, "ACTIVE"]]},
+        {"docker pull": [[1, "worker 3: connection closed"], [0, "one host"]], **TAKEN_ONCE},
+        {"docker run": [[255, ""], [0, "one host"]], **TAKEN_ONCE},
         {"describe": [[0, "WAITING_FOR_RESOURCES"], [0, "SUSPENDED"], [0, "ACTIVE"]]},
     ],
     ids=["pull", "start", "wait"],
@@ -337,6 +363,12 @@ def test_slices_that_are_taken_away_before_the_stages_run_are_asked_for_again(de
     ended, done = pipeline(desk, {**answers, "inspect": [[0, "exited:0"]]})
     assert ended.status == 0, ended.errors
     assert [word for word in done if word in ("create", "delete")] == ["create", "delete", "create", "delete"]
+
+
+def test_slices_that_are_still_there_are_kept_when_something_on_them_fails(desk):
+    ended, done = pipeline(desk, {**FINISHED, "docker pull": [[1, "connection closed"], [0, "one host"]]})
+    assert ended.status == 0 and sum("docker run" in line for line in done) == 1, ended.errors
+    assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
 
 
 def test_slices_that_are_taken_away_before_the_stages_run_again_are_asked_for_again(desk):
@@ -353,7 +385,8 @@ def test_slices_that_are_taken_away_before_the_stages_run_again_are_asked_for_ag
 
 def test_a_pipeline_whose_stages_never_start_gives_up(desk):
     ended, done = pipeline(desk, {**ACTIVE, "docker pull": [[1, "no such image"]]})
-    assert ended.status == 1 and done.count("create") == 5 and done[-1] == "delete"
+    assert ended.status == 1 and done.count("create") == 1 and done[-1] == "delete"
+    assert sum("docker pull" in line for line in done) == 5
     assert "the stages could not be started 5 times in a row" in ended.errors
 
 
