@@ -118,6 +118,8 @@ queued() {
 
 cluster() {
   making call submit -- "${command[@]}"
+  # kubectl may well be pointed elsewhere before the stages have ended.
+  [[ " ${mine[*]} " == *" --context "* ]] || mine+=(--context "$(ask CONTEXT kubectl config current-context)")
   call finish || {
     local status=$?
     tell

@@ -173,7 +173,10 @@ def test_a_workload_whose_name_only_begins_alike_is_another(desk):
     assert ended.status == 0 and ended.calls[-1][2] == "create", ended.errors
 
 
-@pytest.mark.parametrize(("backend", "words"), [("gke", GKE), ("xpk", XPK)])
+CLUSTERS = pytest.mark.parametrize(("backend", "words"), [("gke", GKE), ("xpk", XPK)])
+
+
+@CLUSTERS
 @pytest.mark.parametrize("failing", ["ignore-not-found|filter-by-job", "create"])
 def test_a_cluster_is_cleaned_of_nothing_that_was_not_submitted(desk, backend, words, failing):
     ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers={failing: [[1, "no"]]})
@@ -407,19 +410,42 @@ def test_a_pipeline_gives_up_after_its_attempts(desk):
     assert ended.status == 75 and sum("docker run" in line for line in done) == 3 and done[-1] == "delete"
 
 
-@pytest.mark.parametrize("backend", ["gke", "xpk"])
+@CLUSTERS
 @pytest.mark.parametrize("failing", [False, True])
-def test_a_pipeline_on_a_cluster_leaves_nothing(desk, backend, failing):
-    answers = {
-        "ignore-not-found": [[0, ""]],
-        "get jobset": [[0, ""], [0, "Failed" if failing else "Completed"]],
-        "wait-for-job": [[int(failing), ""]],
-    }
-    words = shlex.split(f"{backend} {GKE if backend == 'gke' else XPK} {STAGES}")
-    ended = desk.run("pipeline.sh", *words, answers=answers)
+def test_a_pipeline_on_a_cluster_leaves_nothing(desk, backend, words, failing):
+    looks = [[0, ""], [0, "Failed" if failing else "Completed"]]
+    answers = {"ignore-not-found": [[0, ""]], "get jobset cocoa ": looks}
+    ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers=answers)
     assert (ended.status != 0) == failing, ended.errors
     assert "delete" in ended.calls[-1]
     assert ("logs" in ended.calls[-2]) == failing
+
+
+@CLUSTERS
+def test_a_run_on_a_cluster_outlives_what_cannot_be_seen(desk, backend, words):
+    looks = [[0, ""], *[[1, "connection refused"]] * 6, [0, "Completed"]]
+    answers = {"ignore-not-found": [[0, ""]], "get jobset cocoa ": looks}
+    ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers=answers)
+    assert ended.status == 0, ended.errors
+    assert ["delete" in call for call in ended.calls] == [False] * (len(ended.calls) - 1) + [True]
+    assert ended.errors.count("could not be read 5 times; it MAY STILL BE RUNNING AND COST MONEY") == 1
+
+
+@CLUSTERS
+def test_a_run_on_a_cluster_that_somebody_has_deleted_has_ended(desk, backend, words):
+    gone = [1, 'Error from server (NotFound): jobsets.jobset.x-k8s.io "cocoa" not found']
+    answers = {"ignore-not-found": [[0, ""]], "get jobset cocoa ": [[0, ""], gone]}
+    ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers=answers)
+    assert ended.status == 1 and "there is no JobSet cocoa (any more)" in ended.errors
+
+
+@CLUSTERS
+def test_kubectl_may_be_pointed_elsewhere_while_the_stages_run(desk, backend, words):
+    answers = {"ignore-not-found": [[0, ""]], "current-context": [[0, "mine"], [0, "elsewhere"]], **ENDED}
+    ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers=answers)
+    assert ended.status == 0, ended.errors
+    after = ended.lines[[line.endswith("current-context") for line in ended.lines].index(True) + 1 :]
+    assert all("--context=mine" in line for line in after if line.startswith("kubectl")), after
 
 
 @pytest.mark.parametrize(("script", "words"), [("gke.sh", GKE), ("xpk.sh", XPK)])
