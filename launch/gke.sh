@@ -173,7 +173,7 @@ submit() {
   fi
 }
 
-delete() { run kubectl delete jobset "$name" --ignore-not-found --wait "${at[@]}"; }
+delete() { insist run kubectl delete jobset "$name" --ignore-not-found --wait "${at[@]}"; }
 
 stop() { delete; }
 

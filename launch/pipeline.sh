@@ -57,13 +57,14 @@ tell() { call tail || say "the log of the stages could not be read"; }
 
 call() { "$script" "$1" "${mine[@]}" "${@:2}"; }
 
-# Whatever ends this script, nothing that it made is left and costs money unless it was asked for.
+# give_back STATUS: whatever ends this script, nothing that it made is left and costs money unless it was asked for.
 give_back() {
-  if [ -n "$keep" ]; then
+  if [ -n "$keep" ] && [ "$1" -ne 0 ]; then
     loud "the slices ARE LEFT RUNNING AND COST MONEY (--keep); to end them: $(shown "$script" delete "${mine[@]}")"
   elif ! call delete; then
     loud "the slices MAY STILL BE RUNNING AND COST MONEY, deleting them failed; to end them: $(shown "$script" delete \
       "${mine[@]}")"
+    return 1
   fi
 }
 

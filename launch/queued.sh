@@ -173,7 +173,7 @@ order() {
   [ -z "$account" ] || request+=("--service-account=$account")
   run "${tpus[@]}" create "$name" "${where[@]}" "${request[@]}" --quiet || {
     local status=$?
-    loud "create failed; should $name exist and be yours, it COSTS MONEY; to end it: $(DRY_RUN=1 delete)"
+    loud "create failed; should $name exist and be yours, it COSTS MONEY; to end it: $(shown "${ending[@]}")"
     return "$status"
   }
 }
@@ -243,10 +243,10 @@ tail() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all "--c
 
 inspect="sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa"
 
-# ending CODE: keep in $status how COMMAND has ended, which on the first host did with CODE; fails where it may go on, with
+# verdict CODE: keep in $status how COMMAND has ended, which on the first host did with CODE; fails where it may go on, with
 # what a host says on which it does in $now. After an error on one host the others only tell that it is gone. A host that
 # was started anew says 255 of its container, by some versions of Docker 0 (moby/moby#45788): all have to say 0.
-ending() {
+verdict() {
   local line code all=1
   status=$1 now=""
   everywhere "$inspect" exited:0 || all=""
@@ -270,7 +270,7 @@ finish() {
   while true; do
     now=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "--command=$inspect") || now=""
     case $now in
-      exited:* | dead:*) ! ending "${now#*:}" || return "$status" ;;
+      exited:* | dead:*) ! verdict "${now#*:}" || return "$status" ;;
     esac
     if [[ $now =~ ^(created|running|paused|restarting): ]]; then
       lost=0
@@ -289,18 +289,23 @@ finish() {
 
 stop() { everywhere "sudo docker stop --time $grace cocoa"; }
 
-delete() { run "${tpus[@]}" delete "$name" "${where[@]}" --force --quiet; }
+# A request to delete that has failed may have been heard all the same.
+delete_once() {
+  local now
+  run "${ending[@]}" || { look && [ "$now" = GONE ]; }
+}
+
+delete() { insist delete_once; }
 
 # Nothing that costs money outlives a failure, unless it was asked for.
 give_back() {
-  local again
-  again=$(DRY_RUN=1 delete)
   if [ -n "$keep" ]; then
-    loud "$name IS LEFT RUNNING AND COSTS MONEY (--keep); to end it: $again"
+    loud "$name IS LEFT RUNNING AND COSTS MONEY (--keep); to end it: $(shown "${ending[@]}")"
   elif delete; then
     say "$name was deleted after the failure"
   else
-    loud "$name MAY STILL BE RUNNING AND COST MONEY, deleting it failed; to end it: $again"
+    loud "$name MAY STILL BE RUNNING AND COST MONEY, deleting it failed; to end it: $(shown "${ending[@]}")"
+    return 1
   fi
 }
 
@@ -317,6 +322,7 @@ up() {
 parse "$@"
 tpus=(gcloud compute tpus queued-resources)
 where=("--project=$project" "--zone=$zone")
+ending=("${tpus[@]}" delete "$name" "${where[@]}" --force --quiet)
 case $verb in
   create | setup | start | up | log | tail | finish | stop | delete) check; "$verb" ;;
   wait) check; wait_active ;;

@@ -121,7 +121,14 @@ submit() {
   fi
 }
 
-delete() { run xpk workload delete "--workload=$name" "${where[@]}" --force; }
+# A request to delete that has failed may have been heard all the same.
+delete_once() {
+  local left
+  run xpk workload delete "--workload=$name" "${where[@]}" --force ||
+    { left=$(ask "" kubectl get jobset "$name" --ignore-not-found --output=name "${at[@]}") && [ -z "$left" ]; }
+}
+
+delete() { insist delete_once; }
 
 stop() { delete; }
 

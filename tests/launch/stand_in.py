@@ -3,7 +3,7 @@
 CALLS names a file that gets one JSON list a call. ANSWERS names a file {pattern: [[status, text], ...]}: the first
 pattern found in the command line gives its answers in turn, the last of them for ever; without one it answers nothing
 and succeeds. Text goes to stderr where the status is not 0. The pattern "taken" stands for a `describe` of a queued
-resource that no call has created, or that one has deleted since. Where hosts are asked how many they are, each line of
+resource that no call has created, or that one has deleted since; calls that fail do neither. Where hosts are asked how many they are, each line of
 text is one host, and an empty text none.
 """
 
@@ -14,16 +14,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-
-
-def looked_at(lines: list[str]) -> list[str]:
-    """What patterns are looked for in."""
-    there, result = False, []
-    for line in lines:
-        _, _, verb = line.partition(" queued-resources ")
-        there = verb.startswith("create ") or (there and not verb.startswith("delete "))
-        result.append("taken" if verb.startswith("describe ") and not there else line)
-    return result
 
 
 def say(words: list[str], text: str, status: int = 0) -> int:
@@ -41,8 +31,22 @@ def main() -> int:
     with calls.open("a") as file:
         file.write(json.dumps(words) + "\n")
     told = json.loads(Path(os.environ["ANSWERS"]).read_text())
-    lines = [" ".join(json.loads(line)) for line in calls.read_text().splitlines()]
-    *before, now = looked_at(lines) if "taken" in told else lines
+    there, seen = calls.with_name("there"), calls.with_name("seen")
+    now, verb = " ".join(words), words[4] if "queued-resources" in words else ""
+    if verb == "describe" and "taken" in told and not there.exists():
+        now = "taken"
+    before = seen.read_text().splitlines()
+    with seen.open("a") as file:
+        file.write(now.replace("\n", " ") + "\n")
+    status = answer(words, now, before, told)
+    if verb == "create" and not status:
+        there.touch()
+    if verb == "delete" and not status:
+        there.unlink(missing_ok=True)
+    return status
+
+
+def answer(words: list[str], now: str, before: list[str], told: dict[str, list]) -> int:
     for pattern, answers in told.items():
         if re.search(pattern, now):
             asked = sum(1 for line in before if re.search(pattern, line))

@@ -197,7 +197,7 @@ def test_slices_that_are_dead_are_replaced(desk, state):
 
 def test_dead_slices_that_cannot_be_deleted_end_it(desk):
     ended = up(desk, {"taken": [[0, "FAILED"]], "delete": [[1, "no rights"]]}, "--replace")
-    assert ended.status == 1 and [call[4] for call in ended.calls] == ["describe", "delete"]
+    assert ended.status == 1 and [call[4] for call in ended.calls] == ["describe", *["delete", "describe"] * 10]
 
 
 @pytest.mark.parametrize(
@@ -346,8 +346,41 @@ def test_a_pipeline_stops_at_an_error_that_stays_and_gives_back(desk):
     assert ended.status == 1 and done[-1] == "delete" and "could not be read" in ended.errors
     ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]]}, "--keep")
     assert "delete" not in done and "ARE LEFT RUNNING AND COST MONEY (--keep)" in ended.errors
-    ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]], "delete": [[1, ""]]})
-    assert "MAY STILL BE RUNNING AND COST MONEY" in ended.errors
+
+
+BACKENDS = pytest.mark.parametrize(
+    ("words", "answers"),
+    [
+        pytest.param(f"queued {REQUEST}", {**FREE, **FINISHED}, id="queued"),
+        pytest.param(f"gke {GKE}", {"ignore-not-found": [[0, ""]], **ENDED}, id="gke"),
+        pytest.param(f"xpk {XPK}", {"output=name": [[0, "jobset/cocoa"]], **ENDED}, id="xpk"),
+    ],
+)
+
+
+@BACKENDS
+def test_deleting_that_fails_once_is_tried_again(desk, words, answers):
+    words = shlex.split(f"{words} {STAGES} --keep")  # after a failure, which this is none
+    ended = desk.run("pipeline.sh", *words, answers={" delete ": [[1, "no network"], [0, ""]], **answers})
+    assert ended.status == 0 and "!!!" not in ended.errors
+    assert sum("delete" in call for call in ended.calls) == 2
+
+
+@BACKENDS
+def test_what_cannot_be_deleted_is_no_success(desk, words, answers):
+    ended = desk.run("pipeline.sh", *shlex.split(f"{words} {STAGES}"), answers={" delete ": [[1, "no"]], **answers})
+    assert ended.status == 1 and sum("delete" in call for call in ended.calls) == 10
+    assert "!!! pipeline.sh: the slices MAY STILL BE RUNNING AND COST MONEY" in ended.errors
+
+
+@BACKENDS
+def test_deleting_that_was_heard_although_it_failed_is_done(desk, words, answers):
+    gone = {"describe": [[0, "ACTIVE"]] * words.count("queued") + [[1, "NOT_FOUND"]], "output=name": [[0, ""]]}
+    answers = {" delete ": [[1, "no network"], [1, "NotFound"]], **gone, **answers, **gone}
+    if "gke" in words:
+        answers[" delete "] = [[1, "no network"], [0, ""]]  # it is told to ignore what is not found
+    ended = desk.run("pipeline.sh", *shlex.split(f"{words} {STAGES}"), answers=answers)
+    assert ended.status == 0 and "!!!" not in ended.errors
 
 
 TAKEN_ONCE = {"describe": [[0, "ACTIVE"], [0, "SUSPENDED"], [0, "ACTIVE"]]}
