@@ -16,6 +16,7 @@
 # Options
 #   --name NAME            of the JobSet
 #   --namespace NAME       of Kubernetes [default]
+#   --context NAME         of kubectl [the current one]
 #   --type TYPE            v5e, v5p or v6e
 #   --topology SHAPE       of a slice, such as 4x4 or 2x2x2
 #   --slices N             joined over the data-centre network [1]
@@ -35,9 +36,11 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 source "$here/lib.sh"
+# shellcheck source=launch/jobset.sh
+source "$here/jobset.sh"
 
-verb="" name="" namespace=default type="" topology="" slices=1 spot="" reservation="" image="" data=""
-account=default restarts=20 grace=600 command=() accelerator="" chips=0 hosts=0
+verb="" namespace=default type="" topology="" slices=1 spot="" reservation="" image="" data=""
+account=default restarts=20 grace=600 command=() accelerator="" chips=0 hosts=0 context="" container=(--container=cocoa)
 
 parse() {
   begin "${BASH_SOURCE[0]}" "$@"
@@ -54,6 +57,7 @@ parse() {
     case $1 in
       --name) name=$2 ;;
       --namespace) namespace=$2 ;;
+      --context) context=$2 ;;
       --type) type=$2 ;;
       --topology) topology=$2 ;;
       --slices) slices=$2 ;;
@@ -73,6 +77,7 @@ check() {
   need "$name" --name "give the JobSet a name"
   name "$name" --name
   name "$namespace" --namespace
+  word "$context" --context
   case $verb in submit | render) check_request ;; esac
 }
 
@@ -133,8 +138,7 @@ render() {
   [ -z "$spot" ] || wanted+=(spot)
   [ -z "$reservation" ] || wanted+=(reservation)
   [ -z "$data" ] || wanted+=(data)
-  [[ $path != */?* ]] || inside=${path#*/}
-  [ -z "$inside" ] || wanted+=(inside)
+  [[ $path != */?* ]] || inside=,only-dir=${path#*/}
   text=$(keep "${wanted[@]}" <"$here/jobset.yaml")
   local -A values=(
     [NAME]=$name [NAMESPACE]=$namespace [ACCELERATOR]=$accelerator [TOPOLOGY]=$topology [SLICES]=$slices
@@ -145,13 +149,11 @@ render() {
   printf '%s\n' "$text"
 }
 
-kubectl_here() { run kubectl "$@" "--namespace=$namespace"; }
-
 # A JobSet that has the name already may be somebody's run: it is left alone.
 unused() {
   local now
   now=$(ask "" kubectl get jobset "$name" --ignore-not-found \
-    '--output=jsonpath={.metadata.name}:{.status.terminalState}' "--namespace=$namespace")
+    '--output=jsonpath={.metadata.name}:{.status.terminalState}' "${at[@]}")
   [ -n "$now" ] || return 0
   now=${now#*:}
   in_use "$name" JobSet "${now:-not ended}" "log, finish" "$0" delete --name "$name" --namespace "$namespace"
@@ -162,51 +164,23 @@ submit() {
   text=$(render)
   unused
   if [ -n "$DRY_RUN" ]; then
-    shown kubectl create --filename=- "--namespace=$namespace"
+    shown kubectl create --filename=- "${at[@]}"
     printf '%s\n' "$text"
-  elif ! kubectl_here create --filename=- <<<"$text"; then
+  elif ! kubectl create --filename=- "${at[@]}" <<<"$text"; then
     loud "kubectl create failed; should a JobSet $name exist and be yours, it COSTS MONEY; to end it: $(shown "$0" delete \
       --name "$name" --namespace "$namespace")"
     return 1
   fi
 }
 
-log() {
-  kubectl_here logs --follow --container=cocoa --tail=-1 \
-    "--selector=jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
-}
-
-tail() {
-  kubectl_here logs --prefix --container=cocoa --tail=20 "--selector=jobset.sigs.k8s.io/jobset-name=$name"
-}
-
-finish() {
-  local now unanswered=0
-  while true; do
-    if now=$(ask Completed kubectl get jobset "$name" '--output=jsonpath={.status.terminalState}' \
-      "--namespace=$namespace"); then
-      unanswered=0
-    else
-      unanswered=$((unanswered + 1))
-    fi
-    case $now in
-      Completed) return 0 ;;
-      Failed) say "$name has failed: see ${0##*/} tail"; return 1 ;;
-    esac
-    if [ "$unanswered" -ge 5 ]; then
-      loud "the state of $name could not be read $unanswered times; it MAY STILL BE RUNNING AND COST MONEY"
-      return 1
-    fi
-    pause
-  done
-}
-
-delete() { kubectl_here delete jobset "$name" --ignore-not-found --wait; }
+delete() { insist run kubectl delete jobset "$name" --ignore-not-found --wait "${at[@]}"; }
 
 stop() { delete; }
 
 parse "$@"
 check
+at=("--namespace=$namespace")
+[ -z "$context" ] || at+=("--context=$context")
 case $verb in
   submit | render | log | tail | finish | stop | delete) "$verb" ;;
   *) die "unknown verb $verb (see --help)" ;;

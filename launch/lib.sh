@@ -88,6 +88,17 @@ in_use() {
     "or end it: $(shown "${@:5}")"
 }
 
+# insist WORD...: a passing failure must not leave undone what gives something back.
+insist() {
+  local try
+  for ((try = 1; try < 10; try++)); do
+    if "$@"; then return 0; fi # in a trap, a bare return gives the status from before it
+    say "deleting failed: try $((try + 1)) of 10 follows"
+    pause
+  done
+  "$@"
+}
+
 # What costs money is given back however a script ends, but only what this script has made: after `guard`,
 # `making WORD...` runs a command and keeps in $made that it has succeeded; at the end `give_back STATUS` is called then.
 made="" busy="" told=""
@@ -100,7 +111,7 @@ guard() {
 ended() {
   local status=$?
   trap - EXIT
-  [ -z "$made" ] || give_back "$status"
+  if [ -n "$made" ] && ! give_back "$status" && [ "$status" -eq 0 ]; then status=1; fi
   exit "$status"
 }
 

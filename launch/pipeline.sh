@@ -57,27 +57,46 @@ tell() { call tail || say "the log of the stages could not be read"; }
 
 call() { "$script" "$1" "${mine[@]}" "${@:2}"; }
 
-# Whatever ends this script, nothing that it made is left and costs money unless it was asked for.
+# give_back STATUS: whatever ends this script, nothing that it made is left and costs money unless it was asked for.
 give_back() {
-  if [ -n "$keep" ]; then
+  if [ -n "$keep" ] && [ "$1" -ne 0 ]; then
     loud "the slices ARE LEFT RUNNING AND COST MONEY (--keep); to end them: $(shown "$script" delete "${mine[@]}")"
   elif ! call delete; then
     loud "the slices MAY STILL BE RUNNING AND COST MONEY, deleting them failed; to end them: $(shown "$script" delete \
       "${mine[@]}")"
+    return 1
   fi
 }
 
+# From what there is to stages that run: ask for slices where there are none, wait, set them up, start.
+bring_up() {
+  local old=$made status=0
+  [ -n "$made" ] || making call create --replace || return
+  call wait || status=$?
+  case $status in
+    0) ;;
+    75 | 3)
+      # Slices that were taken away stay in the list under their name until they are deleted.
+      call delete || return 3
+      made=""
+      [ -z "$old" ] || status=75 # they have been there, and may come again
+      return "$status" ;;
+    *) return "$status" ;;
+  esac
+  [ -z "$ran" ] || tell
+  ran=""
+  call setup || return
+  call start -- "${command[@]}"
+}
+
 queued() {
-  local attempt status unstarted=0
+  local attempt status unstarted=0 ran=""
+  "$script" up --dry-run "${mine[@]}" -- "${command[@]}" >/dev/null # finds wrong options, before anything is made
   for ((attempt = 1; attempt <= attempts; attempt++)); do
     status=0
-    if [ -z "$made" ]; then
-      making call up --replace -- "${command[@]}" || status=$? # deletes what it made when it fails
-    else
-      call start -- "${command[@]}" || status=$?
-    fi
+    bring_up || status=$?
     if [ "$status" -eq 0 ]; then
-      unstarted=0
+      unstarted=0 ran=1
       call finish || status=$?
       [ "$status" -ne 0 ] || return 0
       retry "$status" || { tell; say "the stages have failed with status $status: see the log above"; return "$status"; }
@@ -93,14 +112,6 @@ queued() {
       pause
     fi
     say "attempt $attempt of $attempts ended with status $status: trying again"
-    # Slices that were taken away stay in the list under their name until they are deleted.
-    [ -n "$made" ] || continue
-    if ! call wait >/dev/null; then
-      call delete
-      made=""
-    elif [ "$unstarted" -eq 0 ]; then
-      tell
-    fi
   done
   say "$attempts attempts were not enough: the same command continues"
   return 75
@@ -108,6 +119,8 @@ queued() {
 
 cluster() {
   making call submit -- "${command[@]}"
+  # kubectl may well be pointed elsewhere before the stages have ended.
+  [[ " ${mine[*]} " == *" --context "* ]] || mine+=(--context "$(ask CONTEXT kubectl config current-context)")
   call finish || {
     local status=$?
     tell

@@ -6,9 +6,9 @@
 # Verbs
 #   create   ask for the slices                        needs --accelerator or --type and --topology, and --runtime;
 #            exits with 2 where NAME is in use
-#   wait     until they are there
+#   wait     until they are there; exits with 75 where they were taken away, with 3 where the request has failed
 #   setup    copy data to every host, pull the image   needs --image
-#   start    run COMMAND in the image on every host    needs --image
+#   start    run COMMAND in the image on every host    needs --image; what runs on all of them already is left alone
 #   up       create, wait, setup, start; what create has made is deleted if one of the others fails
 #   log      follow the log of the first host
 #   tail     the last lines of the log of every host
@@ -119,16 +119,37 @@ check_request() {
   [[ $until =~ ^([0-9]+[dhms])*$ ]] || die "--valid-until is '$until': give a time such as 6h or 1d12h"
 }
 
-# everywhere COMMAND: on all hosts of all slices at once; fails when it fails on one of them.
-everywhere() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all "--command=$1"; }
+# What a host says at last: how many its slice has, and how many slices there are, learnt as JAX learns it.
+census="of() { curl -sfH Metadata-Flavor:Google metadata.google.internal/computeMetadata/v1/instance/attributes/\$1; }"
+census+="; echo cocoa:done \$(of worker-network-endpoints | tr , ' ' | wc -w)"
+census+=" \$(of tpu-env | sed -n s/^MEGASCALE_NUM_SLICES://p | tr -cd 0-9)"
+
+# everywhere COMMAND [EXPECTED]: on all hosts of all slices at once; $said is what they say. It fails when COMMAND fails on
+# one of them, and when one does not answer: gcloud leaves out a slice that it cannot reach, and succeeds.
+everywhere() {
+  local answers line status=0 answered=0 wanted=1 hosts slices
+  said=""
+  answers=$(ask "${2:-}"$'\n'"cocoa:done 1" "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all \
+    "--command=$1 && { $census; }") || status=$?
+  while read -r line; do
+    case $line in
+      "cocoa:done "*)
+        read -r _ hosts slices <<<"$line"
+        answered=$((answered + 1)) wanted=$((hosts * ${slices:-1})) ;;
+      *) said+=$line$'\n' ;;
+    esac
+  done <<<"$answers"
+  [ "$status" -eq 0 ] || return "$status"
+  [ "$answered" -ge "$wanted" ] || { say "$answered of $wanted hosts of $name have answered"; return 1; }
+}
 
 # What has the name already may be somebody's run: it is left alone. Without an answer we go on: Google Cloud refuses a
 # name that is in use, too, and what we have not made we do not delete.
 unused() {
   local now
-  now=$(state "" 2>/dev/null) || return 0
+  look GONE
   case $now in
-    "") return ;;
+    "" | GONE) return ;;
     FAILED | SUSPENDED) [ -z "$replace" ] || { say "$name is $now: it is made again"; delete; return; } ;;
   esac
   in_use "$name" "queued resource" "$now" "finish where a run is on it, else wait, setup, start" \
@@ -152,7 +173,7 @@ order() {
   [ -z "$account" ] || request+=("--service-account=$account")
   run "${tpus[@]}" create "$name" "${where[@]}" "${request[@]}" --quiet || {
     local status=$?
-    loud "create failed; should $name exist and be yours, it COSTS MONEY; to end it: $(DRY_RUN=1 delete)"
+    loud "create failed; should $name exist and be yours, it COSTS MONEY; to end it: $(shown "${ending[@]}")"
     return "$status"
   }
 }
@@ -162,21 +183,37 @@ create() {
   order
 }
 
-state() { ask "${1-ACTIVE}" "${tpus[@]}" describe "$name" "${where[@]}" '--format=value(state.state)'; }
+# look [EXPECTED]: keep in $now the state of the request: GONE where there is none, nothing where it cannot be read. Then
+# nobody can tell what there is, and whatever it is goes on by itself: no reason to give it up, but one to say so loudly.
+unread=0
+look() {
+  local answer
+  now=""
+  if answer=$(ask "${1-ACTIVE}" "${tpus[@]}" describe "$name" "${where[@]}" '--format=value(state.state)' 2>&1) &&
+    [[ $'\n'$answer =~ $'\n'([A-Z_]+)($|[[:space:]]) ]]; then
+    now=${BASH_REMATCH[1]} unread=0
+  elif [[ $answer == *NOT_FOUND* ]]; then
+    now=GONE unread=0
+  else
+    unread=$((unread + 1))
+    say "the state of $name could not be read: $answer"
+    [ "$unread" -ne 5 ] || loud "the state of $name could not be read 5 times; it MAY STILL BE RUNNING AND COST MONEY"
+  fi
+}
 
 wait_active() {
-  local now unanswered=0
+  local now
   while true; do
-    if now=$(state); then unanswered=0; else unanswered=$((unanswered + 1)); fi
-    [ "$unanswered" -lt 5 ] || { say "the state of $name could not be read $unanswered times"; return 3; }
+    look
     case $now in
       ACTIVE) return ;;
+      GONE) die "there is no queued resource $name in $zone of $project: see create, or whether somebody has deleted it" ;;
       SUSPENDING | SUSPENDED | DELETING) say "$name is $now: the slices were taken away"; return 75 ;;
       FAILED)
         say "$name is $now and will not become active: see gcloud compute tpus queued-resources describe $name"
         return 3 ;;
     esac
-    say "$name is ${now:-unknown}"
+    [ -z "$now" ] || say "$name is $now"
     pause
   done
 }
@@ -190,52 +227,61 @@ setup() {
 
 start() {
   local steps
+  # What could not be seen for a while may have gone on all the same.
+  everywhere "{ sudo docker ps --filter name=^cocoa\$ --format runs | grep runs || echo idle; }" idle || return
+  [[ $said != *runs* || $said == *idle* ]] || { say "it runs on all hosts of $name already"; return 0; }
+  # Processes of data.workers hand over whole batches in shared memory, of which a container has 64 MB by itself.
   steps="set -eu; sudo docker rm --force cocoa >/dev/null 2>&1 || true; sudo docker run --detach --name cocoa"
-  steps+=" --privileged --network host --stop-timeout $grace --volume ~/cocoa/data:/data $image $(shown "${command[@]}")"
+  steps+=" --privileged --network host --shm-size 16g --stop-timeout $grace --volume ~/cocoa/data:/data"
+  steps+=" $image $(shown "${command[@]}")"
   everywhere "$steps"
 }
 
 log() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 '--command=sudo docker logs --follow cocoa'; }
 
-tail() { everywhere "sudo docker logs --tail 20 cocoa"; }
+tail() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all "--command=sudo docker logs --tail 20 cocoa"; }
 
-inspect="--command=sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa"
+inspect="sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa"
 
-# cause STATUS: what began it. When COMMAND fails on one host, the others only tell that another one is gone.
-cause() {
-  local all line
-  all=$(ask "" "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all "$inspect") || all=""
-  while read -r line; do
-    [[ $line =~ ^exited:([0-9]+)$ ]] || continue
-    if [ "${BASH_REMATCH[1]}" -ne 0 ] && ! retry "${BASH_REMATCH[1]}"; then
-      printf '%s\n' "${BASH_REMATCH[1]}"
-      return
-    fi
-  done <<<"$all"
-  printf '%s\n' "$1"
+# verdict CODE: keep in $status how COMMAND has ended, which on the first host did with CODE; fails where it may go on, with
+# what a host says on which it does in $now. After an error on one host the others only tell that it is gone. A host that
+# was started anew says 255 of its container, by some versions of Docker 0 (moby/moby#45788): all have to say 0.
+verdict() {
+  local line code all=1
+  status=$1 now=""
+  everywhere "$inspect" exited:0 || all=""
+  for line in $said; do
+    code=${line#*:}
+    case $line in
+      exited:0 | dead:0) ;;
+      exited:* | dead:*)
+        [ "$status" -ne 0 ] || status=$code
+        [ "$code" = 255 ] || retry "$code" || { status=$code; return; } ;;
+      *) all="" now=$line ;;
+    esac
+  done
+  [ "$status" -ne 255 ] || status=75
+  [ "$status" -ne 0 ] || [ -n "$all" ]
 }
 
 # Exit with the status of COMMAND, which ends on all hosts together.
 finish() {
-  local now lost=0
+  local now status lost=0
   while true; do
-    if now=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "$inspect"); then
+    now=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "--command=$inspect") || now=""
+    case $now in
+      exited:* | dead:*) ! verdict "${now#*:}" || return "$status" ;;
+    esac
+    if [[ $now =~ ^(created|running|paused|restarting): ]]; then
       lost=0
-      now=${now##*$'\n'}
-      case $now in
-        exited:0) return 0 ;;
-        exited:* | dead:*) return "$(cause "${now#*:}")" ;;
-      esac
     else
-      now=$(state) || now=unknown
+      look
       case $now in
-        ACTIVE | unknown) lost=$((lost + 1)) ;;
+        ACTIVE) lost=$((lost + 1)) ;;
+        "") ;;
         *) say "$name is $now: the slices were taken away"; return 75 ;;
       esac
-      if [ "$lost" -ge 5 ]; then
-        say "the first host of $name has not answered $lost times although it is $now"
-        return 75
-      fi
+      [ "$lost" -lt 5 ] || { say "hosts of $name have not answered $lost times although it is ACTIVE"; return 75; }
     fi
     pause
   done
@@ -243,18 +289,23 @@ finish() {
 
 stop() { everywhere "sudo docker stop --time $grace cocoa"; }
 
-delete() { run "${tpus[@]}" delete "$name" "${where[@]}" --force --quiet; }
+# A request to delete that has failed may have been heard all the same.
+delete_once() {
+  local now
+  run "${ending[@]}" || { look && [ "$now" = GONE ]; }
+}
+
+delete() { insist delete_once; }
 
 # Nothing that costs money outlives a failure, unless it was asked for.
 give_back() {
-  local again
-  again=$(DRY_RUN=1 delete)
   if [ -n "$keep" ]; then
-    loud "$name IS LEFT RUNNING AND COSTS MONEY (--keep); to end it: $again"
+    loud "$name IS LEFT RUNNING AND COSTS MONEY (--keep); to end it: $(shown "${ending[@]}")"
   elif delete; then
     say "$name was deleted after the failure"
   else
-    loud "$name MAY STILL BE RUNNING AND COST MONEY, deleting it failed; to end it: $again"
+    loud "$name MAY STILL BE RUNNING AND COST MONEY, deleting it failed; to end it: $(shown "${ending[@]}")"
+    return 1
   fi
 }
 
@@ -271,6 +322,7 @@ up() {
 parse "$@"
 tpus=(gcloud compute tpus queued-resources)
 where=("--project=$project" "--zone=$zone")
+ending=("${tpus[@]}" delete "$name" "${where[@]}" --force --quiet)
 case $verb in
   create | setup | start | up | log | tail | finish | stop | delete) check; "$verb" ;;
   wait) check; wait_active ;;

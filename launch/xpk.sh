@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train on a GKE cluster that xpk manages.
+# Train on a GKE cluster that xpk manages; the options are those of xpk 1.16.
 #
 #   xpk.sh VERB --name NAME --cluster CLUSTER --project PROJECT --zone ZONE [options] [-- COMMAND...]
 #
 # Verbs
 #   submit   create the workload                       needs --tpu-type and --image; exits with 2 where NAME is in use
-#   finish   wait until it has ended
+#   finish   wait until it has ended                   needs kubectl; exit 0 when it is complete, 1 when it has failed
 #   log      follow the log of the first host          needs kubectl
 #   tail     the last lines of the log of every host   needs kubectl
 #   stop     let COMMAND save and end: the same as delete, whose grace period is --grace
@@ -16,6 +16,7 @@
 #   --cluster CLUSTER      of xpk
 #   --project PROJECT      of Google Cloud
 #   --zone ZONE            of the cluster
+#   --context NAME         of kubectl, where it needs that [the current one, which xpk sets]
 #   --tpu-type TYPE        of a slice, such as v5litepod-16
 #   --slices N             joined over the data-centre network [1]
 #   --spot                 spot capacity, where the cluster provisions it itself
@@ -33,9 +34,11 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 source "$here/lib.sh"
+# shellcheck source=launch/jobset.sh
+source "$here/jobset.sh"
 
-verb="" name="" cluster="" project="" zone="" tpu="" slices=1 tier=() image="" priority=medium restarts=20 grace=600
-command=()
+verb="" cluster="" project="" zone="" tpu="" slices=1 tier=() image="" priority=medium restarts=20 grace=600
+command=() context=""
 
 parse() {
   begin "${BASH_SOURCE[0]}" "$@"
@@ -54,6 +57,7 @@ parse() {
       --cluster) cluster=$2 ;;
       --project) project=$2 ;;
       --zone) zone=$2 ;;
+      --context) context=$2 ;;
       --tpu-type) tpu=$2 ;;
       --slices) slices=$2 ;;
       --reservation) tier+=("--reservation=$2") ;;
@@ -76,6 +80,7 @@ check() {
   word "$cluster" --cluster
   word "$project" --project
   word "$zone" --zone
+  word "$context" --context
   [ "$verb" = submit ] || return 0
   need "$tpu" --tpu-type "such as v5litepod-16"
   image "$image" --image
@@ -106,9 +111,9 @@ unused() {
 
 submit() {
   unused
-  # Without --restart-on-user-code-failure xpk takes a stage that saved and asks to be tried again for a failure.
+  # By itself xpk restarts after 42 and from 127 on: a stage that saved and asks to be tried again (75) would have failed.
   if ! run xpk workload create "--workload=$name" "${where[@]}" "--tpu-type=$tpu" "--num-slices=$slices" \
-    "--docker-image=$image" "--priority=$priority" "--max-restarts=$restarts" --restart-on-user-code-failure \
+    "--docker-image=$image" "--priority=$priority" "--max-restarts=$restarts" --restart-on-exit-codes=75 \
     "--termination-grace-period-seconds=$grace" "${tier[@]}" "--command=$(shown "${command[@]}")"; then
     loud "xpk failed; should a workload $name exist and be yours, it COSTS MONEY; to end it: $(shown xpk workload delete \
       "--workload=$name" "${where[@]}" --force)"
@@ -116,29 +121,21 @@ submit() {
   fi
 }
 
-finish() {
-  run xpk workload list "${where[@]}" "--wait-for-job-completion=$name" || {
-    local status=$?
-    loud "$name has failed, or could not be waited for; it MAY STILL BE RUNNING AND COST MONEY; to end it: $(shown \
-      xpk workload delete "--workload=$name" "${where[@]}" --force)"
-    return "$status"
-  }
+# A request to delete that has failed may have been heard all the same.
+delete_once() {
+  local left
+  run xpk workload delete "--workload=$name" "${where[@]}" --force ||
+    { left=$(ask "" kubectl get jobset "$name" --ignore-not-found --output=name "${at[@]}") && [ -z "$left" ]; }
 }
 
-log() {
-  run kubectl logs --follow --tail=-1 \
-    "--selector=jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
-}
-
-tail() { run kubectl logs --prefix --tail=20 "--selector=jobset.sigs.k8s.io/jobset-name=$name"; }
-
-delete() { run xpk workload delete "--workload=$name" "${where[@]}" --force; }
+delete() { insist delete_once; }
 
 stop() { delete; }
 
 parse "$@"
 where=("--cluster=$cluster" "--project=$project" "--zone=$zone")
 check
+[ -z "$context" ] || at=("--context=$context")
 case $verb in
   submit | finish | log | tail | stop | delete) "$verb" ;;
   *) die "unknown verb $verb (see --help)" ;;

@@ -42,6 +42,8 @@ class Desk:
     def start(self, script: str, *words: str, answers: Mapping[str, list] | None = None) -> subprocess.Popen:
         (self.folder / "answers").write_text(json.dumps(answers or {}))
         (self.folder / "calls").write_text("")
+        (self.folder / "seen").write_text("")
+        (self.folder / "there").unlink(missing_ok=True)
         environment = {
             **os.environ,
             "PATH": f"{self.folder}:{os.environ['PATH']}",

@@ -3,7 +3,8 @@
 CALLS names a file that gets one JSON list a call. ANSWERS names a file {pattern: [[status, text], ...]}: the first
 pattern found in the command line gives its answers in turn, the last of them for ever; without one it answers nothing
 and succeeds. Text goes to stderr where the status is not 0. The pattern "taken" stands for a `describe` of a queued
-resource that no call has created, or that one has deleted since.
+resource that no call has created, or that one has deleted since; calls that fail do neither. Where hosts are asked how many they are, each line of
+text is one host, and an empty text none.
 """
 
 import json
@@ -15,14 +16,13 @@ import time
 from pathlib import Path
 
 
-def looked_at(lines: list[str]) -> list[str]:
-    """What patterns are looked for in."""
-    there, result = False, []
+def say(words: list[str], text: str, status: int = 0) -> int:
+    lines = text.splitlines()
+    if "cocoa:done" in words[-1] and not status and "cocoa:done" not in text:
+        lines += [f"cocoa:done {len(lines)}" for _ in lines]
     for line in lines:
-        _, _, verb = line.partition(" queued-resources ")
-        there = verb.startswith("create ") or (there and not verb.startswith("delete "))
-        result.append("taken" if verb.startswith("describe ") and not there else line)
-    return result
+        print(line, file=sys.stderr if status else sys.stdout)
+    return status
 
 
 def main() -> int:
@@ -31,8 +31,22 @@ def main() -> int:
     with calls.open("a") as file:
         file.write(json.dumps(words) + "\n")
     told = json.loads(Path(os.environ["ANSWERS"]).read_text())
-    lines = [" ".join(json.loads(line)) for line in calls.read_text().splitlines()]
-    *before, now = looked_at(lines) if "taken" in told else lines
+    there, seen = calls.with_name("there"), calls.with_name("seen")
+    now, verb = " ".join(words), words[4] if "queued-resources" in words else ""
+    if verb == "describe" and "taken" in told and not there.exists():
+        now = "taken"
+    before = seen.read_text().splitlines()
+    with seen.open("a") as file:
+        file.write(now.replace("\n", " ") + "\n")
+    status = answer(words, now, before, told)
+    if verb == "create" and not status:
+        there.touch()
+    if verb == "delete" and not status:
+        there.unlink(missing_ok=True)
+    return status
+
+
+def answer(words: list[str], now: str, before: list[str], told: dict[str, list]) -> int:
     for pattern, answers in told.items():
         if re.search(pattern, now):
             asked = sum(1 for line in before if re.search(pattern, line))
@@ -43,10 +57,10 @@ def main() -> int:
                 time.sleep(0.5)  # bash loses the status of what ends at the very moment
             elif text.startswith("sleep"):
                 time.sleep(float(text.split()[1]))
-            elif text:
-                (sys.stderr if status else sys.stdout).write(text + "\n")
+            else:
+                say(words, text, status)
             return status
-    return 0
+    return say(words, "one host") if " ssh " in now else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The exact command lines, against golden files; every flag of theirs is one that public documentation lists."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -44,7 +45,7 @@ CASES = {
     ),
     "gke-log": "gke.sh log --name cocoa",
     "gke-tail": "gke.sh tail --name cocoa --namespace ml",
-    "gke-finish": "gke.sh finish --name cocoa",
+    "gke-finish": "gke.sh finish --name cocoa --context my-context",
     "gke-stop": "gke.sh stop --name cocoa --namespace ml",
     "gke-delete": "gke.sh delete --name cocoa",
     "xpk-submit": f"xpk.sh submit {XPK} --tpu-type v5litepod-16 {IMAGE} {COMMAND}",
@@ -103,15 +104,43 @@ def test_what_is_run_is_what_was_printed(desk, case):
     assert ended.calls == [shlex.split(line) for line in printed if line.startswith(("gcloud ", "kubectl ", "xpk "))]
 
 
+def metadata(folder: Path, endpoints: str, environment: str) -> str:
+    """A PATH on which a host's metadata are those, and nothing is run as root."""
+    answers = {"worker-network-endpoints": endpoints, "tpu-env": environment}
+    (folder / "curl").write_text('#!/bin/sh\ncat "$0.${3##*/}"\n')  # -sfH HEADER URL
+    (folder / "sudo").write_text("#!/bin/sh\n")
+    for name, text in answers.items():
+        (folder / f"curl.{name}").write_text(text)
+    for name in ("curl", "sudo"):
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "environment", "told"),
+    [
+        ("unknown:unknown:10.0.0.2", "ACCELERATOR_TYPE: 'v5litepod-4'\n", "1"),
+        ("h0,h1,h2,h3", "MEGASCALE_COORDINATOR_ADDRESS: 'h0'\nMEGASCALE_NUM_SLICES: '2'\nWORKER_ID: '0'\n", "4 2"),
+    ],
+)
+def test_a_host_tells_how_many_there_are(tmp_path, endpoints, environment, told):
+    words = shlex.split((HERE / "golden/queued-stop.txt").read_text())
+    command = words[-1].removeprefix("--command=")
+    path = metadata(tmp_path, endpoints, environment)
+    ended = subprocess.run(["sh", "-c", command], env={"PATH": path}, capture_output=True, text=True)
+    assert ended.stdout.strip() == f"cocoa:done {told}", ended.stderr
+
+
 def check_flags(words: list[str]) -> None:
     """Every flag of a command is in the table of that command."""
-    commands = [name for name in FLAGS if name != "gcloud"]
+    commands = [name for name in FLAGS if " " in name]
     known = next((name for name in commands if words[: len(name.split())] == name.split()), None)
     assert known is not None, f"flags.json says nothing about {words[:5]}"
     for word in words[len(known.split()) :]:
         if word.startswith("-"):
             flag = word.split("=")[0]
-            assert flag in FLAGS[known]["flags"] + FLAGS["gcloud"]["flags"] * known.startswith("gcloud "), (known, flag)
+            everywhere = FLAGS.get(words[0], {"flags": []})["flags"]
+            assert flag in FLAGS[known]["flags"] + everywhere, (known, flag)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +150,7 @@ def check_flags(words: list[str]) -> None:
         "gcloud compute tpus queued-resources delete x --spot",
         "kubectl create --image=x",
         "xpk workload create --node-count=2",
+        "xpk workload create --restart-on-user-code-failure",
         "gcloud compute tpus locations list",
     ],
 )
@@ -152,5 +182,5 @@ def test_scripts_are_clean():
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
     for path in map(Path, scripts):
-        if path.name != "lib.sh":
+        if path.name not in ("lib.sh", "jobset.sh"):
             assert "\nset -euo pipefail\n" in path.read_text() and path.stat().st_mode & 0o111

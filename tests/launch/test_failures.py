@@ -15,6 +15,7 @@ COMMAND = "-- cocoa-stages --base /data/m --run gs://b/r"
 STAGES = "--base /data/m --run gs://b/r --configs c"
 FREE = {"taken": [[1, "NOT_FOUND"]]}
 ACTIVE = {"describe": [[0, "ACTIVE"]]}
+GONE = {"describe": [[0, "SUSPENDED"]]}
 ENDED = {"get jobset": [[0, "Completed"]]}
 FINISHED = {**ACTIVE, "inspect": [[0, "exited:0"]]}
 
@@ -77,6 +78,7 @@ FINISHED = {**ACTIVE, "inspect": [[0, "exited:0"]]}
         (f"pipeline.sh queued {REQUEST} {STAGES} --attempts many", "--attempts is 'many'"),
         (f"pipeline.sh queued {REQUEST} {STAGES} --attempts 0", "--attempts is 0"),
         (f"pipeline.sh queued {AT} --runtime r {STAGES}", "--accelerator (or --type) is missing"),
+        (f"pipeline.sh queued {REQUEST} --image '' {STAGES}", "--image is missing"),
     ],
     ids=str,
 )
@@ -95,11 +97,13 @@ def up(desk, answers, *more):
     ("answers", "made"),
     [
         ({"describe": [[0, "WAITING_FOR_RESOURCES"], [0, "FAILED"]]}, ["create", "describe", "describe"]),
-        ({"describe": [[1, ""]]}, ["create", *["describe"] * 5]),
+        ({"describe": [[1, "no network"]] * 7 + [[0, "FAILED"]]}, ["create", *["describe"] * 8]),
         ({**ACTIVE, "docker pull": [[1, "worker 3: no space left"]]}, ["create", "describe", "ssh"]),
-        ({**ACTIVE, "docker run": [[1, ""]]}, ["create", "describe", "ssh", "ssh"]),
+        ({**ACTIVE, "docker run": [[1, ""]]}, ["create", "describe", "ssh", "ssh", "ssh"]),
+        ({**ACTIVE, " ssh ": [[0, ""]]}, ["create", "describe", "ssh"]),
+        ({**ACTIVE, "docker run": [[0, "cocoa:done 4 2\n" * 4]]}, ["create", "describe", "ssh", "ssh", "ssh"]),
     ],
-    ids=["never-there", "no-answer", "setup-on-one-host", "start"],
+    ids=["never-there", "no-answer", "setup-on-one-host", "start", "no-host-answers", "one-slice-of-two"],
 )
 def test_whatever_fails_the_slices_are_given_back(desk, answers, made):
     ended = up(desk, answers)
@@ -169,7 +173,10 @@ def test_a_workload_whose_name_only_begins_alike_is_another(desk):
     assert ended.status == 0 and ended.calls[-1][2] == "create", ended.errors
 
 
-@pytest.mark.parametrize(("backend", "words"), [("gke", GKE), ("xpk", XPK)])
+CLUSTERS = pytest.mark.parametrize(("backend", "words"), [("gke", GKE), ("xpk", XPK)])
+
+
+@CLUSTERS
 @pytest.mark.parametrize("failing", ["ignore-not-found|filter-by-job", "create"])
 def test_a_cluster_is_cleaned_of_nothing_that_was_not_submitted(desk, backend, words, failing):
     ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers={failing: [[1, "no"]]})
@@ -181,7 +188,7 @@ def test_a_cluster_is_cleaned_of_nothing_that_was_not_submitted(desk, backend, w
 def test_slices_that_are_dead_are_replaced(desk, state):
     ended = up(desk, {"taken": [[0, state]], **ACTIVE}, "--replace")
     assert ended.status == 0, ended.errors
-    assert [call[4] for call in ended.calls] == ["describe", "delete", "create", "describe", "ssh", "ssh"]
+    assert [call[4] for call in ended.calls] == ["describe", "delete", "create", "describe", "ssh", "ssh", "ssh"]
     ended, done = pipeline(desk, {"taken": [[0, state]], **FINISHED})
     assert ended.status == 0, ended.errors
     assert done[:3] == ["describe", "delete", "create"] and done[3:].count("delete") == 1 and done[-1] == "delete"
@@ -190,7 +197,7 @@ def test_slices_that_are_dead_are_replaced(desk, state):
 
 def test_dead_slices_that_cannot_be_deleted_end_it(desk):
     ended = up(desk, {"taken": [[0, "FAILED"]], "delete": [[1, "no rights"]]}, "--replace")
-    assert ended.status == 1 and [call[4] for call in ended.calls] == ["describe", "delete"]
+    assert ended.status == 1 and [call[4] for call in ended.calls] == ["describe", *["delete", "describe"] * 10]
 
 
 @pytest.mark.parametrize(
@@ -240,21 +247,43 @@ def test_interrupted_while_it_waits_it_gives_back(desk):
 def test_success_leaves_the_slices(desk):
     ended = up(desk, ACTIVE)
     assert ended.status == 0
-    assert [call[4] for call in ended.calls] == ["describe", "create", "describe", "ssh", "ssh"]
+    assert [call[4] for call in ended.calls] == ["describe", "create", "describe", "ssh", "ssh", "ssh"]
+
+
+def test_what_runs_on_all_hosts_is_not_started_again(desk):
+    words = shlex.split(f"start {AT} --image r/p/i:1 {COMMAND}")
+    ended = desk.run("queued.sh", *words, answers={"docker ps": [[0, "runs\nruns"]]})
+    assert ended.status == 0 and len(ended.calls) == 1 and "runs on all hosts of cocoa already" in ended.errors
+    ended = desk.run("queued.sh", *words, answers={"docker ps": [[0, "runs\nidle"]]})
+    assert ended.status == 0 and "docker run " in ended.lines[-1]
+    ended = desk.run("queued.sh", *words, answers={"docker ps": [[255, "no network"]]})
+    assert ended.status == 255 and len(ended.calls) == 1
+
+
+def on(first, *everywhere):
+    """What Docker says on the first host, and on all of them in turn."""
+    return {"worker=all": [[0, text] for text in everywhere], "worker=0": [[0, first]]}
 
 
 @pytest.mark.parametrize(
     ("answers", "status"),
     [
-        ({"inspect": [[0, "running:0"], [0, "exited:0"]]}, 0),
-        ({"inspect": [[0, "exited:75"]]}, 75),
-        ({"worker=all": [[0, "exited:134\nexited:1\nexited:134"]], "worker=0": [[0, "exited:134"]]}, 1),
-        ({"worker=all": [[0, "exited:134\nexited:137"]], "worker=0": [[0, "exited:134"]]}, 134),
-        ({"inspect": [[255, ""]], "describe": [[0, "SUSPENDED"]]}, 75),
-        ({"inspect": [[255, ""], [0, "exited:0"]], "describe": [[0, "ACTIVE"]]}, 0),
-        ({"inspect": [[255, ""]], "describe": [[0, "ACTIVE"]]}, 75),
+        pytest.param({"inspect": [[0, "running:0"], [0, "exited:0"]]}, 0, id="done"),
+        pytest.param({"inspect": [[0, "exited:75"]]}, 75, id="saved"),
+        pytest.param(on("exited:134", "exited:134\nexited:1\nexited:134"), 1, id="error-on-one-host"),
+        pytest.param(on("exited:134", "exited:134\nexited:137"), 134, id="host-killed"),
+        pytest.param({"inspect": [[0, "exited:255"]]}, 75, id="first-host-started-anew"),
+        pytest.param(on("exited:134", "exited:134\nexited:255"), 134, id="host-started-anew"),
+        pytest.param(on("exited:0", "exited:0\nexited:134"), 134, id="success-on-one-host"),
+        pytest.param(on("exited:0", "exited:0\nrunning:0", "exited:0\nexited:0"), 0, id="first-host-done-first"),
+        pytest.param({**on("exited:0", "exited:0\ncocoa:done 1 2"), **GONE}, 75, id="success-on-one-slice"),
+        pytest.param({"inspect": [[255, ""]], **GONE}, 75, id="preempted"),
+        pytest.param({"inspect": [[0, ""]], **GONE}, 75, id="preempted-silently"),
+        pytest.param({"inspect": [[0, ""], [0, "exited:0"]], **ACTIVE}, 0, id="silent-once"),
+        pytest.param({"inspect": [[255, ""], [0, "exited:0"]], **ACTIVE}, 0, id="lost-once"),
+        pytest.param({"inspect": [[255, ""]], **ACTIVE}, 75, id="lost"),
+        pytest.param({"inspect": [[255, ""]] * 10 + [[0, "exited:0"]], "describe": [[1, ""]]}, 0, id="no-network"),
     ],
-    ids=["done", "saved", "error-on-one-host", "host-killed", "preempted", "lost-once", "lost"],
 )
 def test_how_a_run_ended(desk, answers, status):
     assert desk.run("queued.sh", *shlex.split(f"finish {AT}"), answers=answers).status == status
@@ -280,13 +309,30 @@ def test_a_pipeline_that_is_preempted_asks_again_and_continues(desk):
 
 
 def test_a_pipeline_whose_slices_are_still_there_starts_on_them(desk):
-    answers = {"worker=all.*inspect": [[0, "exited:75"]], "inspect": [[0, "exited:75"], [0, "exited:0"]], **ACTIVE}
+    answers = {"inspect": [[0, "exited:75"]] * 2 + [[0, "exited:0"]], **ACTIVE}
     ended, done = pipeline(desk, answers)
     assert ended.status == 0, ended.errors
     # What the first start said is told before its container goes.
     told = [next((word for word in ("docker logs", "docker run") if word in line), None) for line in done]
     assert [word for word in told if word] == ["docker run", "docker logs", "docker run"]
     assert sum("docker run" in line for line in done) == 2
+    assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
+
+
+@pytest.mark.parametrize("unread", [[1, "no network"], [0, "ACTIVE"]], ids=["no-network", "no-ssh"])
+def test_a_run_outlives_what_cannot_be_seen(desk, unread):
+    looks = [[0, "running:0"], *[[255, "no network"]] * 10, [0, "exited:0"]]
+    answers = {"worker=0.*inspect": looks, "inspect": [[0, "exited:0"]], "docker ps": [[0, "idle"], [0, "runs"]]}
+    ended, done = pipeline(desk, {**answers, "describe": [[0, "ACTIVE"], *[unread] * 10, [0, "ACTIVE"]]})
+    assert ended.status == 0, ended.errors
+    assert sum("docker run" in line for line in done) == 1
+    assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
+    assert ("could not be read 5 times; it MAY STILL BE RUNNING" in ended.errors) == (unread[0] == 1)
+
+
+def test_a_host_that_is_started_anew_is_started_on(desk):
+    ended, done = pipeline(desk, {**FINISHED, "inspect": [[0, "exited:255"]] * 2 + [[0, "exited:0"]]})
+    assert ended.status == 0 and sum("docker run" in line for line in done) == 2, ended.errors
     assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
 
 
@@ -300,15 +346,51 @@ def test_a_pipeline_stops_at_an_error_that_stays_and_gives_back(desk):
     assert ended.status == 1 and done[-1] == "delete" and "could not be read" in ended.errors
     ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]]}, "--keep")
     assert "delete" not in done and "ARE LEFT RUNNING AND COST MONEY (--keep)" in ended.errors
-    ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]], "delete": [[1, ""]]})
-    assert "MAY STILL BE RUNNING AND COST MONEY" in ended.errors
+
+
+BACKENDS = pytest.mark.parametrize(
+    ("words", "answers"),
+    [
+        pytest.param(f"queued {REQUEST}", {**FREE, **FINISHED}, id="queued"),
+        pytest.param(f"gke {GKE}", {"ignore-not-found": [[0, ""]], **ENDED}, id="gke"),
+        pytest.param(f"xpk {XPK}", {"output=name": [[0, "jobset/cocoa"]], **ENDED}, id="xpk"),
+    ],
+)
+
+
+@BACKENDS
+def test_deleting_that_fails_once_is_tried_again(desk, words, answers):
+    words = shlex.split(f"{words} {STAGES} --keep")  # after a failure, which this is none
+    ended = desk.run("pipeline.sh", *words, answers={" delete ": [[1, "no network"], [0, ""]], **answers})
+    assert ended.status == 0 and "!!!" not in ended.errors
+    assert sum("delete" in call for call in ended.calls) == 2
+
+
+@BACKENDS
+def test_what_cannot_be_deleted_is_no_success(desk, words, answers):
+    ended = desk.run("pipeline.sh", *shlex.split(f"{words} {STAGES}"), answers={" delete ": [[1, "no"]], **answers})
+    assert ended.status == 1 and sum("delete" in call for call in ended.calls) == 10
+    assert "!!! pipeline.sh: the slices MAY STILL BE RUNNING AND COST MONEY" in ended.errors
+
+
+@BACKENDS
+def test_deleting_that_was_heard_although_it_failed_is_done(desk, words, answers):
+    gone = {"describe": [[0, "ACTIVE"]] * words.count("queued") + [[1, "NOT_FOUND"]], "output=name": [[0, ""]]}
+    answers = {" delete ": [[1, "no network"], [1, "NotFound"]], **gone, **answers, **gone}
+    if "gke" in words:
+        answers[" delete "] = [[1, "no network"], [0, ""]]  # it is told to ignore what is not found
+    ended = desk.run("pipeline.sh", *shlex.split(f"{words} {STAGES}"), answers=answers)
+    assert ended.status == 0 and "!!!" not in ended.errors
+
+
+TAKEN_ONCE = {"describe": [[0, "ACTIVE"], [0, "SUSPENDED"], [0, "ACTIVE"]]}
 
 
 @pytest.mark.parametrize(
     "answers",
     [
-        {"docker pull": [[1, "worker 3: connection closed"], [0, ""]], "describe": [[0, "ACTIVE"]]},
-        {"docker run": [[255, ""], [0, ""]], "describe": [[0, "ACTIVE"]]},
+        {"docker pull": [[1, "worker 3: connection closed"], [0, "one host"]], **TAKEN_ONCE},
+        {"docker run": [[255, ""], [0, "one host"]], **TAKEN_ONCE},
         {"describe": [[0, "WAITING_FOR_RESOURCES"], [0, "SUSPENDED"], [0, "ACTIVE"]]},
     ],
     ids=["pull", "start", "wait"],
@@ -319,11 +401,16 @@ def test_slices_that_are_taken_away_before_the_stages_run_are_asked_for_again(de
     assert [word for word in done if word in ("create", "delete")] == ["create", "delete", "create", "delete"]
 
 
+def test_slices_that_are_still_there_are_kept_when_something_on_them_fails(desk):
+    ended, done = pipeline(desk, {**FINISHED, "docker pull": [[1, "connection closed"], [0, "one host"]]})
+    assert ended.status == 0 and sum("docker run" in line for line in done) == 1, ended.errors
+    assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
+
+
 def test_slices_that_are_taken_away_before_the_stages_run_again_are_asked_for_again(desk):
     answers = {
-        "docker run": [[0, ""], [255, ""], [0, ""]],
-        "worker=all.*inspect": [[0, "exited:75"]],
-        "inspect": [[0, "exited:75"], [0, "exited:75"], [0, "exited:0"]],
+        "docker run": [[0, "one host"], [255, ""], [0, "one host"]],
+        "inspect": [[0, "exited:75"]] * 2 + [[0, "exited:0"]],
         "describe": [[0, "ACTIVE"], [0, "ACTIVE"], [0, "SUSPENDED"], [0, "ACTIVE"]],
     }
     ended, done = pipeline(desk, answers)
@@ -334,7 +421,8 @@ def test_slices_that_are_taken_away_before_the_stages_run_again_are_asked_for_ag
 
 def test_a_pipeline_whose_stages_never_start_gives_up(desk):
     ended, done = pipeline(desk, {**ACTIVE, "docker pull": [[1, "no such image"]]})
-    assert ended.status == 1 and done.count("create") == 5 and done[-1] == "delete"
+    assert ended.status == 1 and done.count("create") == 1 and done[-1] == "delete"
+    assert sum("docker pull" in line for line in done) == 5
     assert "the stages could not be started 5 times in a row" in ended.errors
 
 
@@ -355,19 +443,42 @@ def test_a_pipeline_gives_up_after_its_attempts(desk):
     assert ended.status == 75 and sum("docker run" in line for line in done) == 3 and done[-1] == "delete"
 
 
-@pytest.mark.parametrize("backend", ["gke", "xpk"])
+@CLUSTERS
 @pytest.mark.parametrize("failing", [False, True])
-def test_a_pipeline_on_a_cluster_leaves_nothing(desk, backend, failing):
-    answers = {
-        "ignore-not-found": [[0, ""]],
-        "get jobset": [[0, ""], [0, "Failed" if failing else "Completed"]],
-        "wait-for-job": [[int(failing), ""]],
-    }
-    words = shlex.split(f"{backend} {GKE if backend == 'gke' else XPK} {STAGES}")
-    ended = desk.run("pipeline.sh", *words, answers=answers)
+def test_a_pipeline_on_a_cluster_leaves_nothing(desk, backend, words, failing):
+    looks = [[0, ""], [0, "Failed" if failing else "Completed"]]
+    answers = {"ignore-not-found": [[0, ""]], "get jobset cocoa ": looks}
+    ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers=answers)
     assert (ended.status != 0) == failing, ended.errors
     assert "delete" in ended.calls[-1]
     assert ("logs" in ended.calls[-2]) == failing
+
+
+@CLUSTERS
+def test_a_run_on_a_cluster_outlives_what_cannot_be_seen(desk, backend, words):
+    looks = [[0, ""], *[[1, "connection refused"]] * 6, [0, "Completed"]]
+    answers = {"ignore-not-found": [[0, ""]], "get jobset cocoa ": looks}
+    ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers=answers)
+    assert ended.status == 0, ended.errors
+    assert ["delete" in call for call in ended.calls] == [False] * (len(ended.calls) - 1) + [True]
+    assert ended.errors.count("could not be read 5 times; it MAY STILL BE RUNNING AND COST MONEY") == 1
+
+
+@CLUSTERS
+def test_a_run_on_a_cluster_that_somebody_has_deleted_has_ended(desk, backend, words):
+    gone = [1, 'Error from server (NotFound): jobsets.jobset.x-k8s.io "cocoa" not found']
+    answers = {"ignore-not-found": [[0, ""]], "get jobset cocoa ": [[0, ""], gone]}
+    ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers=answers)
+    assert ended.status == 1 and "there is no JobSet cocoa (any more)" in ended.errors
+
+
+@CLUSTERS
+def test_kubectl_may_be_pointed_elsewhere_while_the_stages_run(desk, backend, words):
+    answers = {"ignore-not-found": [[0, ""]], "current-context": [[0, "mine"], [0, "elsewhere"]], **ENDED}
+    ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers=answers)
+    assert ended.status == 0, ended.errors
+    after = ended.lines[[line.endswith("current-context") for line in ended.lines].index(True) + 1 :]
+    assert all("--context=mine" in line for line in after if line.startswith("kubectl")), after
 
 
 @pytest.mark.parametrize(("script", "words"), [("gke.sh", GKE), ("xpk.sh", XPK)])

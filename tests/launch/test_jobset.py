@@ -29,6 +29,11 @@ def job_of(jobset: dict) -> dict:
     return job
 
 
+def volume(spec: dict, name: str) -> dict:
+    (one,) = [one for one in spec["volumes"] if one["name"] == name]
+    return one
+
+
 @pytest.mark.parametrize(
     ("case", "slices", "hosts", "chips"),
     [
@@ -61,13 +66,29 @@ def test_options_reach_the_pods():
     }
     assert spec["serviceAccountName"] == "trainer" and spec["terminationGracePeriodSeconds"] == 300
     assert pod["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
-    attributes = spec["volumes"][0]["csi"]["volumeAttributes"]
+    attributes = volume(spec, "data")["csi"]["volumeAttributes"]
     assert attributes == {"bucketName": "bucket", "mountOptions": "implicit-dirs,only-dir=some/data"}
     one = job_of(rendered("gke-submit-one-chip"))["template"]["spec"]["template"]["spec"]
     assert one["nodeSelector"]["cloud.google.com/reservation-name"] == "mine" and "tolerations" not in one
-    assert one["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+    attributes = volume(one, "data")["csi"]["volumeAttributes"]
+    assert attributes == {"bucketName": "bucket", "mountOptions": "implicit-dirs"}
     plain = job_of(rendered("gke-submit"))["template"]["spec"]["template"]
-    assert "volumes" not in plain["spec"] and "gke-gcsfuse/volumes" not in plain["metadata"]["annotations"]
+    assert [one["name"] for one in plain["spec"]["volumes"]] == ["shared-memory"]
+    assert "gke-gcsfuse/volumes" not in plain["metadata"]["annotations"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_workers_have_shared_memory(case):
+    """They hand over whole batches of 170 MB and more, and a container has 64 MB by itself."""
+    spec = job_of(rendered(case))["template"]["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert {"name": "shared-memory", "mountPath": "/dev/shm"} in container["volumeMounts"]
+    assert volume(spec, "shared-memory")["emptyDir"] == {"medium": "Memory"}
+
+
+def test_workers_on_queued_resources_have_shared_memory():
+    words = shlex.split((HERE / "golden/queued-start.txt").read_text().splitlines()[-1])[-1].split()
+    assert words[words.index("--shm-size") + 1] == "16g"
 
 
 def test_a_command_arrives_as_it_was_given(desk):
