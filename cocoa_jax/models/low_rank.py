@@ -103,8 +103,9 @@ def hashed(words: UInt32[Array, " four"], rows: int, columns: int) -> UInt32[Arr
     parts = row_parts(rows)
     shape = parts, rows // parts, columns
     part, row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(3))
-    row += (part * chunks + chunk) * np.uint32(shape[1])
-    bits = (row * np.uint32(columns) + column + first).reshape(rows, columns)
+    own = np.uint32(shape[1] * columns)  # the numbers of a part; where scalars meet, no vector unit counts them
+    bits = row * np.uint32(columns) + column + part * (chunks * own) + (first + chunk * own)
+    bits = bits.reshape(rows, columns)
     bits = (bits ^ (bits >> 17)) * np.uint32(0xED5AD4BB)
     bits ^= second  # without it all words would give one sequence, begun elsewhere
     bits = (bits ^ (bits >> 11)) * np.uint32(0xAC4C1B51)
