@@ -25,22 +25,22 @@ _OF_A_NETWORK = {
 _CODES_THAT_PASS = {"408", "429", "500", "502", "503", "504"}  # of HTTP
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came from, step by step."""
-    while error is not None:
+def chain(error: BaseException | None, before: BaseException | None = None) -> Iterator[BaseException]:
+    """An error and what it came from, step by step, up to one ``before`` it that was there already."""
+    while error is not None and error is not before:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def root_cause(error: BaseException) -> str:
-    """One line of what an error came from in the end."""
-    *_, root = chain(error)
+def root_cause(error: BaseException, before: BaseException | None = None) -> str:
+    """One line of what an error came from in the end, see ``chain``."""
+    *_, root = chain(error, before)
     return str(root).splitlines()[0][:300] if str(root) else repr(root)
 
 
-def from_network(error: BaseException) -> bool:
-    """Whether something that led to an error says that a network or a service failed, which ends by itself."""
-    return any(map(_of_a_network, chain(error)))
+def from_network(error: BaseException, before: BaseException | None = None) -> bool:
+    """Whether what led to an error, see ``chain``, says that a network or a service failed, which ends by itself."""
+    return any(map(_of_a_network, chain(error, before)))
 
 
 def passes(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -80,17 +80,17 @@ class MetricsWriter:
         A failure is logged: the next time brings it all.
         """
         if is_remote(self._output):
-            self._carry(warn=True)
+            self._carry()
 
-    def _carry(self, *, warn: bool, pauses: Sequence[float] = ()) -> None:
-        for pause in (*pauses, None):
+    def _carry(self, *, last: bool = False, before: BaseException | None = None) -> None:
+        for pause in (*(_PAUSES if last else ()), None):
             try:
                 return carry(self._output, self._sent)
             except Exception as error:  # every package of a network has its own
-                if pause is None or not from_network(error):
+                if pause is None or not from_network(error, before):
                     told = "logs could not be written to %s (%s): they are in %s"
-                    _log.warning(told, self._output, root_cause(error), twin(self._output))
-                    if not warn:
+                    _log.warning(told, self._output, root_cause(error, before), twin(self._output))
+                    if last and before is None:
                         raise
                     return None
             time.sleep(pause)
@@ -120,7 +120,7 @@ class MetricsWriter:
                 log.close()
         # After this nobody brings them: a run that goes on may have no step left to do. With an error already there,
         # which tells how to go on, this one is only logged.
-        self._carry(warn=kind is not None, pauses=_PAUSES)
+        self._carry(last=True, before=error)
 
 
 class _Board:

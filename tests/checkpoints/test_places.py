@@ -204,8 +204,10 @@ def test_logs_that_do_not_reach_the_bucket_are_told_of_and_follow_later(bucket, 
         with pytest.raises(ConnectionResetError), writer():  # nobody would bring them later
             pass
         assert told in caplog.text
+        caplog.clear()
         with pytest.raises(SettingsError, match="an error before"), writer():
             raise SettingsError("an error before")
+        assert told in caplog.text  # the cause of this one, not the error before
 
 
 @pytest.mark.parametrize("ended", [None, Stopped], ids=str)
