@@ -199,7 +199,7 @@ def open_prepared(folder: str, name: str = "") -> PreparedSource:
     path = epath.Path(folder)
     try:
         statistics = json.loads((path / STATISTICS).read_text())
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as error:  # a network that fails passes
         raise SourceError(
             f"{folder} holds no prepared data ({type(error).__name__}): make it, or finish it, by `cocoa data build`"
         ) from error

@@ -491,3 +491,12 @@ def test_the_command(backbone, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["data", "build", "nowhere", *options])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_network_that_fails_is_not_a_folder_without_data(monkeypatch):
+    def gone(self, *given, **more):
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr(type(epath.Path("gs://bucket/data")), "read_text", gone)
+    with pytest.raises(ConnectionResetError):
+        open_prepared("gs://bucket/data")
