@@ -378,7 +378,7 @@ def test_the_bytes_of_the_largest_batch_are_known_before_it_is_built(sources, pr
     assert widest_bytes(config, processors[family]) == pytest.approx(built, rel=1e-3)  # counts are no rows
     more_rows = dataclasses.replace(config, rows=dataclasses.replace(ROWS, shapes=((2, 64, 160), (32, 64, 80))))
     monkeypatch.setattr(pipeline, "built_ahead", lambda *asked: asked)
-    *_, size = stage_batches(more_rows, *given[1:], seed=5, steps=1, process_count=2)
+    *_, size = stage_batches(more_rows, *given[1:], seed=5, steps=1, share=RowShare((0,), 2))
     assert size == pytest.approx(built, rel=0.01)  # half of twice as many patches
 
 

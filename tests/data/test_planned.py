@@ -243,8 +243,7 @@ def test_workers_hosts_and_resuming_change_nothing(prepared, processors, monkeyp
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     config = dataclasses.replace(STAGES["warmup"], rows=WINDOW)
     for host in (0, 1):
-        share = {"process_index": host, "process_count": 2}
-        whole = dataset(prepared, processors, "warmup", config, **share)
+        whole = dataset(prepared, processors, "warmup", config, share=RowShare((host,), 2))
         for workers in (0, 1, 2, 4) if most == 4 else (0, 2 * host):
             iterator = iter(built_ahead(whole[3:], threads=1, workers=workers))  # as a run that continues
             for step in range(3, 8):
