@@ -166,14 +166,14 @@ submit() {
   if [ -n "$DRY_RUN" ]; then
     shown kubectl create --filename=- "${at[@]}"
     printf '%s\n' "$text"
-  elif ! kubectl create --filename=- "${at[@]}" <<<"$text"; then
+  elif ! surely kubectl create --filename=- "${at[@]}" <<<"$text"; then
     loud "kubectl create failed; should a JobSet $name exist and be yours, it COSTS MONEY; to end it: $(shown "$0" delete \
       --name "$name" --namespace "$namespace")"
     return 1
   fi
 }
 
-delete() { insist run kubectl delete jobset "$name" --ignore-not-found --wait "${at[@]}"; }
+delete() { insist surely kubectl delete jobset "$name" --ignore-not-found --wait "${at[@]}"; }
 
 stop() { delete; }
 

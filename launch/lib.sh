@@ -79,6 +79,23 @@ ask() {
 }
 exec 3>&1
 
+# surely WORD...: run what makes or deletes something to its end, in a session of its own, where no Ctrl-C and no terminal
+# that is closed reaches it; this script hears of them afterwards.
+surely() {
+  if [ -n "$DRY_RUN" ]; then shown "$@"; else setsid --wait "$@"; fi
+}
+
+# attend WORD...: run what may take days, also in a session of its own; a signal ends it, and this script, at once.
+child=""
+attend() {
+  setsid "$@" &
+  child=$!
+  local status=0
+  wait "$child" || status=$?
+  child=""
+  return "$status"
+}
+
 # pause: between two looks.
 pause() { [ -n "$DRY_RUN" ] || sleep "$POLL"; }
 
@@ -106,12 +123,20 @@ guard() {
   trap ended EXIT
   trap 'signalled 130' INT
   trap 'signalled 143' TERM
+  trap 'signalled 129' HUP
+  trap 'signalled 141' PIPE
 }
 
 ended() {
   local status=$?
   trap - EXIT
-  if [ -n "$made" ] && ! give_back "$status" && [ "$status" -eq 0 ]; then status=1; fi
+  trap '' INT TERM HUP PIPE
+  if [ -n "$made" ]; then
+    # A terminal that is closed, or a pipe without a reader, would end whoever writes to it.
+    say "giving back what was made" || exec 2>/dev/null
+    [ -n "$DRY_RUN" ] || exec >&2
+    give_back "$status" || [ "$status" -ne 0 ] || status=1
+  fi
   exit "$status"
 }
 
@@ -128,7 +153,9 @@ making() {
 # A signal waits while something is being made: otherwise nobody would know that it was.
 signalled() {
   told=$1
-  [ -n "$busy" ] || exit "$told"
+  [ -z "$busy" ] || return 0
+  [ -z "$child" ] || kill -TERM -- "-$child" 2>/dev/null || kill -TERM "$child" 2>/dev/null || true
+  exit "$told"
 }
 
 # retry STATUS: whether the same command may go on after it.

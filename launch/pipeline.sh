@@ -55,7 +55,13 @@ parse() {
 # The last lines of the log, before it goes with what it was written on.
 tell() { call tail || say "the log of the stages could not be read"; }
 
-call() { "$script" "$1" "${mine[@]}" "${@:2}"; }
+# call VERB [WORD...]: what only looks or waits may be ended by a signal; what makes or deletes something may not.
+call() {
+  case $1 in
+    create | submit | delete) setsid --wait "$script" "$1" "${mine[@]}" "${@:2}" ;;
+    *) attend "$script" "$1" "${mine[@]}" "${@:2}" ;;
+  esac
+}
 
 # give_back STATUS: whatever ends this script, nothing that it made is left and costs money unless it was asked for.
 give_back() {
@@ -109,7 +115,7 @@ queued() {
         say "the stages could not be started $unstarted times in a row: see the messages above"
         return "$status"
       fi
-      pause
+      attend sleep "$POLL"
     fi
     say "attempt $attempt of $attempts ended with status $status: trying again"
   done

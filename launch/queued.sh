@@ -44,12 +44,13 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/lib.sh"
 
 verb="" name="" project="" zone="" accelerator="" type="" topology="" runtime="" slices=1 tier="" until=""
-account="" image="" data="" grace=600 replace="" keep="" command=()
+account="" image="" data="" grace=600 replace="" keep="" command=() words=()
 
 parse() {
   begin "${BASH_SOURCE[0]}" "$@"
   verb=$1
   shift
+  words=("$@")
   while [ $# -gt 0 ]; do
     case $1 in
       --help | -h) usage "${BASH_SOURCE[0]}"; exit 0 ;;
@@ -171,7 +172,7 @@ order() {
   [ -z "$tier" ] || request+=("$tier")
   [ -z "$until" ] || request+=("--valid-until-duration=$until")
   [ -z "$account" ] || request+=("--service-account=$account")
-  run "${tpus[@]}" create "$name" "${where[@]}" "${request[@]}" --quiet || {
+  surely "${tpus[@]}" create "$name" "${where[@]}" "${request[@]}" --quiet || {
     local status=$?
     loud "create failed; should $name exist and be yours, it COSTS MONEY; to end it: $(shown "${ending[@]}")"
     return "$status"
@@ -292,7 +293,7 @@ stop() { everywhere "sudo docker stop --time $grace cocoa"; }
 # A request to delete that has failed may have been heard all the same.
 delete_once() {
   local now
-  run "${ending[@]}" || { look && [ "$now" = GONE ]; }
+  surely "${ending[@]}" || { look && [ "$now" = GONE ]; }
 }
 
 delete() { insist delete_once; }
@@ -313,9 +314,9 @@ up() {
   guard
   unused
   making order
-  wait_active
-  setup
-  start
+  attend "$here/queued.sh" wait "${words[@]}"
+  attend "$here/queued.sh" setup "${words[@]}"
+  attend "$here/queued.sh" start "${words[@]}"
   made="" # it is what was asked for, and stays
 }
 

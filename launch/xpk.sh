@@ -112,7 +112,7 @@ unused() {
 submit() {
   unused
   # By itself xpk restarts after 42 and from 127 on: a stage that saved and asks to be tried again (75) would have failed.
-  if ! run xpk workload create "--workload=$name" "${where[@]}" "--tpu-type=$tpu" "--num-slices=$slices" \
+  if ! surely xpk workload create "--workload=$name" "${where[@]}" "--tpu-type=$tpu" "--num-slices=$slices" \
     "--docker-image=$image" "--priority=$priority" "--max-restarts=$restarts" --restart-on-exit-codes=75 \
     "--termination-grace-period-seconds=$grace" "${tier[@]}" "--command=$(shown "${command[@]}")"; then
     loud "xpk failed; should a workload $name exist and be yours, it COSTS MONEY; to end it: $(shown xpk workload delete \
@@ -124,7 +124,7 @@ submit() {
 # A request to delete that has failed may have been heard all the same.
 delete_once() {
   local left
-  run xpk workload delete "--workload=$name" "${where[@]}" --force ||
+  surely xpk workload delete "--workload=$name" "${where[@]}" --force ||
     { left=$(ask "" kubectl get jobset "$name" --ignore-not-found --output=name "${at[@]}") && [ -z "$left" ]; }
 }
 

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -34,12 +34,16 @@ class Desk:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.started: list[subprocess.Popen] = []
         for name in ("gcloud", "kubectl", "xpk", "cocoa"):
             path = folder / name
             path.write_text(f"#!{sys.executable}\n" + (HERE / "stand_in.py").read_text())
             path.chmod(0o755)
 
-    def start(self, script: str, *words: str, answers: Mapping[str, list] | None = None) -> subprocess.Popen:
+    def start(
+        self, script: str, *words: str, answers: Mapping[str, list] | None = None, poll: int = 0
+    ) -> subprocess.Popen:
+        """Begin a script in a session of its own, as a terminal has one, that looks every ``poll`` seconds."""
         (self.folder / "answers").write_text(json.dumps(answers or {}))
         (self.folder / "calls").write_text("")
         (self.folder / "seen").write_text("")
@@ -49,10 +53,14 @@ class Desk:
             "PATH": f"{self.folder}:{os.environ['PATH']}",
             "CALLS": str(self.folder / "calls"),
             "ANSWERS": str(self.folder / "answers"),
-            "COCOA_POLL_SECONDS": "0",
+            "COCOA_POLL_SECONDS": str(poll),
         }
-        command = [str(SCRIPTS / script), *words]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command, pipe = [str(SCRIPTS / script), *words], subprocess.PIPE
+        process = subprocess.Popen(
+            command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
+        self.started.append(process)
+        return process
 
     def calls(self) -> list[list[str]]:
         return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
@@ -64,5 +72,10 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return Desk(tmp_path)
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(tmp_path)
+    yield desk
+    for process in desk.started:  # a test that fails leaves nothing running either
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=60)

@@ -3,8 +3,8 @@
 CALLS names a file that gets one JSON list a call. ANSWERS names a file {pattern: [[status, text], ...]}: the first
 pattern found in the command line gives its answers in turn, the last of them for ever; without one it answers nothing
 and succeeds. Text goes to stderr where the status is not 0. The pattern "taken" stands for a `describe` of a queued
-resource that no call has created, or that one has deleted since; calls that fail do neither. Where hosts are asked how many they are, each line of
-text is one host, and an empty text none.
+resource that no call has created, or that one has deleted since; calls that fail do neither. Where hosts are asked how
+many they are, each line of text is one host, and an empty text none.
 """
 
 import json
@@ -26,6 +26,7 @@ def say(words: list[str], text: str, status: int = 0) -> int:
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as gcloud hears Ctrl-C even where it is to be ignored
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     calls = Path(os.environ["CALLS"])
     with calls.open("a") as file:

@@ -1,6 +1,7 @@
 """What is checked before anything is made; what is left when something fails: nothing, or a line in capitals."""
 
 import os
+import re
 import shlex
 import signal
 import time
@@ -200,24 +201,96 @@ def test_dead_slices_that_cannot_be_deleted_end_it(desk):
     assert ended.status == 1 and [call[4] for call in ended.calls] == ["describe", *["delete", "describe"] * 10]
 
 
+UP = f"queued.sh up {REQUEST} {COMMAND}"
+QUEUED, ON_GKE, ON_XPK = f"pipeline.sh queued {REQUEST}", f"pipeline.sh gke {GKE}", f"pipeline.sh xpk {XPK}"
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+
+
+def until(desk, process, pattern):
+    """Wait for a call that is made once there is something that costs money."""
+    made = False
+    while not made:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+        lines = [" ".join(call) for call in desk.calls()]
+        first = next((index for index, line in enumerate(lines) if " create " in line), len(lines))
+        made = any(re.search(pattern, line) for line in lines[first:])
+
+
+def signalled(desk, line, answers, when, *signals, to=os.killpg):
+    """Send ``signals`` one after the other, each when its call of ``when`` is under way; to the terminal's group."""
+    process = desk.start(*shlex.split(line), answers=answers, poll=60)
+    for pattern, number in zip(when, signals, strict=True):
+        until(desk, process, pattern)
+        time.sleep(0.2)
+        to(process.pid, number)
+    _, errors = process.communicate(timeout=40)
+    return process.returncode, errors, ["delete" in call for call in desk.calls()]
+
+
+@pytest.mark.parametrize(("number", "status"), SIGNALS, ids=str)
+@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["script", "terminal"])
 @pytest.mark.parametrize(
     ("line", "answers"),
-    [
-        (f"queued.sh up {REQUEST} {COMMAND}", FREE),
-        (f"pipeline.sh queued {REQUEST} {STAGES}", {**FREE, **ACTIVE}),
-        (f"pipeline.sh gke {GKE} {STAGES}", {}),
-        (f"pipeline.sh xpk {XPK} {STAGES}", {}),
-    ],
+    [(UP, FREE), (f"{QUEUED} {STAGES}", FREE), (f"{ON_GKE} {STAGES}", {}), (f"{ON_XPK} {STAGES}", {})],
     ids=["up", "queued", "gke", "xpk"],
 )
-def test_a_signal_while_it_is_being_made_gives_it_back(desk, line, answers):
+def test_a_signal_while_it_is_being_made_gives_it_back(desk, line, answers, number, status, to):
     """The command that makes it goes on and succeeds; only then is there something to delete."""
-    process = desk.start(*shlex.split(line), answers={**answers, " create ": [[0, "sleep 1"]]})
-    while not any("create" in call for call in desk.calls()):
+    answers = {**answers, " create ": [[0, "sleep 1"]]}
+    ended, errors, deleted = signalled(desk, line, answers, [" create "], number, to=to)
+    assert ended == status and deleted[-1] and sum(deleted) == 1, errors
+    assert " create " in " ".join(desk.calls()[-2])  # and nothing else is begun
+
+
+WHILE = pytest.mark.parametrize(
+    ("line", "answers", "when"),
+    [
+        (UP, {**FREE, "describe": [[0, "WAITING_FOR_RESOURCES"]]}, " describe "),
+        (UP, {**FREE, **ACTIVE, "docker pull": [[0, "sleep 100"]]}, "docker pull"),
+        (f"{QUEUED} {STAGES}", {**FREE, "describe": [[0, "WAITING_FOR_RESOURCES"]]}, " describe "),
+        (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE, "docker pull": [[0, "sleep 100"]]}, "docker pull"),
+        (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE, "inspect": [[0, "running:0"]]}, "inspect"),
+        (f"{ON_GKE} {STAGES}", {}, "get jobset cocoa --output"),
+        (f"{ON_XPK} {STAGES}", {"output=name": [[0, "jobset/cocoa"]]}, "get jobset cocoa --output"),
+    ],
+    ids=["up-wait", "up-setup", "wait", "setup", "finish", "gke", "xpk"],
+)
+
+
+@WHILE
+@pytest.mark.parametrize(("number", "status"), SIGNALS, ids=str)
+@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["script", "terminal"])
+def test_a_signal_while_it_waits_gives_back_at_once(desk, line, answers, when, number, status, to):
+    """Not when what it waits for has ended, perhaps days later."""
+    ended, errors, deleted = signalled(desk, line, answers, [when], number, to=to)
+    assert ended == status and deleted[-1] and sum(deleted) == 1, errors
+
+
+@WHILE
+def test_a_second_signal_does_not_keep_it_from_giving_back(desk, line, answers, when):
+    answers = {" delete ": [[0, "sleep 1"]], **answers}
+    ended, errors, deleted = signalled(desk, line, answers, [when, " delete "], signal.SIGINT, signal.SIGINT)
+    assert ended == 130 and deleted[-1] and "!!!" not in errors, errors
+    answers[" delete "] = [[1, "no rights"]]
+    process = desk.start(*shlex.split(line), answers=answers)
+    until(desk, process, when)
+    for _ in range(20):
+        os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 143 and "delete" in desk.calls()[-1], errors
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == 130 and "MAY STILL BE RUNNING AND COST MONEY" in errors, errors
+
+
+@WHILE
+def test_a_reader_that_is_gone_does_not_keep_it_from_giving_back(desk, line, answers, when):
+    """As when Ctrl-C ends ``tee`` as well, or the terminal is closed."""
+    process = desk.start(*shlex.split(line), answers={" delete ": [[1, "no network"], [0, ""]], **answers})
+    until(desk, process, when)
+    process.stdout.close()
+    process.stderr.close()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(40) in (130, 141) and sum("delete" in call for call in desk.calls()) == 2
 
 
 def test_slices_that_cannot_be_given_back_are_named_loudly(desk):
@@ -232,16 +305,6 @@ def test_slices_that_are_to_be_kept_are_named_loudly(desk):
     ended = up(desk, {"docker pull": [[1, ""]], **ACTIVE}, "--keep")
     assert ended.status != 0 and not any("delete" in call for call in ended.calls)
     assert "!!! queued.sh: cocoa IS LEFT RUNNING AND COSTS MONEY (--keep)" in ended.errors
-
-
-def test_interrupted_while_it_waits_it_gives_back(desk):
-    words = shlex.split(f"up {REQUEST} {COMMAND}")
-    process = desk.start("queued.sh", *words, answers={**FREE, "describe": [[0, "WAITING_FOR_RESOURCES"]]})
-    while len(desk.calls()) < 3:  # it has asked for the name, created, and looked whether it is there
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 143 and desk.calls()[-1][4] == "delete", errors
 
 
 def test_success_leaves_the_slices(desk):
