@@ -15,6 +15,8 @@
 #   --configs DIR    holds STAGE.yaml for each stage, as the container sees it: /data/configs, or configs/pods
 #   --stages LIST    names with commas between [1-warmup,2-bridge,3-contrastive]
 #   --attempts N     how often the slices may be started on [50]; on GKE and xpk see --max-restarts
+#   --owner WORD     (queued) slices that bear it are this run's: taken up again after the pipeline itself was killed, and
+#                    deleted at the end; others are left alone [a new one each time]
 #   --spot, --reserved (queued), --reservation NAME (gke, xpk) and all other options go to launch/BACKEND.sh
 #   --keep           leave what was made when the stages have failed for good
 #   --dry-run        print the commands instead of running them
@@ -96,15 +98,17 @@ bring_up() {
 }
 
 queued() {
-  local attempt status unstarted=0 ran=""
+  local attempt status began unstarted=0 ran=""
   "$script" up --dry-run "${mine[@]}" -- "${command[@]}" >/dev/null # finds wrong options, before anything is made
   for ((attempt = 1; attempt <= attempts; attempt++)); do
-    status=0
-    bring_up || status=$?
-    if [ "$status" -eq 0 ]; then
+    status=0 began=""
+    { bring_up && began=1 && call finish; } || status=$?
+    case $status in
+      0) return 0 ;;
+      76) made=""; return 2 ;; # their name has become another's
+    esac
+    if [ -n "$began" ]; then
       unstarted=0 ran=1
-      call finish || status=$?
-      [ "$status" -ne 0 ] || return 0
       retry "$status" || { tell; say "the stages have failed with status $status: see the log above"; return "$status"; }
     else
       # Slices may be taken away before anything runs on them; a wrong value or a name in use (2), or a request that has
@@ -139,6 +143,8 @@ script=$here/$backend.sh
 bucket "$out" --run
 count "$attempts" --attempts
 command=(cocoa-stages "${stages[@]}" -- --distributed.mode=on "${options[@]}")
+# After slices were taken away, another pipeline may have asked for some under their name.
+[ "$backend" != queued ] || [[ " ${mine[*]} " == *" --owner "* ]] || mine+=(--owner "$(date +%s)-$$")
 "$here/stages.sh" --dry-run "${stages[@]}" >/dev/null # a wrong value is found before anything is made
 guard
 if [ "$backend" = queued ]; then queued; else cluster; fi

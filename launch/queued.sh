@@ -12,7 +12,8 @@
 #   up       create, wait, setup, start; what create has made is deleted if one of the others fails
 #   log      follow the log of the first host
 #   tail     the last lines of the log of every host
-#   finish   wait until COMMAND has ended, exit with its status, or with 75 where the slices were taken away
+#   finish   wait until COMMAND has ended, exit with its status, or with 75 where the slices were taken away, with 76 where
+#            what has NAME is another request by now
 #   stop     ask COMMAND to save and end (SIGTERM)
 #   delete   give the slices back
 #
@@ -32,6 +33,7 @@
 #   --image IMAGE          made by launch/Dockerfile
 #   --data gs://PATH       copied to every host, /data in the container
 #   --grace SECONDS        for a save after SIGTERM [600]
+#   --owner WORD           a label of what is created; what bears another than that is never waited for, nor deleted
 #   --replace              what has NAME and is FAILED or SUSPENDED is deleted before `create` and `up`
 #   --keep                 do not delete after a failure of `up`
 #   --dry-run              print the commands instead of running them
@@ -44,7 +46,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/lib.sh"
 
 verb="" name="" project="" zone="" accelerator="" type="" topology="" runtime="" slices=1 tier="" until=""
-account="" image="" data="" grace=600 replace="" keep="" command=() words=()
+account="" image="" data="" grace=600 replace="" keep="" command=() words=() owner=""
 
 parse() {
   begin "${BASH_SOURCE[0]}" "$@"
@@ -77,6 +79,7 @@ parse() {
       --image) image=$2 ;;
       --data) data=$2 ;;
       --grace) grace=$2 ;;
+      --owner) owner=$2 ;;
       *) die "unknown option $1 (see --help)" ;;
     esac
     shift 2
@@ -92,6 +95,7 @@ check() {
   word "$zone" --zone
   count "$slices" --slices
   whole "$grace" --grace
+  [[ $owner =~ ^[-_a-z0-9]{0,63}$ ]] || die "--owner is '$owner': give at most 63 small letters, digits, - and _"
   [ -z "$data" ] || bucket "$data" --data
   case $verb in
     create | up) check_request ;;
@@ -144,19 +148,6 @@ everywhere() {
   [ "$answered" -ge "$wanted" ] || { say "$answered of $wanted hosts of $name have answered"; return 1; }
 }
 
-# What has the name already may be somebody's run: it is left alone. Without an answer we go on: Google Cloud refuses a
-# name that is in use, too, and what we have not made we do not delete.
-unused() {
-  local now
-  look GONE
-  case $now in
-    "" | GONE) return ;;
-    FAILED | SUSPENDED) [ -z "$replace" ] || { say "$name is $now: it is made again"; delete; return; } ;;
-  esac
-  in_use "$name" "queued resource" "$now" "finish where a run is on it, else wait, setup, start" \
-    "$0" delete --name "$name" --project "$project" --zone "$zone"
-}
-
 order() {
   local request=("--runtime-version=$runtime")
   if [ -n "$accelerator" ]; then
@@ -172,6 +163,7 @@ order() {
   [ -z "$tier" ] || request+=("$tier")
   [ -z "$until" ] || request+=("--valid-until-duration=$until")
   [ -z "$account" ] || request+=("--service-account=$account")
+  request+=("--labels=cocoa-owner=${owner:-nobody}")
   surely "${tpus[@]}" create "$name" "${where[@]}" "${request[@]}" --quiet || {
     local status=$?
     loud "create failed; should $name exist and be yours, it COSTS MONEY; to end it: $(shown "${ending[@]}")"
@@ -179,20 +171,30 @@ order() {
   }
 }
 
+# What has the name already may be somebody's run: it is left alone. Without an answer we go on: Google Cloud refuses a
+# name that is in use, too, and what we have not made we do not delete.
 create() {
-  unused
-  order
+  local now bears
+  look GONE
+  case $now in
+    "" | GONE) order; return ;;
+    FAILED | SUSPENDED)
+      [ -z "$replace" ] || { say "$name is $now: it is made again"; insist remove && order; return; } ;;
+    *) [ -z "$owner" ] || [ "$bears" != "$owner" ] || { say "$name is $now and was asked for here: it is kept"; return 0; } ;;
+  esac
+  in_use "$name" "queued resource" "$now" "finish where a run is on it, else wait, setup, start" \
+    "$0" delete --name "$name" --project "$project" --zone "$zone"
 }
 
-# look [EXPECTED]: keep in $now the state of the request: GONE where there is none, nothing where it cannot be read. Then
-# nobody can tell what there is, and whatever it is goes on by itself: no reason to give it up, but one to say so loudly.
+# look [EXPECTED]: keep in $now the state of the request, GONE where there is none and nothing where it cannot be read, and
+# in $bears its owner. What cannot be read goes on by itself: no reason to give it up, but one to say so loudly.
 unread=0
 look() {
-  local answer
-  now=""
-  if answer=$(ask "${1-ACTIVE}" "${tpus[@]}" describe "$name" "${where[@]}" '--format=value(state.state)' 2>&1) &&
-    [[ $'\n'$answer =~ $'\n'([A-Z_]+)($|[[:space:]]) ]]; then
-    now=${BASH_REMATCH[1]} unread=0
+  local answer shape=$'\n([A-Z_]+)($|\n|\t([-_a-z0-9]*))'
+  now="" bears=""
+  if answer=$(ask "${1-ACTIVE}" "${tpus[@]}" describe "$name" "${where[@]}" \
+    '--format=value(state.state,tpu.nodeSpec[0].node.labels.cocoa-owner)' 2>&1) && [[ $'\n'$answer =~ $shape ]]; then
+    now=${BASH_REMATCH[1]} bears=${BASH_REMATCH[3]} unread=0
   elif [[ $answer == *NOT_FOUND* ]]; then
     now=GONE unread=0
   else
@@ -202,10 +204,21 @@ look() {
   fi
 }
 
+left_alone() {
+  say "$name is $now: nothing that was made or started here is on it, so it is left alone"
+  return 76
+}
+
+# ours: look, and fail where the name of slices that were taken away has become another's.
+ours() {
+  look
+  [ -z "$owner" ] || [ -z "$bears" ] || [ "$bears" = "$owner" ] || left_alone
+}
+
 wait_active() {
-  local now
+  local now bears
   while true; do
-    look
+    ours || return
     case $now in
       ACTIVE) return ;;
       GONE) die "there is no queued resource $name in $zone of $project: see create, or whether somebody has deleted it" ;;
@@ -267,20 +280,22 @@ verdict() {
 
 # Exit with the status of COMMAND, which ends on all hosts together.
 finish() {
-  local now status lost=0
+  local now bears status lost=0
   while true; do
     now=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "--command=$inspect") || now=""
     case $now in
-      exited:* | dead:*) ! verdict "${now#*:}" || return "$status" ;;
+      exited:* | dead:*) ! verdict "${now#*:}" || { [ -z "$owner" ] || ours || return; return "$status"; } ;;
     esac
     if [[ $now =~ ^(created|running|paused|restarting): ]]; then
       lost=0
     else
-      look
+      ours || return
       case $now in
         ACTIVE) lost=$((lost + 1)) ;;
         "") ;;
-        *) say "$name is $now: the slices were taken away"; return 75 ;;
+        SUSPENDING | SUSPENDED | FAILED | DELETING | GONE) say "$name is $now: the slices were taken away"; return 75 ;;
+        # Nothing was started on a request that waits, unless somebody has reset it.
+        *) if [ -n "$owner" ] && [ "$bears" = "$owner" ]; then return 75; else left_alone; return; fi ;;
       esac
       [ "$lost" -lt 5 ] || { say "hosts of $name have not answered $lost times although it is ACTIVE"; return 75; }
     fi
@@ -291,12 +306,19 @@ finish() {
 stop() { everywhere "sudo docker stop --time $grace cocoa"; }
 
 # A request to delete that has failed may have been heard all the same.
-delete_once() {
-  local now
+remove() {
+  local now bears
   surely "${ending[@]}" || { look && [ "$now" = GONE ]; }
 }
 
-delete() { insist delete_once; }
+remove_ours() {
+  local now bears
+  ours || return 0
+  case $now in "") return 1 ;; GONE) return 0 ;; esac
+  remove
+}
+
+delete() { if [ -n "$owner" ]; then insist remove_ours; else insist remove; fi; }
 
 # Nothing that costs money outlives a failure, unless it was asked for.
 give_back() {
@@ -312,8 +334,7 @@ give_back() {
 
 up() {
   guard
-  unused
-  making order
+  making create
   attend "$here/queued.sh" wait "${words[@]}"
   attend "$here/queued.sh" setup "${words[@]}"
   attend "$here/queued.sh" start "${words[@]}"

@@ -122,13 +122,13 @@ submit() {
 }
 
 # A request to delete that has failed may have been heard all the same.
-delete_once() {
+remove() {
   local left
   surely xpk workload delete "--workload=$name" "${where[@]}" --force ||
     { left=$(ask "" kubectl get jobset "$name" --ignore-not-found --output=name "${at[@]}") && [ -z "$left" ]; }
 }
 
-delete() { insist delete_once; }
+delete() { insist remove; }
 
 stop() { delete; }
 

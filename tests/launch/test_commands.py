@@ -63,9 +63,9 @@ CASES = {
         "stages.sh --base m --run out --configs configs/pods --stages 1-warmup-lora,3-contrastive-lora "
         "-- --loop.steps=3 --mesh.fsdp=4"
     ),
-    "pipeline-queued": f"pipeline.sh queued {AT} --accelerator v5litepod-16 {V5E} --spot {IMAGE} {STAGES}",
+    "pipeline-queued": f"pipeline.sh queued {AT} --owner me --accelerator v5litepod-16 {V5E} --spot {IMAGE} {STAGES}",
     "pipeline-queued-slices": (
-        f"pipeline.sh queued {AT} --accelerator v5litepod-256 {V5E} --slices 2 --reserved {IMAGE} {STAGES}"
+        f"pipeline.sh queued {AT} --owner me --accelerator v5litepod-256 {V5E} --slices 2 --reserved {IMAGE} {STAGES}"
     ),
     "pipeline-gke": f"pipeline.sh gke --name cocoa --type v5p --topology 2x2x4 {IMAGE} {STAGES} -- --mesh.fsdp=16",
     "pipeline-xpk": f"pipeline.sh xpk {XPK} --tpu-type v5litepod-64 {IMAGE} {STAGES}",

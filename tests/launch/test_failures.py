@@ -47,6 +47,7 @@ FINISHED = {**ACTIVE, "inspect": [[0, "exited:0"]]}
         (f"queued.sh setup {AT} --image i --data /local", "--data is '/local': give a gs:// path"),
         (f"queued.sh setup {AT} --image 'i; reboot'", "--image is 'i; reboot'"),
         (f"queued.sh start {AT} --image i", "no command given"),
+        (f"queued.sh delete {AT} --owner 'you and me'", "--owner is 'you and me'"),
         (f"queued.sh start {AT} {COMMAND}", "--image is missing"),
         (f"gke.sh submit --name cocoa --topology 4x4 --image i {COMMAND}", "--type is missing"),
         (f"gke.sh submit --name cocoa --type v4 --topology 4x4 --image i {COMMAND}", "--type is 'v4'"),
@@ -232,7 +233,7 @@ def signalled(desk, line, answers, when, *signals, to=os.killpg):
 @pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["script", "terminal"])
 @pytest.mark.parametrize(
     ("line", "answers"),
-    [(UP, FREE), (f"{QUEUED} {STAGES}", FREE), (f"{ON_GKE} {STAGES}", {}), (f"{ON_XPK} {STAGES}", {})],
+    [(UP, FREE), (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE}), (f"{ON_GKE} {STAGES}", {}), (f"{ON_XPK} {STAGES}", {})],
     ids=["up", "queued", "gke", "xpk"],
 )
 def test_a_signal_while_it_is_being_made_gives_it_back(desk, line, answers, number, status, to):
@@ -240,7 +241,9 @@ def test_a_signal_while_it_is_being_made_gives_it_back(desk, line, answers, numb
     answers = {**answers, " create ": [[0, "sleep 1"]]}
     ended, errors, deleted = signalled(desk, line, answers, [" create "], number, to=to)
     assert ended == status and deleted[-1] and sum(deleted) == 1, errors
-    assert " create " in " ".join(desk.calls()[-2])  # and nothing else is begun
+    lines = [" ".join(call) for call in desk.calls()]
+    after = lines[[" create " in line for line in lines].index(True) + 1 :]
+    assert all(" describe " in line or " delete " in line for line in after), after  # and nothing else is begun
 
 
 WHILE = pytest.mark.parametrize(
@@ -361,7 +364,7 @@ def pipeline(desk, answers, *more):
 def test_a_pipeline_that_is_preempted_asks_again_and_continues(desk):
     answers = {
         "inspect": [[255, ""], [0, "exited:0"]],
-        "describe": [[0, "ACTIVE"], [0, "SUSPENDED"], [0, "SUSPENDED"], [0, "ACTIVE"]],
+        "describe": [[0, "ACTIVE"], *[[0, "SUSPENDED"]] * 3, [0, "ACTIVE"]],
     }
     ended, done = pipeline(desk, answers)
     assert ended.status == 0, ended.errors
@@ -393,6 +396,60 @@ def test_a_run_outlives_what_cannot_be_seen(desk, unread):
     assert ("could not be read 5 times; it MAY STILL BE RUNNING" in ended.errors) == (unread[0] == 1)
 
 
+MINE, THEIRS = [0, "ACTIVE\tme"], [0, "ACTIVE\tyou"]
+
+
+@pytest.mark.parametrize(
+    ("inspect", "describe"),
+    [
+        ([[255, ""], [0, "exited:0"]], [MINE, [0, "WAITING_FOR_RESOURCES\tyou"], THEIRS]),
+        ([[255, ""], [0, "exited:0"]], [[0, "ACTIVE"], *[[0, "WAITING_FOR_RESOURCES"]] * 2, [0, "ACTIVE"]]),
+        ([[255, ""], [0, "exited:0"]], [MINE, [0, "SUSPENDED\tme"], THEIRS]),
+        ([[0, "running:0"], [0, "exited:0"]], [MINE, THEIRS]),
+        ([[0, "running:0"], [0, "exited:75"]], [MINE, THEIRS]),
+    ],
+    ids=["seen-waiting", "seen-waiting-without-labels", "seen-active", "followed-to-the-end", "followed-to-a-restart"],
+)
+def test_slices_that_are_another_pipelines_by_now_are_left_alone(desk, inspect, describe):
+    """It has replaced those that were taken away from this one."""
+    answers = {"worker=0.*inspect": inspect, "inspect": inspect[-1:], "describe": describe}
+    ended, done = pipeline(desk, answers, "--owner", "me")
+    assert ended.status == 2 and "left alone" in ended.errors, ended.errors
+    assert sum("docker run" in line for line in done) == 1
+    assert [word for word in done if word in ("create", "delete")] == ["create"]
+
+
+def test_another_requests_slices_are_not_deleted(desk):
+    words = shlex.split(f"delete {AT} --owner me")
+    for state, deleted in [(MINE, 1), ([0, "ACTIVE"], 1), (THEIRS, 0), ([1, "NOT_FOUND"], 0)]:
+        ended = desk.run("queued.sh", *words, answers={"describe": [state]})
+        assert ended.status == 0 and sum("delete" in call for call in ended.calls) == deleted
+    ended = desk.run("queued.sh", *words, answers={"describe": [[1, "no network"]]})
+    assert ended.status == 1 and not any("delete" in call for call in ended.calls)
+
+
+def test_a_request_that_was_heard_although_it_failed_is_gone_on_with(desk):
+    waiting = [0, "WAITING_FOR_RESOURCES\tme"]
+    taken = {"taken": [[1, "NOT_FOUND"], waiting, waiting, MINE], "create": [[1, "no network"]]}
+    ended, done = pipeline(desk, {**taken, "inspect": [[0, "exited:0"]]}, "--owner", "me")
+    assert ended.status == 0, ended.errors
+    assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
+
+
+def test_a_pipeline_that_was_killed_is_taken_up_again_by_its_owner(desk):
+    answers = {"taken": [MINE], "docker ps": [[0, "runs"]], "inspect": [[0, "exited:0"]]}
+    ended, done = pipeline(desk, answers, "--owner", "me")
+    assert ended.status == 0 and not any("docker run" in line for line in done), ended.errors
+    assert [word for word in done if word in ("create", "delete")] == ["delete"]
+
+
+def test_slices_that_somebody_has_deleted_are_not_asked_for_again(desk):
+    gone = {"inspect": [[255, ""]], "describe": [[0, "ACTIVE"], [1, "NOT_FOUND"]]}
+    ended, done = pipeline(desk, gone)
+    assert ended.status == 2 and "there is no queued resource cocoa" in ended.errors
+    assert [word for word in done if word in ("create", "delete")] == ["create"]
+
+
 def test_a_host_that_is_started_anew_is_started_on(desk):
     ended, done = pipeline(desk, {**FINISHED, "inspect": [[0, "exited:255"]] * 2 + [[0, "exited:0"]]})
     assert ended.status == 0 and sum("docker run" in line for line in done) == 2, ended.errors
@@ -404,7 +461,8 @@ def test_a_pipeline_stops_at_an_error_that_stays_and_gives_back(desk):
     ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]], **last})
     assert ended.status == 1 and done[-1] == "delete" and sum("docker run" in line for line in done) == 1
     assert "the stages have failed with status 1" in ended.errors
-    assert "mixture.yaml cannot be read" in ended.output and "docker logs" in done[-2]
+    assert "mixture.yaml cannot be read" in ended.output
+    assert "docker logs" in [word for word in done if word != "describe"][-2]
     ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]], "docker logs": [[255, ""]]})
     assert ended.status == 1 and done[-1] == "delete" and "could not be read" in ended.errors
     ended, done = pipeline(desk, {**ACTIVE, "inspect": [[0, "exited:1"]]}, "--keep")
@@ -438,7 +496,7 @@ def test_what_cannot_be_deleted_is_no_success(desk, words, answers):
 
 @BACKENDS
 def test_deleting_that_was_heard_although_it_failed_is_done(desk, words, answers):
-    gone = {"describe": [[0, "ACTIVE"]] * words.count("queued") + [[1, "NOT_FOUND"]], "output=name": [[0, ""]]}
+    gone = {"describe": [*[[0, "ACTIVE"]] * 3, [1, "NOT_FOUND"]], "output=name": [[0, ""]]}
     answers = {" delete ": [[1, "no network"], [1, "NotFound"]], **gone, **answers, **gone}
     if "gke" in words:
         answers[" delete "] = [[1, "no network"], [0, ""]]  # it is told to ignore what is not found
@@ -446,7 +504,7 @@ def test_deleting_that_was_heard_although_it_failed_is_done(desk, words, answers
     assert ended.status == 0 and "!!!" not in ended.errors
 
 
-TAKEN_ONCE = {"describe": [[0, "ACTIVE"], [0, "SUSPENDED"], [0, "ACTIVE"]]}
+TAKEN_ONCE = {"describe": [[0, "ACTIVE"], *[[0, "SUSPENDED"]] * 2, [0, "ACTIVE"]]}
 
 
 @pytest.mark.parametrize(
@@ -454,7 +512,7 @@ TAKEN_ONCE = {"describe": [[0, "ACTIVE"], [0, "SUSPENDED"], [0, "ACTIVE"]]}
     [
         {"docker pull": [[1, "worker 3: connection closed"], [0, "one host"]], **TAKEN_ONCE},
         {"docker run": [[255, ""], [0, "one host"]], **TAKEN_ONCE},
-        {"describe": [[0, "WAITING_FOR_RESOURCES"], [0, "SUSPENDED"], [0, "ACTIVE"]]},
+        {"describe": [[0, "WAITING_FOR_RESOURCES"], *[[0, "SUSPENDED"]] * 2, [0, "ACTIVE"]]},
     ],
     ids=["pull", "start", "wait"],
 )
@@ -474,7 +532,7 @@ def test_slices_that_are_taken_away_before_the_stages_run_again_are_asked_for_ag
     answers = {
         "docker run": [[0, "one host"], [255, ""], [0, "one host"]],
         "inspect": [[0, "exited:75"]] * 2 + [[0, "exited:0"]],
-        "describe": [[0, "ACTIVE"], [0, "ACTIVE"], [0, "SUSPENDED"], [0, "ACTIVE"]],
+        "describe": [*[[0, "ACTIVE"]] * 3, *[[0, "SUSPENDED"]] * 2, [0, "ACTIVE"]],
     }
     ended, done = pipeline(desk, answers)
     assert ended.status == 0, ended.errors
