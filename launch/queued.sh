@@ -22,8 +22,8 @@
 #   --project PROJECT      of Google Cloud
 #   --zone ZONE            such as us-central1-a
 #   --accelerator TYPE     such as v5litepod-16; or
-#   --type TYPE            such as v5litepod, and
-#   --topology SHAPE       such as 4x4
+#   --type TYPE            such as v4 (newer ones where gcloud knows them), and
+#   --topology SHAPE       such as 2x2x4
 #   --runtime VERSION      of the TPU software, such as v2-alpha-tpuv5-lite
 #   --slices N             joined over the data-centre network [1]
 #   --spot                 cheap and taken away at any time
@@ -114,7 +114,7 @@ check_request() {
     [ -z "$type$topology" ] || die "--accelerator is given: leave out --type and --topology"
   else
     need "$type" "--accelerator (or --type)" "such as v5litepod-16"
-    need "$topology" --topology "such as 4x4"
+    need "$topology" --topology "such as 2x2x4"
     [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || die "--topology is '$topology': give one such as 4x4 or 2x2x2"
   fi
   word "$runtime" --runtime
