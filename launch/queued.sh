@@ -216,12 +216,14 @@ ours() {
 }
 
 wait_active() {
-  local now bears
+  local now bears absent=0
   while true; do
     ours || return
     case $now in
       ACTIVE) return ;;
-      GONE) die "there is no queued resource $name in $zone of $project: see create, or whether somebody has deleted it" ;;
+      GONE)
+        absent=$((absent + 1)) # it may take a moment to appear
+        [ "$absent" -lt 5 ] || die "there is no queued resource $name in $zone: see create, or who has deleted it" ;;
       SUSPENDING | SUSPENDED | DELETING) say "$name is $now: the slices were taken away"; return 75 ;;
       FAILED)
         say "$name is $now and will not become active: see gcloud compute tpus queued-resources describe $name"
@@ -314,7 +316,7 @@ remove() {
 remove_ours() {
   local now bears
   ours || return 0
-  case $now in "") return 1 ;; GONE) return 0 ;; esac
+  [ -n "$now" ] || return 1
   remove
 }
 
