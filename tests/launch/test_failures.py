@@ -106,7 +106,15 @@ def up(desk, answers, *more):
         ({**ACTIVE, " ssh ": [[0, ""]]}, ["create", "describe", "ssh"]),
         ({**ACTIVE, "docker run": [[0, "cocoa:done 4 2\n" * 4]]}, ["create", "describe", "ssh", "ssh", "ssh"]),
     ],
-    ids=["never-there", "no-answer", "not-there-yet", "setup-on-one-host", "start", "no-host-answers", "one-slice-of-two"],
+    ids=[
+        "never-there",
+        "no-answer",
+        "not-there-yet",
+        "setup-on-one-host",
+        "start",
+        "no-host-answers",
+        "one-slice-of-two",
+    ],
 )
 def test_whatever_fails_the_slices_are_given_back(desk, answers, made):
     ended = up(desk, answers)
