@@ -130,7 +130,8 @@ queued() {
 cluster() {
   making call submit -- "${command[@]}"
   # kubectl may well be pointed elsewhere before the stages have ended.
-  [[ " ${mine[*]} " == *" --context "* ]] || mine+=(--context "$(ask CONTEXT kubectl config current-context)")
+  [[ " ${mine[*]} " == *" --context "* ]] ||
+    mine+=(--context "$(ask CONTEXT kubectl config current-context 2>/dev/null || true)")
   call finish || {
     local status=$?
     tell

@@ -276,7 +276,7 @@ verdict() {
       *) all="" now=$line ;;
     esac
   done
-  [ "$status" -ne 255 ] || status=75
+  [ "$status" -ne 255 ] || { say "a host of $name was started anew"; status=75; }
   [ "$status" -ne 0 ] || [ -n "$all" ]
 }
 

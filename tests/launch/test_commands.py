@@ -22,7 +22,9 @@ XPK = f"{AT} --cluster my-cluster"
 
 CASES = {
     "queued-create": f"queued.sh create {AT} --accelerator v5litepod-16 {V5E}",
-    "queued-create-spot": f"queued.sh create {AT} --type v4 --topology 2x2x4 --runtime tpu-ubuntu2204-base --spot --valid-until 6h",
+    "queued-create-spot": (
+        f"queued.sh create {AT} --type v4 --topology 2x2x4 --runtime tpu-ubuntu2204-base --spot --valid-until 6h"
+    ),
     "queued-create-slices": (
         f"queued.sh create {AT} --accelerator v5litepod-256 {V5E} --slices 2 --reserved --service-account a@b.c"
     ),

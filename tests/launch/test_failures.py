@@ -106,7 +106,7 @@ def up(desk, answers, *more):
         ({**ACTIVE, " ssh ": [[0, ""]]}, ["create", "describe", "ssh"]),
         ({**ACTIVE, "docker run": [[0, "cocoa:done 4 2\n" * 4]]}, ["create", "describe", "ssh", "ssh", "ssh"]),
     ],
-    ids=["never-there", "no-answer", "not-there-yet", "setup-on-one-host", "start", "no-host-answers", "one-slice-of-two"],
+    ids=["never-there", "no-answer", "not-there-yet", "setup-on-one-host", "start", "no-host-answers", "one-slice"],
 )
 def test_whatever_fails_the_slices_are_given_back(desk, answers, made):
     ended = up(desk, answers)
@@ -470,12 +470,13 @@ def test_a_pipeline_stops_at_an_error_that_stays_and_gives_back(desk):
     assert "delete" not in done and "ARE LEFT RUNNING AND COST MONEY (--keep)" in ended.errors
 
 
+CONTEXT = {"current-context": [[0, "mine"]]}
 BACKENDS = pytest.mark.parametrize(
     ("words", "answers"),
     [
         pytest.param(f"queued {REQUEST}", {**FREE, **FINISHED}, id="queued"),
         pytest.param(f"gke {GKE}", {"ignore-not-found": [[0, ""]], **ENDED}, id="gke"),
-        pytest.param(f"xpk {XPK}", {"output=name": [[0, "jobset/cocoa"]], **ENDED}, id="xpk"),
+        pytest.param(f"xpk {XPK}", {"output=name": [[0, "jobset/cocoa"]], **CONTEXT, **ENDED}, id="xpk"),
     ],
 )
 
@@ -486,6 +487,12 @@ def test_deleting_that_fails_once_is_tried_again(desk, words, answers):
     ended = desk.run("pipeline.sh", *words, answers={" delete ": [[1, "no network"], [0, ""]], **answers})
     assert ended.status == 0 and "!!!" not in ended.errors
     assert sum("delete" in call for call in ended.calls) == 2
+
+
+def test_what_another_cluster_lacks_may_well_be_there(desk):
+    answers = {" delete ": [[1, "no network"], [0, ""]], "output=name": [[0, ""]]}
+    ended = desk.run("xpk.sh", *shlex.split(f"delete {AT} --cluster k"), answers=answers)
+    assert ended.status == 0 and sum("delete" in call for call in ended.calls) == 2
 
 
 @BACKENDS
@@ -584,6 +591,14 @@ def test_a_run_on_a_cluster_outlives_what_cannot_be_seen(desk, backend, words):
     assert ended.status == 0, ended.errors
     assert ["delete" in call for call in ended.calls] == [False] * (len(ended.calls) - 1) + [True]
     assert ended.errors.count("could not be read 5 times; it MAY STILL BE RUNNING AND COST MONEY") == 1
+
+
+@CLUSTERS
+def test_kubectl_needs_no_context(desk, backend, words):
+    """Inside a cluster it has none."""
+    answers = {"ignore-not-found": [[0, ""]], "current-context": [[1, "error: current-context is not set"]], **ENDED}
+    ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers=answers)
+    assert ended.status == 0 and "--context" not in "".join(ended.lines), ended.errors
 
 
 @CLUSTERS
