@@ -3,10 +3,11 @@
 
 # The JobSet, options that say where it is, and one that says which container of its pods is meant.
 name="" at=() container=()
-first=jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0
 
 log() {
-  run kubectl logs --follow "${container[@]}" --tail=-1 "--selector=jobset.sigs.k8s.io/jobset-name=$name,$first" "${at[@]}"
+  local first=jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0
+  run kubectl logs --follow "${container[@]}" --tail=-1 \
+    "--selector=jobset.sigs.k8s.io/jobset-name=$name,$first" "${at[@]}"
 }
 
 tail() {

@@ -15,8 +15,8 @@
 #   --configs DIR    holds STAGE.yaml for each stage, as the container sees it: /data/configs, or configs/pods
 #   --stages LIST    names with commas between [1-warmup,2-bridge,3-contrastive]
 #   --attempts N     how often the slices may be started on [50]; on GKE and xpk see --max-restarts
-#   --owner WORD     (queued) slices that bear it are this run's: taken up again after the pipeline itself was killed, and
-#                    deleted at the end; others are left alone [a new one each time]
+#   --owner WORD     (queued) slices that bear it are this run's: taken up again after the pipeline itself was killed,
+#                    and deleted at the end; others are left alone [a new one each time]
 #   --spot, --reserved (queued), --reservation NAME (gke, xpk) and all other options go to launch/BACKEND.sh
 #   --keep           leave what was made when the stages have failed for good
 #   --dry-run        print the commands instead of running them
@@ -130,7 +130,8 @@ queued() {
 cluster() {
   making call submit -- "${command[@]}"
   # kubectl may well be pointed elsewhere before the stages have ended.
-  [[ " ${mine[*]} " == *" --context "* ]] || mine+=(--context "$(ask CONTEXT kubectl config current-context)")
+  [[ " ${mine[*]} " == *" --context "* ]] ||
+    mine+=(--context "$(ask CONTEXT kubectl config current-context 2>/dev/null || true)")
   call finish || {
     local status=$?
     tell

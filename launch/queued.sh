@@ -12,8 +12,8 @@
 #   up       create, wait, setup, start; what create has made is deleted if one of the others fails
 #   log      follow the log of the first host
 #   tail     the last lines of the log of every host
-#   finish   wait until COMMAND has ended, exit with its status, or with 75 where the slices were taken away, with 76 where
-#            what has NAME is another request by now
+#   finish   wait until COMMAND has ended, exit with its status, with 75 where the slices were taken away, or with 76
+#            where what has NAME is another request by now
 #   stop     ask COMMAND to save and end (SIGTERM)
 #   delete   give the slices back
 #
@@ -129,8 +129,8 @@ census="of() { curl -sfH Metadata-Flavor:Google metadata.google.internal/compute
 census+="; echo cocoa:done \$(of worker-network-endpoints | tr , ' ' | wc -w)"
 census+=" \$(of tpu-env | sed -n s/^MEGASCALE_NUM_SLICES://p | tr -cd 0-9)"
 
-# everywhere COMMAND [EXPECTED]: on all hosts of all slices at once; $said is what they say. It fails when COMMAND fails on
-# one of them, and when one does not answer: gcloud leaves out a slice that it cannot reach, and succeeds.
+# everywhere COMMAND [EXPECTED]: on all hosts of all slices at once; $said is what they say. It fails when COMMAND fails
+# on one of them, and when one does not answer: gcloud leaves out a slice that it cannot reach, and succeeds.
 everywhere() {
   local answers line status=0 answered=0 wanted=1 hosts slices
   said=""
@@ -180,14 +180,16 @@ create() {
     "" | GONE) order; return ;;
     FAILED | SUSPENDED)
       [ -z "$replace" ] || { say "$name is $now: it is made again"; insist remove && order; return; } ;;
-    *) [ -z "$owner" ] || [ "$bears" != "$owner" ] || { say "$name is $now and was asked for here: it is kept"; return 0; } ;;
+    *)
+      [ -z "$owner" ] || [ "$bears" != "$owner" ] ||
+        { say "$name is $now and was asked for by this owner: it is kept"; return 0; } ;;
   esac
   in_use "$name" "queued resource" "$now" "finish where a run is on it, else wait, setup, start" \
     "$0" delete --name "$name" --project "$project" --zone "$zone"
 }
 
-# look [EXPECTED]: keep in $now the state of the request, GONE where there is none and nothing where it cannot be read, and
-# in $bears its owner. What cannot be read goes on by itself: no reason to give it up, but one to say so loudly.
+# look [EXPECTED]: keep in $now the state of the request, GONE where there is none and nothing where it cannot be read,
+# and in $bears its owner. What cannot be read goes on by itself: no reason to give it up, but one to say so loudly.
 unread=0
 look() {
   local answer shape=$'\n([A-Z_]+)($|\n|\t([-_a-z0-9]*))'
@@ -255,13 +257,13 @@ start() {
 
 log() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 '--command=sudo docker logs --follow cocoa'; }
 
-tail() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all "--command=sudo docker logs --tail 20 cocoa"; }
+tail() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all '--command=sudo docker logs --tail 20 cocoa'; }
 
 inspect="sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa"
 
-# verdict CODE: keep in $status how COMMAND has ended, which on the first host did with CODE; fails where it may go on, with
-# what a host says on which it does in $now. After an error on one host the others only tell that it is gone. A host that
-# was started anew says 255 of its container, by some versions of Docker 0 (moby/moby#45788): all have to say 0.
+# verdict CODE: keep in $status how COMMAND has ended, which on the first host did with CODE; fails where it may go on,
+# with what a host says on which it does in $now. After an error on one host the others only tell that it is gone. A host
+# that was started anew says 255 of its container, by some versions of Docker 0 (moby/moby#45788): all have to say 0.
 verdict() {
   local line code all=1
   status=$1 now=""
@@ -276,7 +278,7 @@ verdict() {
       *) all="" now=$line ;;
     esac
   done
-  [ "$status" -ne 255 ] || status=75
+  [ "$status" -ne 255 ] || { say "a host of $name was started anew"; status=75; }
   [ "$status" -ne 0 ] || [ -n "$all" ]
 }
 

@@ -121,11 +121,12 @@ submit() {
   fi
 }
 
-# A request to delete that has failed may have been heard all the same.
+# A request to delete that has failed may have been heard all the same; without --context kubectl may see another cluster.
 remove() {
   local left
-  surely xpk workload delete "--workload=$name" "${where[@]}" --force ||
-    { left=$(ask "" kubectl get jobset "$name" --ignore-not-found --output=name "${at[@]}") && [ -z "$left" ]; }
+  if surely xpk workload delete "--workload=$name" "${where[@]}" --force; then return 0; fi
+  [ -n "$context" ] || return 1
+  left=$(ask "" kubectl get jobset "$name" --ignore-not-found --output=name "${at[@]}") && [ -z "$left" ]
 }
 
 delete() { insist remove; }

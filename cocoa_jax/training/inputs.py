@@ -13,7 +13,7 @@ from cocoa_jax.data.bad import KnownBad
 from cocoa_jax.data.mixture import Mixture, open_mixture
 from cocoa_jax.data.packing import ALONE, RowShare
 from cocoa_jax.data.pairs import picture_source, some_things
-from cocoa_jax.data.pipeline import built_ahead, stage_dataset
+from cocoa_jax.data.pipeline import built_ahead, stage_dataset, widest_bytes
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.rows import Arrays
 from cocoa_jax.data.sources import PICTURES, load_pictures
@@ -76,4 +76,5 @@ def open_dataset(
 def open_batches(config: TrainConfig, processor: Processor) -> grain.IterDataset[Arrays]:
     """The same from the first step on, for this process alone."""
     dataset = open_dataset(config, processor, open_sources(config))
-    return built_ahead(dataset, config.data.threads, config.data.workers)
+    largest = widest_bytes(config.batches(), processor)
+    return built_ahead(dataset, config.data.threads, config.data.workers, largest)

@@ -1,0 +1,110 @@
+"""Signals: what was made is given back at once, whoever is told to stop, and however often."""
+
+import os
+import re
+import shlex
+import signal
+import time
+
+import pytest
+
+AT = "--name cocoa --project p --zone z"
+REQUEST = f"{AT} --accelerator v5litepod-16 --runtime v2-alpha-tpuv5-lite --image r/p/i:1"
+GKE = "--name cocoa --type v5e --topology 4x4 --image r/p/i:1"
+XPK = f"{AT} --cluster k --tpu-type v5litepod-16 --image r/p/i:1"
+COMMAND = "-- cocoa-stages --base /data/m --run gs://b/r"
+STAGES = "--base /data/m --run gs://b/r --configs c"
+FREE = {"taken": [[1, "NOT_FOUND"]]}
+ACTIVE = {"describe": [[0, "ACTIVE"]]}
+UP = f"queued.sh up {REQUEST} {COMMAND}"
+QUEUED, ON_GKE, ON_XPK = f"pipeline.sh queued {REQUEST}", f"pipeline.sh gke {GKE}", f"pipeline.sh xpk {XPK}"
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+
+
+def until(desk, process, pattern):
+    """Wait for a call that is made once there is something that costs money."""
+    made = False
+    while not made:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+        lines = [" ".join(call) for call in desk.calls()]
+        first = next((index for index, line in enumerate(lines) if " create " in line), len(lines))
+        made = any(re.search(pattern, line) for line in lines[first:])
+
+
+def signalled(desk, line, answers, when, *signals, to=os.killpg):
+    """Send ``signals`` one after the other, each when its call of ``when`` is under way; to the terminal's group."""
+    process = desk.start(*shlex.split(line), answers=answers, poll=60)
+    for pattern, number in zip(when, signals, strict=True):
+        until(desk, process, pattern)
+        time.sleep(0.2)
+        to(process.pid, number)
+    _, errors = process.communicate(timeout=40)
+    return process.returncode, errors, ["delete" in call for call in desk.calls()]
+
+
+@pytest.mark.parametrize(("number", "status"), SIGNALS, ids=str)
+@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["script", "terminal"])
+@pytest.mark.parametrize(
+    ("line", "answers"),
+    [(UP, FREE), (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE}), (f"{ON_GKE} {STAGES}", {}), (f"{ON_XPK} {STAGES}", {})],
+    ids=["up", "queued", "gke", "xpk"],
+)
+def test_a_signal_while_it_is_being_made_gives_it_back(desk, line, answers, number, status, to):
+    """The command that makes it goes on and succeeds; only then is there something to delete."""
+    answers = {**answers, " create ": [[0, "sleep 1"]]}
+    ended, errors, deleted = signalled(desk, line, answers, [" create "], number, to=to)
+    assert ended == status and deleted[-1] and sum(deleted) == 1, errors
+    lines = [" ".join(call) for call in desk.calls()]
+    after = lines[[" create " in line for line in lines].index(True) + 1 :]
+    assert all(" describe " in line or " delete " in line for line in after), after  # and nothing else is begun
+
+
+WHILE = pytest.mark.parametrize(
+    ("line", "answers", "when"),
+    [
+        (UP, {**FREE, "describe": [[0, "WAITING_FOR_RESOURCES"]]}, " describe "),
+        (UP, {**FREE, **ACTIVE, "docker pull": [[0, "sleep 100"]]}, "docker pull"),
+        (f"{QUEUED} {STAGES}", {**FREE, "describe": [[0, "WAITING_FOR_RESOURCES"]]}, " describe "),
+        (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE, "docker pull": [[0, "sleep 100"]]}, "docker pull"),
+        (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE, "inspect": [[0, "running:0"]]}, "inspect"),
+        (f"{ON_GKE} {STAGES}", {}, "get jobset cocoa --output"),
+        (f"{ON_XPK} {STAGES}", {"output=name": [[0, "jobset/cocoa"]]}, "get jobset cocoa --output"),
+    ],
+    ids=["up-wait", "up-setup", "wait", "setup", "finish", "gke", "xpk"],
+)
+
+
+@WHILE
+@pytest.mark.parametrize(("number", "status"), SIGNALS, ids=str)
+@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["script", "terminal"])
+def test_a_signal_while_it_waits_gives_back_at_once(desk, line, answers, when, number, status, to):
+    """Not when what it waits for has ended, perhaps days later."""
+    ended, errors, deleted = signalled(desk, line, answers, [when], number, to=to)
+    assert ended == status and deleted[-1] and sum(deleted) == 1, errors
+
+
+@WHILE
+def test_a_second_signal_does_not_keep_it_from_giving_back(desk, line, answers, when):
+    answers = {" delete ": [[0, "sleep 1"]], **answers}
+    ended, errors, deleted = signalled(desk, line, answers, [when, " delete "], signal.SIGINT, signal.SIGINT)
+    assert ended == 130 and deleted[-1] and "!!!" not in errors, errors
+    answers[" delete "] = [[1, "no rights"]]
+    process = desk.start(*shlex.split(line), answers=answers)
+    until(desk, process, when)
+    for _ in range(20):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == 130 and "MAY STILL BE RUNNING AND COST MONEY" in errors, errors
+
+
+@WHILE
+def test_a_reader_that_is_gone_does_not_keep_it_from_giving_back(desk, line, answers, when):
+    """As when Ctrl-C ends ``tee`` as well, or the terminal is closed."""
+    process = desk.start(*shlex.split(line), answers={" delete ": [[1, "no network"], [0, ""]], **answers})
+    until(desk, process, when)
+    process.stdout.close()
+    process.stderr.close()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(40) in (130, 141) and sum("delete" in call for call in desk.calls()) == 2
