@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -56,9 +57,13 @@ class Desk:
             "COCOA_POLL_SECONDS": str(poll),
         }
         command, pipe = [str(SCRIPTS / script), *words], subprocess.PIPE
+        # bash cannot trap what is ignored when it starts, as a hangup is under nohup: tests may run there too
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
         process = subprocess.Popen(
             command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
         )
+        for number, handler in before.items():
+            signal.signal(number, handler)
         self.started.append(process)
         return process
 
