@@ -59,7 +59,10 @@ def losses(config: TrainConfig, mesh: Mesh) -> dict[str, object]:
     if config.lora is not None:
         arrays["magnitude"] = state.params["adapter"]["text"]["layers"]["mlp"]["up_proj"]["magnitude"]
     shares = {name: len({str(shard.index) for shard in x.addressable_shards}) for name, x in arrays.items()}
-    return {"losses": found, "batch_shards": batch_shards(mesh), "slices": mesh.shape["slice"], **shares}
+    kept = {"params": state.params, "optimizer": state.optimizer, "loss": metrics["loss"]}
+    types = {name: sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)}) for name, tree in kept.items()}
+    spread = {"batch_shards": batch_shards(mesh), "slices": mesh.shape["slice"], **shares}
+    return {"losses": found, "types": types, **spread}
 
 
 def main(settings: str) -> None:

@@ -102,9 +102,9 @@ def shared(tmp_path_factory, backbone, stage_settings):
     return backbone, stage_settings, tmp_path_factory.mktemp("compiled")
 
 
-def settings_of(shared, output: Path, stage: str, steps: int = STEPS, **mesh: int) -> Path:
+def settings_of(shared, output: Path, stage: str, steps: int = STEPS, every: int = 8, lora=None, **mesh: int) -> Path:
     backbone, stage_settings, _ = shared
-    settings = stage_settings(stage, backbone, output, loop={"steps": steps, "checkpoint_every": 8})
+    settings = stage_settings(stage, backbone, output, loop={"steps": steps, "checkpoint_every": every}, lora=lora)
     settings["optimizer"] = {"learning_rate": 1e-4, "warmup_steps": 2}
     settings |= {"mesh": mesh or {"fsdp": 2}, "distributed": {"heartbeat": 10}, "compute": {"attention": "reference"}}
     path = output.with_suffix(".yaml")
@@ -315,6 +315,24 @@ def losses(output: Path) -> list[float]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(len(lines)))
     return [line["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("stage", ["contrastive", pytest.param("warmup", marks=pytest.mark.slow)])
+def test_an_adapter_trains_the_same_on_two_processes_and_after_a_kill(shared, tmp_path, stage):
+    """2 x 4 devices are as 8 of one process, to rounding; and on 8, killed and continued, to the bit."""
+
+    def trained(name: str, processes: int, *signals: int) -> list[list[float]]:
+        config = settings_of(shared, tmp_path / name, stage, 6, 2, lora={"rank": 4, "alpha": 8.0})
+        if signals:
+            assert statuses(start(shared, config, processes, (0, *signals))) == [-signal.SIGKILL]
+        ended = statuses(start(shared, config, processes))
+        assert ended == [0] * processes, [path.read_text()[-3000:] for path in tmp_path.glob(f"{name}.*.log")]
+        return losses(tmp_path / name)
+
+    alone = trained("alone", 1)
+    assert len(alone) == 6 and np.ptp(alone) > 1e-3 * alone[0]
+    assert trained("killed", 1, signal.SIGKILL, 4) == alone
+    np.testing.assert_allclose(trained("two", 2), alone, rtol=1e-5)
 
 
 @pytest.mark.slow
