@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cocoa_jax import cli
-from cocoa_jax.config import EvaluateConfig, evaluate_config_of, load_config, to_dict
+from cocoa_jax.config import EvaluateConfig, TrainConfig, evaluate_config_of, load_config, to_dict
 from cocoa_jax.recipe import read_recipe, stage_configs
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +66,19 @@ def test_the_recipe_that_is_shown_is_one(call, tmp_path, monkeypatch):
     assert call("run", "mine.yaml", "--write", "stages")[0] == 0
     steps = {path.stem: yaml.safe_load(path.read_text())["loop"]["steps"] for path in Path("stages").iterdir()}
     assert steps == {"2-bridge": 2, "3-contrastive": 900}  # one epoch of 100 records in batches of 64
+
+
+def test_the_recipe_for_two_slices_can_be_shared_by_them(call, tmp_path, monkeypatch):
+    (text,) = [block for block in blocks(ROOT / "docs/training.md", "yaml") if block.startswith("# seven.yaml")]
+    (tmp_path / "seven.yaml").write_text(text)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    assert call("run", "seven.yaml", "--write", "stages", "--steps", "3000,4688,2000")[0] == 0
+    stages = [load_config(TrainConfig, path) for path in sorted(Path("stages").iterdir())]
+    assert [config.stage for config in stages] == ["warmup", "bridge", "contrastive"]
+    for config in stages:
+        config.data.rows.check_shared(32, "devices")
+        assert (config.compute.remat, config.mesh.fsdp, config.lora) == ("full", 16, None)
 
 
 @pytest.mark.parametrize("kind", ["cocoa", "no_warmup", "no_bridge", "bidirectional", "causal", "moca"])
