@@ -36,7 +36,7 @@ class Linear(nnx.Module):
             if self.adapter is not None:
                 y = self.adapter(rows, y, kernel)
             y = (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
-        return checkpoint_name(y, PRODUCT).reshape(*x.shape[:-1], -1)
+        return checkpoint_name(y, PRODUCT).reshape(*x.shape[:-1], y.shape[-1])
 
 
 class Embedding(nnx.Module):

@@ -103,7 +103,7 @@ def hashed(words: UInt32[Array, " four"], rows: int, columns: int) -> UInt32[Arr
     parts = row_parts(rows)
     shape = parts, rows // parts, columns
     part, row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(3))
-    own = np.uint32(shape[1] * columns)  # the numbers of a part; where scalars meet, no vector unit counts them
+    own = np.uint32(shape[1] * columns % 2**32)  # the numbers of a part; where scalars meet, no vector unit counts them
     bits = row * np.uint32(columns) + column + part * (chunks * own) + (first + chunk * own)
     bits = bits.reshape(rows, columns)
     bits = (bits ^ (bits >> 17)) * np.uint32(0xED5AD4BB)

@@ -283,6 +283,13 @@ def test_rows_drop_the_same_whatever_the_chunks():
     np.testing.assert_array_equal(np.concatenate(chunks), whole)
 
 
+def test_places_are_counted_beyond_32_bits():
+    """As when a plan asks for all rows of a large batch on one device."""
+    words = jax.ShapeDtypeStruct((4,), jnp.uint32)
+    bits = jax.eval_shape(lambda words: hashed(words, 512 * 1280, 8960), words)
+    assert bits.shape == (512 * 1280, 8960)
+
+
 @pytest.mark.parametrize("weight_too", [True, False])
 def test_what_dropout_touches(weight_too):
     linear, x = adapted_map(rate=0.5, weight_too=weight_too), random(9, 40, 6)

@@ -72,3 +72,26 @@ def test_there_are_as_many_compilations_as_shapes(backbone, stage_settings, tmp_
         del batch["stats"]
         loss(params, batch)
     assert seen == set(settings.rows.shapes) and loss._cache_size() == 2
+
+
+def test_stage_1_takes_text_alone_in_a_shape_without_patches(backbone, stage_settings, tmp_path):
+    """Its loss and gradient are those of the same text in a shape that leaves all patches empty."""
+    config = parse(TrainConfig, stage_settings("warmup", backbone, tmp_path))
+    opened = open_backbone(backbone)
+    processor = Processor.load(opened.side_files, opened.config, config.data.processor)
+    source = {"it": picture_source("warmup", load_pictures("validation"))}
+    batch = stage_dataset(config.batches(), source, {"it": 1.0}, processor, seed=2, steps=1)[0]
+    del batch["stats"]
+    of_patches = [name for name in batch if "patch" in name or name in ("hidden_unit", "unit_seed")]
+    assert len(of_patches) == 6
+    batch["unit"] = np.full_like(batch["unit"], -1)
+    unused = batch | {name: np.zeros_like(batch[name]) for name in of_patches}
+    without = batch | {name: batch[name][:, :0] for name in of_patches}
+    program = stage_program(config, opened.config)
+    params = {"backbone": opened.load()}
+    params["head"] = program.init_head(params["backbone"])
+    step = jax.jit(jax.value_and_grad(lambda params, batch: program.loss(params, batch, 1.0)[0]))
+    (want, gradient), (loss, found) = step(params, unused), step(params, without)
+    np.testing.assert_allclose(loss, want, rtol=TOLERANCE)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(one, other, atol=TOLERANCE)
