@@ -64,14 +64,15 @@ class MeasurementError(RuntimeError):
 
 
 class Cells:
-    """A folder of measurements by what was measured, with what, and with which code.
+    """Measurements by what was measured, with what, and with which code; none is made twice.
 
     Args:
-        folder: where they are kept; None keeps nothing.
+        folder: where they are kept for the next command; None keeps them for this one alone.
     """
 
     def __init__(self, folder: str | Path | None):
         self._folder = Path(folder) if folder else None
+        self._known: dict[str, dict[str, Any]] = {}
 
     def get(self, spec: Spec) -> dict[str, Any]:
         """The result for ``spec``: kept from before, or measured now in a process of its own.
@@ -79,6 +80,12 @@ class Cells:
         Raises:
             MeasurementError: it cannot be measured.
         """
+        name = json.dumps(dict(spec), sort_keys=True)
+        if name not in self._known:
+            self._known[name] = self._kept_or_measured(spec)
+        return self._known[name]
+
+    def _kept_or_measured(self, spec: Spec) -> dict[str, Any]:
         versions = versions_of(spec)
         path = self._folder / f"{_slug(spec)}.json" if self._folder else None
         if path and path.is_file():

@@ -45,3 +45,17 @@ def test_words_about_code_make_no_cell_again():
     other = '"""Another."""\nfrom b import a\ndef f(x):\n    return (x + 1)\n'
     assert cells_module._computed(code) == cells_module._computed(other)
     assert cells_module._computed(code) != cells_module._computed(code.replace("+ 1", "+ 2"))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_nothing_is_measured_twice(tmp_path, monkeypatch, kept):
+    """In one command without a folder, in all that name one."""
+    made = []
+    monkeypatch.setattr(cells_module, "_measure", lambda spec: made.append(dict(spec)) or {"of": spec["stage"]})
+    folder, spec = tmp_path if kept else None, {"program": "plan", "topology": "v5e:4x4"}
+    cells = cells_module.Cells(folder)
+    for stage in ("bridge", "warmup", "bridge"):
+        assert cells.get({**spec, "stage": stage}) == {"of": stage}
+    assert [one["stage"] for one in made] == ["bridge", "warmup"]
+    assert cells_module.Cells(folder).get({**spec, "stage": "bridge"}) == {"of": "bridge"}
+    assert len(made) == (2 if kept else 3)
