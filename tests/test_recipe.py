@@ -282,7 +282,7 @@ def test_a_list_of_bad_records_of_other_data_is_refused_before_the_first_stage_i
     trained = []
     monkeypatch.setattr(recipe, "train", trained.append)
     read = read_recipe(tiny)
-    (tmp_path / "bad.json").write_text(json.dumps({"fingerprint": "0", "checked": {}, "bad": {}}))
+    (tmp_path / "bad.json").write_text(json.dumps({"fingerprint": "0", "negatives": 0, "checked": {}, "bad": {}}))
     last = {**read.stages["contrastive"]}
     last["data"] = {**last["data"], "bad": {"known": str(tmp_path / "bad.json")}}
     with pytest.raises(ValueError, match=r"bad.json is about data 0, this is"):

@@ -66,7 +66,7 @@ def check_data(config: TrainConfig) -> tuple[int, int]:
         if reason:
             reasons[name][index] = reason
     sizes = {name: len(source) for name, source in mixture.sources.items()}
-    KnownBad(mixture.fingerprint, sizes, reasons).save(Path(config.output))
+    KnownBad(mixture.fingerprint, config.data.negatives, sizes, reasons).save(Path(config.output))
     return total, sum(map(len, reasons.values()))
 
 

@@ -44,10 +44,10 @@ def known_bad(config: TrainConfig, mixture: Mixture) -> KnownBad | None:
     """What a check of all records found, if the settings name it.
 
     Raises:
-        ValueError: the file is about other data; TooManyBad: it names more than the settings allow.
+        ValueError: the file is about other data, or fewer negatives; TooManyBad: it names more than the settings allow.
     """
-    bad = config.data.bad
-    return None if bad.known is None else KnownBad.load(Path(bad.known), mixture.fingerprint, bad.ceiling)
+    bad, negatives = config.data.bad, config.data.negatives
+    return None if bad.known is None else KnownBad.load(Path(bad.known), mixture.fingerprint, negatives, bad.ceiling)
 
 
 def open_dataset(

@@ -137,7 +137,7 @@ def test_others_stand_in_for_records_of_no_use(noise, mixed_pairs, processors, t
 
 @pytest.mark.parametrize("action", ["skip", "stop"])
 def test_what_a_check_found_is_skipped_unread(prepared, processors, monkeypatch, action):
-    listed = KnownBad("x", {"long": 17}, {"long": {3: "listed", 8: "listed"}})
+    listed = KnownBad("x", 0, {"long": 17}, {"long": {3: "listed", 8: "listed"}})
     config = dataclasses.replace(STAGES["contrastive"], bad=BadConfig(action, 1.0))
     read, plain = [], StagedSource.record
     monkeypatch.setattr(StagedSource, "record", lambda self, index, rng: read.append(index) or plain(self, index, rng))

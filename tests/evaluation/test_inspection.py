@@ -89,6 +89,28 @@ def test_what_the_check_lists_is_skipped_by_the_run(backbone, stage_settings, tm
         inspect_data(config, 0, 1)
 
 
+def test_a_check_of_fewer_negatives_is_no_check(backbone, stage_settings, tmp_path, encoded_pictures):
+    """The data are the same, but nobody has looked at the wrong targets that the stage asks for."""
+    columns = {"query_image": "image_path", "target_text": "caption", "negative_text": "wrong"}
+    path = encoded_pictures.parent / "pairs.yaml"
+    path.write_text(json.dumps({"datasets": {"mine": {"format": "table", "path": "rows.jsonl", "columns": columns}}}))
+    settings = stage_settings("contrastive", backbone, tmp_path / "bad.json")
+    del settings["data"]["kinds"]
+    settings["data"] |= {"mixture": str(path), "negatives": 1}
+    assert check_data(parse(TrainConfig, settings)) == (8, 2)
+    settings["data"]["bad"] = {"ceiling": 0.5, "known": str(tmp_path / "bad.json")}
+    for negatives in (0, 1, 2):
+        settings["data"]["negatives"] = negatives
+        config = parse(TrainConfig, settings)
+        if negatives < 2:
+            assert known_bad(config, open_sources(config)).negatives == 1
+            continue
+        with pytest.raises(
+            ValueError, match=r"bad\.json is of a check of 1 negatives, this reads 2: check the data again"
+        ):
+            known_bad(config, open_sources(config))
+
+
 @pytest.fixture
 def encoded_pictures(tmp_path):
     """A mixture of eight captions, one of whose pictures is cut and one of which is missing."""
