@@ -281,6 +281,9 @@ def test_a_mixture_is_a_file(written, tmp_path):
     (written / "mixture.yaml").write_text("datasets: {a: {format: novel}}")
     with pytest.raises(SettingsError, match="novel"):
         load_mixture(written / "mixture.yaml")
+    (written / "mixture.yaml").write_text(yaml.safe_dump({**values, "root": "gs://bucket/data"}))
+    with pytest.raises(SettingsError, match=r"root is gs://bucket/data: .* only prepared data"):
+        load_mixture(written / "mixture.yaml")
 
 
 @pytest.mark.parametrize(
