@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentParser
 
+from cocoa_jax.checkpoints.places import is_remote
 from cocoa_jax.checkpoints.scratch import ScratchConfig
 from cocoa_jax.data.bad import BadConfig
 from cocoa_jax.data.masking import MaskingConfig
@@ -357,9 +358,14 @@ def load_mixture(path: str | Path) -> MixtureConfig:
     """A mixture from its YAML file; its relative paths begin in the folder of the file.
 
     Raises:
-        SettingsError: the file cannot be read or holds unknown keys or values of the wrong type.
+        SettingsError: the file cannot be read or holds unknown keys or values of the wrong type, or a bucket as root.
     """
     config = load_config(MixtureConfig, find_config(str(path)))
+    if is_remote(config.root):
+        raise SettingsError(
+            f"{path}: root is {config.root}: give a folder of this machine; in a bucket only prepared data are read, "
+            "whose `path` names them in full"
+        )
     return dataclasses.replace(config, root=str(Path(path).resolve().parent / config.root))
 
 

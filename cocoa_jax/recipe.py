@@ -17,6 +17,7 @@ from cocoa_jax.checkpoints.orbax import newest_first, steps_folder
 from cocoa_jax.checkpoints.places import folder_at, is_remote
 from cocoa_jax.checkpoints.scratch import ScratchConfig, make_backbone
 from cocoa_jax.config import (
+    DistributedConfig,
     InitConfig,
     SettingsError,
     TrainConfig,
@@ -137,10 +138,12 @@ def run_recipe(recipe: Recipe, steps: tuple[int, ...] | None = None) -> Path | N
     """
     if is_remote(recipe.output):
         raise SettingsError(f"output is {recipe.output}, {_ONE}")
-    configs, sets = stage_configs(recipe, steps), scored_sets(recipe)
-    # Hosts of a pod outside of GKE have nothing in their environment that tells of the others; JAX asks the TPU.
-    if any(peers(config.distributed, os.environ) for config in configs) or jax.process_count() > 1:
+    # Asked before the settings of the stages are made, for which files are written and data counted. Hosts of a pod
+    # outside of GKE have nothing in their environment that tells of the others; JAX asks the TPU.
+    told = [parse(DistributedConfig, stage.get("distributed") or {}) for stage in recipe.stages.values()]
+    if any(peers(config, os.environ) for config in told) or jax.process_count() > 1:
         raise SettingsError(f"this is one of several processes, {_ONE}")
+    configs, sets = stage_configs(recipe, steps), scored_sets(recipe)
     folder, left = Path(recipe.output), [config for config in configs if not is_done(config)]
     if left:
         _require_data(left, sets or {})

@@ -202,10 +202,15 @@ def test_a_recipe_is_not_run_by_several_processes(tiny, call, monkeypatch):
     assert status == 1 and told.startswith("cocoa: this is one of several processes, and a recipe is run by one"), told
 
 
-def test_a_pod_whose_environment_says_nothing_runs_no_recipe_either(tiny, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(recipe, "train", lambda config: pytest.fail("nothing is trained"))
-    begun = dataclasses.replace(read_recipe(tiny), checkpoint=None, init=InitConfig())
+@pytest.mark.parametrize("hosts", ["told", "found"])
+def test_a_process_of_several_makes_nothing_and_counts_no_data(on_words, mmeb_train, monkeypatch, hosts):
+    """Whether its settings say so, or JAX alone, as on a pod outside of GKE."""
+    others = {"processes": 2, "process": 1, "coordinator": "a:1"} if hosts == "told" else {}
+    monkeypatch.setattr(jax, "process_count", lambda: 1 if others else 2)
+    monkeypatch.setattr(recipe, "open_mixture", lambda mixture, stage: pytest.fail("nothing is counted"))
+    stages = {name: {**stage, "epochs": 1} for name, stage in on_words.stages.items()}
+    stages["contrastive"]["distributed"] = others
+    begun = dataclasses.replace(on_words, stages=stages, data=str(mmeb_train.root), checkpoint=None, init=InitConfig())
     with pytest.raises(SettingsError, match="this is one of several processes, and a recipe is run by one process"):
         run_recipe(begun)
     assert not Path(begun.output).exists()
@@ -282,7 +287,7 @@ def test_a_list_of_bad_records_of_other_data_is_refused_before_the_first_stage_i
     trained = []
     monkeypatch.setattr(recipe, "train", trained.append)
     read = read_recipe(tiny)
-    (tmp_path / "bad.json").write_text(json.dumps({"fingerprint": "0", "checked": {}, "bad": {}}))
+    (tmp_path / "bad.json").write_text(json.dumps({"fingerprint": "0", "negatives": 0, "checked": {}, "bad": {}}))
     last = {**read.stages["contrastive"]}
     last["data"] = {**last["data"], "bad": {"known": str(tmp_path / "bad.json")}}
     with pytest.raises(ValueError, match=r"bad.json is about data 0, this is"):

@@ -75,7 +75,7 @@ BENCH = Command(
 )
 BUILD = Command(
     about="Bring data sets to the working resolution, in ArrayRecord files beside lengths to plan rows from.",
-    example="cocoa data build mixture.yaml --checkpoint CHECKPOINT --output prepared --processor.resolution=square:448",
+    example="cocoa data build mixture.yaml --checkpoint CHECKPOINT --output prepared --processor.resolution=square:672",
     options=_build_options,
     run=_build,
     config=True,

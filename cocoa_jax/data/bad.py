@@ -133,9 +133,10 @@ class Ledger:
 
 @dataclasses.dataclass(frozen=True)
 class KnownBad:
-    """What a check of all records found; ``reasons`` by source and index."""
+    """What a check of all records, with so many wrong targets of each, found; ``reasons`` by source and index."""
 
     fingerprint: str
+    negatives: int
     checked: Mapping[str, int]
     reasons: Mapping[str, Mapping[int, str]]
 
@@ -143,6 +144,7 @@ class KnownBad:
         """Write it whole or not at all."""
         values = {
             "fingerprint": self.fingerprint,
+            "negatives": self.negatives,
             "checked": dict(self.checked),
             "bad": {name: {str(i): reason for i, reason in found.items()} for name, found in self.reasons.items()},
         }
@@ -152,20 +154,25 @@ class KnownBad:
         os.replace(aside, path)
 
     @classmethod
-    def load(cls, path: Path, fingerprint: str, ceiling: float) -> KnownBad:
-        """What was found in the data of this fingerprint.
+    def load(cls, path: Path, fingerprint: str, negatives: int, ceiling: float) -> KnownBad:
+        """What was found in the data of this fingerprint, of which so many wrong targets are read.
 
         Raises:
-            TooManyBad: more than the ceiling's share is bad; ValueError: no such file, or one about other data.
+            TooManyBad: more than the ceiling's share is bad; ValueError: no such file, or one about other data or
+                fewer wrong targets.
         """
         try:
             values = json.loads(path.read_text())
             reasons = {name: {int(i): str(r) for i, r in found.items()} for name, found in values["bad"].items()}
-            known = cls(values["fingerprint"], values["checked"], reasons)
+            known = cls(values["fingerprint"], int(values["negatives"]), values["checked"], reasons)
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no list of bad records ({error}): write it by `cocoa data check`") from error
         if known.fingerprint != fingerprint:
             raise ValueError(f"{path} is about data {known.fingerprint}, this is {fingerprint}: check the data again")
+        if known.negatives < negatives:  # the wrong targets beyond were not looked at
+            raise ValueError(
+                f"{path} is of a check of {known.negatives} negatives, this reads {negatives}: check the data again"
+            )
         total, bad = sum(known.checked.values()), sum(map(len, known.reasons.values()))
         if bad > ceiling * total:
             raise TooManyBad(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -51,22 +51,39 @@ class StoredLengths:
 
 def stored_lengths(source: RecordSource, config: BatchConfig, processor: Processor) -> StoredLengths | None:
     """The stored lengths of ``source``; None where it has none, or not those of this processor and these rows."""
+    prepared, place = _prepared(source)
+    if prepared is None or prepared.statistics["processor"] != processor.fingerprint():
+        return None
+    # A longer text would be cut to the row, and its length with it.
+    table = {"warmup": prepared.lengths.warmup, "bridge": prepared.lengths.bridge}.get(
+        config.stage, np.concatenate([prepared.lengths.contrastive.reshape(-1, 4), prepared.lengths.negatives])
+    )
+    widest = config.rows.widest
+    fits = (table[:, :2].max(axis=0, initial=0) <= (widest.tokens, widest.patches)).all()
+    return StoredLengths(prepared, place) if fits else None
+
+
+def shrunk(sources: Iterable[RecordSource], processor: Processor) -> list[str]:
+    """Names of prepared data sets whose pictures were made smaller than this processor reads them."""
+    found = []
+    for source in (prepared for prepared, _ in map(_prepared, sources) if prepared is not None):
+        largest = source.statistics["pictures"]["source"].get("most", 0)  # no pictures have none
+        built = source.statistics.get("max_pixels", largest)  # builds of earlier versions do not say
+        if built < min(processor.pixels.max_pixels, largest):
+            found.append(source.name)
+    return found
+
+
+def _prepared(source: RecordSource) -> tuple[PreparedSource | None, Int64[np.ndarray, " n"] | None]:
+    """The prepared data in ``source``, if there are any, and where the record of each index is stored."""
     place = None
     while not isinstance(source, PreparedSource):
         if isinstance(source, CappedSource):
             place = source.kept if place is None else source.kept[place]
         elif not isinstance(source, NamedSource | StagedSource):
-            return None
+            return None, None
         source = source.source
-    if source.statistics["processor"] != processor.fingerprint():
-        return None
-    # A longer text would be cut to the row, and its length with it.
-    table = {"warmup": source.lengths.warmup, "bridge": source.lengths.bridge}.get(
-        config.stage, np.concatenate([source.lengths.contrastive.reshape(-1, 4), source.lengths.negatives])
-    )
-    widest = config.rows.widest
-    fits = (table[:, :2].max(axis=0, initial=0) <= (widest.tokens, widest.patches)).all()
-    return StoredLengths(source, place) if fits else None
+    return source, place
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -219,6 +219,7 @@ def _finish(folder: epath.Path, work: Work, shards: int, parts: Sequence[Part], 
     statistics = {
         **plan,
         "source_records": plan["records"],
+        "max_pixels": work.processor.pixels.max_pixels,
         "records": sum(counts),
         "fingerprint": digest,
         "rejected": dict(Counter(_kind(reason) for _, reason in rejected).most_common(50)),

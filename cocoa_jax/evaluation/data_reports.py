@@ -28,18 +28,22 @@ def inspect_data(config: TrainConfig, step: int, rows: int) -> None:
     if step < 0 or rows < 1:
         raise SettingsError(f"step is {step} and rows {rows}: steps start at 0, rows at 1")
     mixture, processor = open_sources(config), _processor(config)
-    batch = stage_dataset(
+    batches = stage_dataset(
         config.batches(), mixture.sources, mixture.weights, processor, seed=config.seed, steps=step + 1,
         known=known_bad(config, mixture),
-    )[step]  # fmt: skip
+    )  # fmt: skip
+    batch, window = batches[step], config.data.rows.window
     stats = dict(zip(STATS, batch["stats"].tolist(), strict=True))
+    # What was left out of a window is counted in its first batch, for all of its steps.
+    counted = stats if window == 1 else dict(zip(STATS, batches[step - step % window]["stats"].tolist(), strict=True))
+    others = "Others" if window == 1 else f"In its window of {window} steps others"
     tokens, patches = batch["tokens"], batch["patches"]
     fill = [
         f"Step {step} of seed {config.seed} has {stats['rows_used']} rows of {len(tokens)}: "
         f"{stats['tokens_used'] / tokens.size:.0%} of {tokens.size} token slots and "
         f"{stats['patches_used'] / max(1, patches[..., 0].size):.0%} of {patches[..., 0].size} patch slots are used.",
-        f"Others stand in for {stats['bad_records']} bad records; {stats['dropped_masks']} tokens were not hidden "
-        "for want of room.",
+        f"{others} stand in for {counted['bad_records']} bad records; {counted['dropped_masks']} tokens were not "
+        "hidden for want of room.",
         f"The data have the fingerprint {mixture.fingerprint}.",
     ]
     whole = sum(mixture.weights.values())
@@ -66,7 +70,7 @@ def check_data(config: TrainConfig) -> tuple[int, int]:
         if reason:
             reasons[name][index] = reason
     sizes = {name: len(source) for name, source in mixture.sources.items()}
-    KnownBad(mixture.fingerprint, sizes, reasons).save(Path(config.output))
+    KnownBad(mixture.fingerprint, config.data.negatives, sizes, reasons).save(Path(config.output))
     return total, sum(map(len, reasons.values()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from cocoa_jax.data.mixture import Mixture, open_mixture
 from cocoa_jax.data.packing import ALONE, RowShare
 from cocoa_jax.data.pairs import picture_source, some_things
 from cocoa_jax.data.pipeline import built_ahead, stage_dataset, widest_bytes
+from cocoa_jax.data.planned import shrunk
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.rows import Arrays
 from cocoa_jax.data.sources import PICTURES, load_pictures
 from cocoa_jax.training.hosts import is_first
+
+_log = logging.getLogger(__name__)
 
 
 def open_sources(config: TrainConfig) -> Mixture:
@@ -44,10 +48,10 @@ def known_bad(config: TrainConfig, mixture: Mixture) -> KnownBad | None:
     """What a check of all records found, if the settings name it.
 
     Raises:
-        ValueError: the file is about other data; TooManyBad: it names more than the settings allow.
+        ValueError: the file is about other data, or fewer negatives; TooManyBad: it names more than the settings allow.
     """
-    bad = config.data.bad
-    return None if bad.known is None else KnownBad.load(Path(bad.known), mixture.fingerprint, bad.ceiling)
+    bad, negatives = config.data.bad, config.data.negatives
+    return None if bad.known is None else KnownBad.load(Path(bad.known), mixture.fingerprint, negatives, bad.ceiling)
 
 
 def open_dataset(
@@ -60,6 +64,12 @@ def open_dataset(
     """
     # Hosts draw the same records, so that one of them names the bad ones for all.
     report = log_file(config.output, "bad_records.jsonl") if is_first() else None
+    if is_first() and (names := shrunk(mixture.sources.values(), processor)):
+        _log.warning(
+            "the pictures of %s were made smaller by `cocoa data build` than this stage reads, and are enlarged: build "
+            "at the largest resolution of all stages",
+            ", ".join(names),
+        )
     return stage_dataset(
         config.batches(),
         mixture.sources,

@@ -145,8 +145,8 @@ def test_what_a_check_found_is_skipped_unread(spoilt, processors, tmp_path, monk
     assert [index for _, index, _ in found] == list(range(14))
     reasons = {index: reason for _, index, reason in found if reason}
     assert reasons.keys() == UNREADABLE | UNDECODABLE and "cannot be decoded" in reasons[1]
-    KnownBad("abc", {"some": 14}, {"some": reasons}).save(tmp_path / "bad.json")
-    known = KnownBad.load(tmp_path / "bad.json", "abc", ceiling=0.5)
+    KnownBad("abc", 0, {"some": 14}, {"some": reasons}).save(tmp_path / "bad.json")
+    known = KnownBad.load(tmp_path / "bad.json", "abc", 0, ceiling=0.5)
     assert known.reasons == {"some": reasons}
     whole = list(batches(spoilt, processors))
     for part in (0, 1):  # with a check hosts need not look at each other's pictures, and still agree
@@ -165,11 +165,11 @@ def test_what_a_check_found_is_skipped_unread(spoilt, processors, tmp_path, monk
     with pytest.raises(ImageError, match="cannot be decoded"):
         list(batches(spoilt, processors, config=stop, known=unlisted))
     with pytest.raises(ValueError, match="about data abc, this is xyz"):
-        KnownBad.load(tmp_path / "bad.json", "xyz", ceiling=0.5)
+        KnownBad.load(tmp_path / "bad.json", "xyz", 0, ceiling=0.5)
     with pytest.raises(TooManyBad, match="4 of 14 records"):
-        KnownBad.load(tmp_path / "bad.json", "abc", ceiling=0.2)
+        KnownBad.load(tmp_path / "bad.json", "abc", 0, ceiling=0.2)
     with pytest.raises(ValueError, match="no list of bad records"):
-        KnownBad.load(tmp_path / "other.json", "abc", ceiling=0.2)
+        KnownBad.load(tmp_path / "other.json", "abc", 0, ceiling=0.2)
 
 
 @pytest.mark.parametrize(("bad", "error"), [(UNREADABLE, RecordError), (UNDECODABLE, ImageError)])

@@ -142,6 +142,34 @@ def test_how_many_are_read_is_no_matter_of_the_data(some_missing, processors, tm
     assert subject(asked.source, 2).words == "kiwi 2", "nor does a model that is asked for words see them"
 
 
+def test_blank_wrong_targets_take_no_places(tmp_path, to_lines, processors):
+    """A table and what is built of it give the same batches, and beyond the last one asked for nothing is read."""
+    wrong = [[" ", "x", "y", "z"], ["", None, "x"], [" ", "\t"], [], "x", ["x", " ", "y", 7]]
+    rows = [{"q": f"red {i}", "t": f"kiwi {i}", "n": wrong[i]} for i in range(N)]
+    to_lines(tmp_path / "rows.jsonl", rows)
+    columns = Columns(query_text="q", target_text="t", negative_text="n")
+    config = MixtureConfig({"mine": DatasetConfig("table", "rows.jsonl", columns=columns)}, str(tmp_path))
+    (named,) = open_named("mixture", config)
+    texts = [[content.text for content in with_negatives(named.source, 2).record(i).negatives] for i in range(N)]
+    assert texts == [["x", "y"], ["x"], [], [], ["x"], ["x", "y"]]
+    wrong[5].pop()  # which a build would read, and refuse
+    to_lines(tmp_path / "rows.jsonl", rows)
+    (named,) = open_named("mixture", config)
+    made = build("mine", named.source, "x", processors["2"], str(tmp_path / "out"), BuildConfig(workers=0))
+    built = MixtureConfig({"mine": DatasetConfig("prepared", made.folder)})
+    for negatives in (1, 2, 3):
+        batches = []
+        for mixture in (config, built):
+            found = open_mixture(mixture, "contrastive")
+            stage = BatchConfig("contrastive", ROWS, negatives=negatives)
+            batches.append(stage_dataset(stage, found.sources, found.weights, processors["2"], seed=0, steps=1)[0])
+        table, prepared = batches
+        for name in ("tokens", "example"):
+            np.testing.assert_array_equal(table[name], prepared[name], err_msg=name)
+        # Equal keys mean the same; which number stands for which is another matter.
+        np.testing.assert_array_equal(table["negative_key"] < 0, prepared["negative_key"] < 0)
+
+
 @pytest.mark.parametrize("more", [{"symmetric": True}, {"false_negatives": True}, {"hardness": 2.0}])
 def test_what_stands_in_the_place_of_none_is_never_seen(more):
     """Loss, metrics and gradients are those without the place, whatever the settings."""

@@ -109,6 +109,24 @@ def test_the_documented_pairs_are_what_is_said_of_them(tmp_path, picture):
     assert re.findall(r"`(\w+)`", keys) == [field.name for field in dataclasses.fields(Columns)]
 
 
+def test_the_documented_formats_are_read_as_shown(tmp_path, picture):
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    lines = dict(re.findall(r"^\| `(cocoa-\w+)` \|.*\| `(\{.*\})` \|$", text, re.M))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_bytes(picture(1))
+    seen = {}
+    for name, line in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text(line + "\n")
+        config = MixtureConfig({name: DatasetConfig(name, f"{name}.jsonl")}, str(tmp_path))
+        record = open_mixture(config, "contrastive").sources[name].record(0, RNG)
+        assert record.query.images[0].data == picture(1)
+        seen[name] = record.query.text, record.target.text
+    assert seen == {"cocoa-captions": ("", "a kiwi"), "cocoa-pairs": ("What grows here?", "kiwis")}
+    rows = re.search(r"^\| field \| of a data set \|\n(.*?)\n\n", text, re.M | re.S)[1]
+    named = re.findall(r"`(\w+)`", "\n".join(row.split("|")[1] for row in rows.splitlines()))
+    assert sorted(named) == sorted(field.name for field in dataclasses.fields(DatasetConfig))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_in_a_mixture_is_the_task_that_it_is_alone(kind):
     stage = KINDS[kind].made_for
@@ -280,6 +298,9 @@ def test_a_mixture_is_a_file(written, tmp_path):
         open_mixture(config, "bridge")
     (written / "mixture.yaml").write_text("datasets: {a: {format: novel}}")
     with pytest.raises(SettingsError, match="novel"):
+        load_mixture(written / "mixture.yaml")
+    (written / "mixture.yaml").write_text(yaml.safe_dump({**values, "root": "gs://bucket/data"}))
+    with pytest.raises(SettingsError, match=r"root is gs://bucket/data: .* only prepared data"):
         load_mixture(written / "mixture.yaml")
 
 

@@ -12,7 +12,7 @@ from cocoa_jax.data.batches import choose
 from cocoa_jax.data.mixture import DatasetConfig, MixtureConfig, open_mixture
 from cocoa_jax.data.packing import PackingError, RowsConfig, RowShare
 from cocoa_jax.data.pipeline import STATS, BatchConfig, MaskingConfig, built_ahead, stage_dataset
-from cocoa_jax.data.planned import PlannedBuilder
+from cocoa_jax.data.planned import PlannedBuilder, shrunk
 from cocoa_jax.data.prepare import BuildConfig, build
 from cocoa_jax.data.prepared import PreparedSource
 from cocoa_jax.data.readers.stages import StagedSource
@@ -137,7 +137,7 @@ def test_others_stand_in_for_records_of_no_use(noise, mixed_pairs, processors, t
 
 @pytest.mark.parametrize("action", ["skip", "stop"])
 def test_what_a_check_found_is_skipped_unread(prepared, processors, monkeypatch, action):
-    listed = KnownBad("x", {"long": 17}, {"long": {3: "listed", 8: "listed"}})
+    listed = KnownBad("x", 0, {"long": 17}, {"long": {3: "listed", 8: "listed"}})
     config = dataclasses.replace(STAGES["contrastive"], bad=BadConfig(action, 1.0))
     read, plain = [], StagedSource.record
     monkeypatch.setattr(StagedSource, "record", lambda self, index, rng: read.append(index) or plain(self, index, rng))
@@ -170,6 +170,24 @@ def test_the_steps_of_a_window_tell_its_bad_records_and_dropped_masks_once(
     dropped = [chosen[step][1] for step in (0, 3)]
     assert min(*noted, *dropped) > 0 and STATS[-1] == "dropped_masks"
     assert stats.reshape(2, 3, 2).sum(axis=1).tolist() == [list(pair) for pair in zip(noted, dropped, strict=True)]
+
+
+def test_pictures_that_were_made_smaller_than_a_stage_reads_are_told(noise, mixed_pairs, processors, tmp_path):
+    plain = processors["2"]
+    larger = dataclasses.replace(
+        plain, pixels=dataclasses.replace(plain.pixels, max_pixels=2 * plain.pixels.max_pixels)
+    )
+    sources = {}
+    for name, side in (("small", 28), ("large", 400)):
+        pictures = mixed_pairs((noise(side, side, 1),), name=name)
+        made = build(name, pictures, "x", plain, str(tmp_path), BuildConfig(workers=0))
+        sources[name] = open_mixture(
+            MixtureConfig({name: DatasetConfig("prepared", made.folder, cap=1)}), "contrastive"
+        ).sources[name]
+    assert shrunk(sources.values(), plain) == [] and shrunk([pictures], larger) == []
+    assert shrunk(sources.values(), larger) == ["large"]
+    del made.statistics["max_pixels"]  # a build of an earlier version
+    assert shrunk([made], larger) == []
 
 
 def test_an_example_that_is_not_as_long_as_stored_ends_the_run(prepared, processors, monkeypatch):

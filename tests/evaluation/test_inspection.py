@@ -8,8 +8,11 @@ import pytest
 
 from cocoa_jax.attention.spans import Spans
 from cocoa_jax.checkpoints.backbone import open_backbone
-from cocoa_jax.config import SettingsError, TrainConfig, parse
+from cocoa_jax.config import SettingsError, TrainConfig, load_mixture, parse
+from cocoa_jax.data.bad import BadConfig
+from cocoa_jax.data.naming import open_named
 from cocoa_jax.data.pipeline import stage_dataset
+from cocoa_jax.data.prepare import BuildConfig, build
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.sources import load_pictures
 from cocoa_jax.evaluation.data_reports import check_data, inspect_data
@@ -87,6 +90,49 @@ def test_what_the_check_lists_is_skipped_by_the_run(backbone, stage_settings, tm
     assert known_bad(config, open_sources(config)).reasons["mine"].keys() == {2, 5}
     with pytest.raises(SettingsError, match=r"give --output=NAME\.html"):
         inspect_data(config, 0, 1)
+
+
+def test_a_check_of_fewer_negatives_is_no_check(backbone, stage_settings, tmp_path, encoded_pictures):
+    """The data are the same, but nobody has looked at the wrong targets that the stage asks for."""
+    columns = {"query_image": "image_path", "target_text": "caption", "negative_text": "wrong"}
+    path = encoded_pictures.parent / "pairs.yaml"
+    path.write_text(json.dumps({"datasets": {"mine": {"format": "table", "path": "rows.jsonl", "columns": columns}}}))
+    settings = stage_settings("contrastive", backbone, tmp_path / "bad.json")
+    del settings["data"]["kinds"]
+    settings["data"] |= {"mixture": str(path), "negatives": 1}
+    assert check_data(parse(TrainConfig, settings)) == (8, 2)
+    settings["data"]["bad"] = {"ceiling": 0.5, "known": str(tmp_path / "bad.json")}
+    for negatives in (0, 1, 2):
+        settings["data"]["negatives"] = negatives
+        config = parse(TrainConfig, settings)
+        if negatives < 2:
+            assert known_bad(config, open_sources(config)).negatives == 1
+            continue
+        with pytest.raises(
+            ValueError, match=r"bad\.json is of a check of 1 negatives, this reads 2: check the data again"
+        ):
+            known_bad(config, open_sources(config))
+
+
+def test_what_a_window_left_out_is_told_at_each_of_its_steps(backbone, stage_settings, tmp_path, encoded_pictures):
+    """The stats of its first batch alone count it, for all of them."""
+    settings = stage_settings("bridge", backbone, tmp_path / "page.html")
+    del settings["data"]["kinds"]
+    settings["data"]["rows"] |= {"masked_per_row": 1, "window": 3}
+    settings["data"]["mixture"] = str(encoded_pictures)
+    config = parse(TrainConfig, settings)
+    origin = open_backbone(config.checkpoint)
+    processor = Processor.load(origin.side_files, origin.config, config.data.processor)
+    (named,) = open_named("mixture", load_mixture(encoded_pictures))
+    options = BuildConfig(workers=0, bad=BadConfig("skip", 1.0))
+    made = build("mine", named.source, named.contents, processor, str(tmp_path / "built"), options)
+    encoded_pictures.write_text(json.dumps({"datasets": {"mine": {"format": "prepared", "path": made.folder}}}))
+    told = []
+    for step in (3, 4, 5):
+        inspect_data(config, step, 1)
+        page = (tmp_path / "page.html").read_text()
+        told.append(re.search(r"In its window of 3 steps others stand in for 0 bad records; (\d+) tokens", page)[1])
+    assert int(told[0]) > 0 and len(set(told)) == 1
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -205,18 +206,18 @@ class TableSource:
         for side, content in (("query", query), ("target", target)):
             if not content.text and not content.images:
                 raise RecordError(f"its {side} has neither text nor pictures in columns {sorted(row)}: leave it out")
-        places = _paired(wrong_texts, wrong_pictures)[: self.negatives] if self.negatives else []
-        wrong = [
+        wrong = (
             self.target_content(_as_text(text, "negative"), self.read_images(picture, f"{self.name} {name}"), asked)
-            for text, picture in places
-        ]
+            for text, picture in (_paired(wrong_texts, wrong_pictures) if self.negatives else [])
+        )
         return Record(
             id=name,
             dataset=self.name,
             query=query,
             target=target,
             target_key=content_key(target),
-            negatives=tuple(content for content in wrong if content.text or content.images),
+            # One by one: blank ones take no places, and those beyond the last one asked for may be broken.
+            negatives=tuple(islice((content for content in wrong if content.text or content.images), self.negatives)),
             image_key=image_key(query.images),
         )
 

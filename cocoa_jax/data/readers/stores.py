@@ -150,7 +150,7 @@ class ZipStore:
 
     Args:
         lacks: leading folders of every path that the zip does not have.
-        under: the folder that holds all of its files, with a slash, where the paths do not have it.
+        under: its one folder, with a slash, where the paths do not have it.
     """
 
     def __init__(self, path: Path, lacks: tuple[str, ...] = (), under: str = ""):
@@ -172,8 +172,8 @@ class ZipStore:
         self._keys = self._keys[order]
         fields = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type, m.flag_bits) for m in members]
         self._members = np.array(fields, np.int64).reshape(-1, 6)[order]
-        tops = {member.filename.partition("/")[0] if "/" in member.filename else "" for member in members}
-        self._unders = ("", *(f"{top}/" for top in tops if top and len(tops) == 1))
+        tops = {member.filename.partition("/")[0] for member in members if "/" in member.filename}
+        self._unders = ("", *(f"{top}/" for top in tops if len(tops) == 1))  # files beside the folder change nothing
         digest = hashlib.blake2b(self._keys.tobytes(), digest_size=16)
         digest.update(self._members[:, 1:4].tobytes())
         self._digest = digest.hexdigest()

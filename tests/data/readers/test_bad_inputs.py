@@ -245,7 +245,8 @@ def test_flat_zips_give_the_pictures_of_their_own_folders(tmp_path):
 
 ZIPS = {
     "one folder twice": ({"T/a": 1, "T/T/a": 2}, ["a", "T/a"], [1, 2]),
-    "one folder beside files": ({"README": 9, "1": 1, "val/2": 2}, ["2", "val/2"], ["missing", 2]),
+    "one folder beside files": ({"a.jsonl": 9, "T/1": 1, "T/2": 2}, ["1", "2", "T/1"], [1, 2, "missing"]),
+    "one that paths have beside files": ({"README": 9, "val/2": 2}, ["val/2", "2"], [2, "missing"]),
     "found without its folder": ({"a/1": 1, "0": 2}, ["a/0", "a/1", "0"], ["missing", 1, 2]),
     "without a folder and as it is": ({"0": 1, "1": 2}, ["val/0", "0", "val/1"], [1, "missing", 2]),
     "below one that paths lack": ({"T/a": 1, "T/b": 2}, ["gone", "a", "T/b", "b"], ["missing", 1, "missing", 2]),
