@@ -66,9 +66,10 @@ class DataConfig:
         interleave: in how many equal parts a batch of stage 3 is drawn, each from one data set.
         bad: what happens to records that cannot be used.
         decoded_mib: MiB of memory in which pictures stay decoded, for data that is seen many times and fits.
-        threads: threads that build batches ahead, two each, or fewer where batches are so large that they would take
-            more than 32 GiB.
-        workers: processes that do so instead; 0 for none.
+        threads: threads that build batches ahead, two each, or fewer where batches are so large that those of a host
+            would take more than 32 GiB.
+        workers: processes with so many threads each, which share the 32 GiB but have two batches each in any case; 0
+            for none.
     """
 
     processor: ProcessorConfig

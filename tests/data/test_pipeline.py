@@ -370,6 +370,21 @@ def test_large_batches_are_built_ahead_up_to_a_limit_of_bytes(monkeypatch, size,
     assert len(built) == 1 + ahead
 
 
+@pytest.mark.parametrize(("workers", "ahead", "threads"), [(0, 6, 3), (1, 6, 3), (2, 5, 3), (4, 2, 2), (8, 2, 2)])
+def test_workers_share_the_bytes_of_a_host(monkeypatch, workers, ahead, threads):
+    class Dataset:
+        def to_iter_dataset(self, options):
+            assert (options.prefetch_buffer_size, options.num_threads) == (ahead, threads)
+            return self
+
+        def mp_prefetch(self, options):
+            assert options.num_workers == workers > 0
+            return self
+
+    monkeypatch.setattr(pipeline, "_AHEAD", 500)
+    built_ahead(Dataset(), threads=3, workers=workers, batch_bytes=50)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bytes_of_the_largest_batch_are_known_before_it_is_built(sources, processors, monkeypatch, family):
     config = dataclasses.replace(STAGES["contrastive"], rows=dataclasses.replace(ROWS, shapes=((8, 64, 160),)))
