@@ -58,13 +58,18 @@ def open_parent(config: TrainConfig) -> Backbone:
         backbone = open_backbone(config.checkpoint)
         trained = read_metadata(backbone.path)["config"] if backbone.trained else None
     except MissingCheckpointError:
-        if not (folder_at(config.output) / _PARENT).exists():
+        if not has_begun(config.output):
             raise
         carried = fetch(backbone_folder(config.output))
         return Backbone(folder_at(config.checkpoint), carried, read_config(carried), trained=False)
     if trained is not None:  # converted, not trained
         check_shared(config, trained, backbone.path)
     return backbone
+
+
+def has_begun(output: str | Path) -> bool:
+    """Whether there is a run in a folder; it has its tokenizer there, with the tokens that were added."""
+    return bool((folder_at(output) / _PARENT).exists())
 
 
 def check_shared(config: TrainConfig, trained: Mapping[str, Any], where: object) -> None:
@@ -102,7 +107,7 @@ def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone, added: Mapp
     output = folder_at(config.output)
     if parent.path == output or (not is_remote(output) and parent.path.resolve() == output.resolve()):
         raise SettingsError(f"output and checkpoint are both {config.output}: give another output")
-    before, begun = epath.Path(backbone_folder(config.output)), (output / _PARENT).exists()
+    before, begun = epath.Path(backbone_folder(config.output)), has_begun(output)
     if not begun and before.exists():
         _check_ours(output, before)
     output.mkdir(parents=True, exist_ok=True)
