@@ -38,6 +38,7 @@ from cocoa_jax.training.place import place
 from cocoa_jax.training.sharding import param_shardings
 
 Item = Mapping[str, Any]
+_PIXELS = 2**30  # bytes of a batch's pixels on a device, where two batches lie at a time
 _THREADS = min(8, os.cpu_count() or 1)  # that read pictures while devices compute
 _NO_PNG = ("CMYK", "YCbCr", "LAB", "HSV")  # modes that PNG cannot store and that are read as RGB
 
@@ -60,10 +61,13 @@ class Embedder:
         backbone = open_backbone(folder)
         self.settings = settings
         self._mesh = make_mesh(settings.mesh)
-        # Shared evenly by the devices that are here, and by their chunks, whatever the config was written for.
-        chunk = settings.compute.chunk_rows
-        self._rows = settings.rows.divisible_by(batch_shards(self._mesh) * (chunk or 1))
         self._processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
+        # Shared evenly by the devices that are here, and by their chunks, whatever the config was written for: of a
+        # batch for a pod, few devices have no room.
+        chunk, shards = settings.compute.chunk_rows, batch_shards(self._mesh)
+        pixels = 4 * backbone.config.vision.patch_values * settings.rows.widest.patches
+        fitting = settings.rows.at_most(shards * max(_PIXELS // max(pixels, 1), 1))
+        self._rows = fitting.divisible_by(shards * (chunk or 1))
         if not untrained:
             self._processor.require_bridge(folder)
         graph, shapes = graph_of(backbone.config, settings.compute)
