@@ -2,7 +2,7 @@
 
 STAGE/config.json    settings of the run
 STAGE/mixture.json   what names its data, see ``Mixture.identity``
-STAGE/parent.json    the checkpoint that it began from, see ``Backbone.origin``
+STAGE/parent.json    the checkpoint that it began from, see ``Backbone.origin``, and the tokens ``added`` to it
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone, added: Mapp
         if added:
             names = ", ".join(f"{name} as {row}" for name, row in added.items())
             _log.warning("the tokenizer of %s gets %s; such a row begins as the mean of the others", parent.path, names)
-        _write_whole(output / _PARENT, origin)
+        _write_whole(output / _PARENT, {**origin, "added": dict(added or {})})
 
 
 def origin_of(config: TrainConfig) -> dict[str, Any]:
