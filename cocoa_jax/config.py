@@ -283,6 +283,10 @@ class EvaluateConfig:
         return self.kept_tokens if self.tokens == "max_sim" else 1
 
 
+# Beside the tokenizer of a stage and of what is exported from it: the EvaluateConfig with which to read it as trained.
+READING = "cocoa.json"
+
+
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
     """A small backbone made from scratch."""

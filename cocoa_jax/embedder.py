@@ -20,9 +20,9 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from cocoa_jax.checkpoints.added_tokens import with_mean_rows
-from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.checkpoints.backbone import Backbone, open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
-from cocoa_jax.config import EvaluateConfig, MeshConfig, evaluate_config_of
+from cocoa_jax.config import READING, EvaluateConfig, MeshConfig, evaluate_config_of, load_config
 from cocoa_jax.data.inference import embedding_rows
 from cocoa_jax.data.packing import RowsConfig
 from cocoa_jax.data.pixels import decode, open_image
@@ -151,14 +151,21 @@ def _held(keys: tuple[Any, ...], leaf: Any, dtype: str) -> Any:
     return jnp.dtype(dtype) if keys[-1].key in ("kernel", "table") else leaf.dtype
 
 
+def trained_settings(backbone: Backbone) -> EvaluateConfig | None:
+    """How a stage was trained, or what its export says of that; None where nothing tells."""
+    if backbone.trained and (trained_with := read_metadata(backbone.path)["config"]) is not None:
+        return evaluate_config_of(trained_with)
+    told = backbone.side_files / READING
+    return load_config(EvaluateConfig, told) if told.is_file() else None
+
+
 def default_settings(folder: str | Path) -> EvaluateConfig:
-    """How a folder wants to be read: as it was trained, or, where that was not here, at the size of the method.
+    """How a folder wants to be read: as it was trained, or, where nothing tells, at the size of the method.
 
     Parameters lie on the devices as in training where those that are here allow it, else they are shared by all.
     """
-    backbone = open_backbone(folder)
-    if backbone.trained and (trained_with := read_metadata(folder)["config"]) is not None:
-        settings = evaluate_config_of(trained_with)
+    settings = trained_settings(open_backbone(folder))
+    if settings is not None:
         return dataclasses.replace(settings, mesh=mesh_here(settings.mesh))
     # Pictures of up to 448 x 448 pixels, as the method trains on; dense attention over larger rows needs gigabytes.
     units = 256

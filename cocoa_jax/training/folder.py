@@ -19,7 +19,7 @@ from cocoa_jax.checkpoints.backbone import Backbone, open_backbone
 from cocoa_jax.checkpoints.errors import MissingCheckpointError
 from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone, read_metadata
 from cocoa_jax.checkpoints.places import fetch, folder_at, is_remote, twin
-from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
+from cocoa_jax.config import READING, SettingsError, TrainConfig, differences, evaluate_config_of, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.models.config import read_config
 
@@ -123,6 +123,8 @@ def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone, added: Mapp
         if added:
             names = ", ".join(f"{name} as {row}" for name, row in added.items())
             _log.warning("the tokenizer of %s gets %s; such a row begins as the mean of the others", parent.path, names)
+        reading = evaluate_config_of(to_dict(config))
+        (backbone_folder(output) / READING).write_text(json.dumps(to_dict(reading), indent=1))  # in place of a former
         _write_whole(output / _PARENT, {**origin, "added": dict(added or {})})
 
 
