@@ -67,9 +67,10 @@ class DataConfig:
         interleave: in how many equal parts a batch of stage 3 is drawn, each from one data set.
         bad: what happens to records that cannot be used.
         decoded_mib: MiB of memory in which pictures stay decoded, for data that is seen many times and fits.
-        threads: threads that build batches ahead, two each, or fewer where batches are so large that they would take
-            more than 32 GiB.
-        workers: processes that do so instead; 0 for none.
+        threads: threads that build batches ahead, two each, or fewer where batches are so large that those of a host
+            would take more than 32 GiB.
+        workers: processes with so many threads each, which share the 32 GiB but have two batches each in any case; 0
+            for none.
     """
 
     processor: ProcessorConfig
@@ -281,6 +282,10 @@ class EvaluateConfig:
     def compared_apart(self) -> int:
         """How many tokens of an embedding are compared one by one rather than as one row."""
         return self.kept_tokens if self.tokens == "max_sim" else 1
+
+
+# Beside the tokenizer of a stage and of what is exported from it: the EvaluateConfig with which to read it as trained.
+READING = "cocoa.json"
 
 
 @dataclasses.dataclass(frozen=True)

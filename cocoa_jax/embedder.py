@@ -20,9 +20,9 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from cocoa_jax.checkpoints.added_tokens import with_mean_rows
-from cocoa_jax.checkpoints.backbone import open_backbone
+from cocoa_jax.checkpoints.backbone import Backbone, open_backbone
 from cocoa_jax.checkpoints.orbax import read_metadata
-from cocoa_jax.config import EvaluateConfig, MeshConfig, evaluate_config_of
+from cocoa_jax.config import READING, EvaluateConfig, MeshConfig, evaluate_config_of, load_config
 from cocoa_jax.data.inference import embedding_rows
 from cocoa_jax.data.packing import RowsConfig
 from cocoa_jax.data.pixels import decode, open_image
@@ -38,6 +38,7 @@ from cocoa_jax.training.place import place
 from cocoa_jax.training.sharding import param_shardings
 
 Item = Mapping[str, Any]
+_PIXELS = 2**30  # bytes of a batch's pixels on a device, where two batches lie at a time
 _THREADS = min(8, os.cpu_count() or 1)  # that read pictures while devices compute
 _NO_PNG = ("CMYK", "YCbCr", "LAB", "HSV")  # modes that PNG cannot store and that are read as RGB
 
@@ -60,10 +61,13 @@ class Embedder:
         backbone = open_backbone(folder)
         self.settings = settings
         self._mesh = make_mesh(settings.mesh)
-        # Shared evenly by the devices that are here, and by their chunks, whatever the config was written for.
-        chunk = settings.compute.chunk_rows
-        self._rows = settings.rows.divisible_by(batch_shards(self._mesh) * (chunk or 1))
         self._processor = Processor.load(backbone.side_files, backbone.config, settings.processor)
+        # Shared evenly by the devices that are here, and by their chunks, whatever the config was written for: of a
+        # batch for a pod, few devices have no room.
+        chunk, shards = settings.compute.chunk_rows, batch_shards(self._mesh)
+        pixels = 4 * backbone.config.vision.patch_values * settings.rows.widest.patches
+        fitting = settings.rows.at_most(shards * max(_PIXELS // max(pixels, 1), 1))
+        self._rows = fitting.divisible_by(shards * (chunk or 1))
         if not untrained:
             self._processor.require_bridge(folder)
         graph, shapes = graph_of(backbone.config, settings.compute)
@@ -147,14 +151,21 @@ def _held(keys: tuple[Any, ...], leaf: Any, dtype: str) -> Any:
     return jnp.dtype(dtype) if keys[-1].key in ("kernel", "table") else leaf.dtype
 
 
+def trained_settings(backbone: Backbone) -> EvaluateConfig | None:
+    """How a stage was trained, or what its export says of that; None where nothing tells."""
+    if backbone.trained and (trained_with := read_metadata(backbone.path)["config"]) is not None:
+        return evaluate_config_of(trained_with)
+    told = backbone.side_files / READING
+    return load_config(EvaluateConfig, told) if told.is_file() else None
+
+
 def default_settings(folder: str | Path) -> EvaluateConfig:
-    """How a folder wants to be read: as it was trained, or, where that was not here, at the size of the method.
+    """How a folder wants to be read: as it was trained, or, where nothing tells, at the size of the method.
 
     Parameters lie on the devices as in training where those that are here allow it, else they are shared by all.
     """
-    backbone = open_backbone(folder)
-    if backbone.trained and (trained_with := read_metadata(folder)["config"]) is not None:
-        settings = evaluate_config_of(trained_with)
+    settings = trained_settings(open_backbone(folder))
+    if settings is not None:
         return dataclasses.replace(settings, mesh=mesh_here(settings.mesh))
     # Pictures of up to 448 x 448 pixels, as the method trains on; dense attention over larger rows needs gigabytes.
     units = 256

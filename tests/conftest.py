@@ -105,14 +105,16 @@ def stage_settings() -> Callable[..., dict[str, Any]]:
 def leave_stage() -> Callable[[dict[str, Any]], Path]:
     """Leaves the folder of a stage with these settings as training does, with the weights that it began with."""
     from cocoa_jax.checkpoints.backbone import open_backbone
-    from cocoa_jax.checkpoints.orbax import StageCheckpoints, carry_backbone
+    from cocoa_jax.checkpoints.orbax import StageCheckpoints
     from cocoa_jax.config import TrainConfig, parse, to_dict
+    from cocoa_jax.data.mixture import Mixture
+    from cocoa_jax.training.folder import prepare
 
     def leave(settings: dict[str, Any]) -> Path:
         folder, origin = Path(settings["output"]), open_backbone(settings["checkpoint"])
-        config = to_dict(parse(TrainConfig, settings))
-        carry_backbone(origin.side_files, folder)
-        metadata = {"stage": settings["stage"], "config": config, "parent": origin.origin()}
+        config = parse(TrainConfig, settings)
+        prepare(config, Mixture({}, {}, {}), origin)
+        metadata = {"stage": settings["stage"], "config": to_dict(config), "parent": origin.origin()}
         state: dict[str, Any] = {"params": origin.load(), "head": {}, "optimizer": {}, "loop": {"step": 1}}
         with StageCheckpoints(folder, keep=1) as checkpoints:
             checkpoints.save(1, **state, metadata=metadata, wait=True)

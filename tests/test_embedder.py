@@ -13,8 +13,10 @@ from flax.traverse_util import flatten_dict
 
 import cocoa_jax
 from cocoa_jax import embedder as embedding
+from cocoa_jax.checkpoints.convert import hf_to_orbax, orbax_to_hf
 from cocoa_jax.checkpoints.errors import CheckpointError
-from cocoa_jax.config import EvaluateConfig, parse, to_dict
+from cocoa_jax.checkpoints.merging import merge_checkpoint
+from cocoa_jax.config import EvaluateConfig, load_config, parse, to_dict
 from cocoa_jax.data.pixels import decode
 from cocoa_jax.embedder import Embedder, ItemError, default_settings, embed_file, read_item
 
@@ -152,6 +154,35 @@ def test_a_hugging_face_folder_with_settings_of_ones_own(backbone, trained, embe
     # The stage holds the same weights.
     got = Embedder.load(backbone, settings).embed(items)
     np.testing.assert_allclose(got, embedder.embed(items), atol=TOLERANCE)
+
+
+def test_what_is_exported_is_read_as_the_stage_was_trained(backbone, stage_settings, leave_stage, items, tmp_path):
+    given = stage_settings("contrastive", backbone, tmp_path / "stage", contrastive={"pooling": "mean"})
+    given["data"]["visibility"] = {"attention": "causal"}
+    stage = leave_stage(given)
+    orbax_to_hf(stage, tmp_path / "hub")
+    merge_checkpoint(stage, tmp_path / "merged")
+    hf_to_orbax(tmp_path / "hub", tmp_path / "back")
+    want = default_settings(stage)
+    assert (want.visibility.attention, want.pooling) == ("causal", "mean")
+    for name in ("hub", "merged", "back"):
+        assert default_settings(tmp_path / name) == want
+    assert load_config(EvaluateConfig, tmp_path / "hub" / "cocoa.json") == want  # a file for --settings too
+    rows = Embedder.load(tmp_path / "hub").embed(items)
+    np.testing.assert_array_equal(rows, Embedder.load(stage).embed(items))
+    (tmp_path / "hub" / "cocoa.json").unlink()
+    assert default_settings(tmp_path / "hub") == default_settings(backbone) != want
+
+
+def test_a_batch_has_no_more_pixels_than_devices_have_room_for(trained, embedder, items, monkeypatch):
+    settings, row = default_settings(trained), 4 * 32 * 1176
+    monkeypatch.setattr(embedding, "_PIXELS", 3 * row + 1)
+    few = Embedder(trained, settings)
+    assert embedder._rows.shapes == ((16, 48, 32),) and few._rows.shapes == ((3, 48, 32),)
+    np.testing.assert_allclose(few.embed(items), embedder.embed(items), atol=TOLERANCE)
+    monkeypatch.setattr(embedding, "_PIXELS", 1)
+    two = dataclasses.replace(settings, compute=dataclasses.replace(settings.compute, chunk_rows=2))
+    assert Embedder(trained, two)._rows.shapes == ((2, 48, 32),)
 
 
 # ----------------------------------------------------------------------------------------------------- files

@@ -310,11 +310,17 @@ def export_adapter(stage: str | Path, folder: str | Path) -> None:
     backbone = open_backbone(stage)
     record, adapter = backbone.adapter()
     metadata = read_metadata(stage)
-    settings = metadata["config"]["data"]["processor"]
-    if not record.rows:
-        ids = token_ids(backbone.side_files, {settings["mask_token"], *settings["bridge_tokens"]})
-        record, adapter = _with_rows(backbone, record, adapter, tuple(sorted(ids)))
+    if not record.rows and (added := _added(backbone, metadata)):
+        record, adapter = _with_rows(backbone, record, adapter, added)
     save_adapter(folder, adapter, record, backbone.config, metadata["parent"]["path"], backbone.side_files)
+
+
+def _added(backbone: Backbone, metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids of the tokens that what the stage began from lacks; of a stage that does not say, all that it may lack."""
+    if "added" in metadata["parent"]:
+        return tuple(sorted(metadata["parent"]["added"].values()))
+    settings = metadata["config"]["data"]["processor"]
+    return tuple(sorted(token_ids(backbone.side_files, {settings["mask_token"], *settings["bridge_tokens"]})))
 
 
 def _with_rows(

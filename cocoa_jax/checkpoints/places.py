@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ def fetch(path: str | Path) -> Path:
         shutil.rmtree(local, ignore_errors=True)
         local.mkdir(parents=True)
         for file in folder_at(path).iterdir():
-            if not file.stat().is_directory:  # which `is_file` too does not tell from a network that fails
-                (local / file.name).write_bytes(file.read_bytes())
+            with suppress(FileNotFoundError):  # an object that marks a folder is listed in it by the folder's own name
+                if not file.stat().is_directory:  # `is_file` would not tell one from a network that fails
+                    (local / file.name).write_bytes(file.read_bytes())
     return local
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +34,8 @@ class RowsConfig:
     Args:
         batch_size: records of the global batch.
         shapes: (global rows, tokens T, patches P), from cheap to dear; a batch gets the first that holds it. One of
-            them has the largest T and the largest P: any example that fits a row at all fits one of its rows.
+            them has the largest T and the largest P: any example that fits a row at all fits one of its rows. P = 0 is
+            for text alone, in stages that rebuild no pictures.
         examples_per_row: E, at most so many examples share a row.
         masked_per_row: M, at most so many tokens of a row are hidden.
         window: in stages 1 and 2, how many batches are planned together, from ``window * batch_size`` records whose
@@ -77,8 +78,15 @@ class RowsConfig:
 
     def divisible_by(self, parts: int) -> RowsConfig:
         """The same with every number of rows rounded up to a multiple of ``parts``."""
-        rounded = {(-(-rows // parts) * parts, tokens, patches) for rows, tokens, patches in self.shapes}
-        return dataclasses.replace(self, shapes=tuple(sorted(rounded, key=_slots)))
+        return self._with_rows(lambda rows: -(-rows // parts) * parts)
+
+    def at_most(self, limit: int) -> RowsConfig:
+        """The same with no more than ``limit`` rows in any shape."""
+        return self._with_rows(lambda rows: min(rows, limit))
+
+    def _with_rows(self, of: Callable[[int], int]) -> RowsConfig:
+        shapes = {(of(rows), tokens, patches) for rows, tokens, patches in self.shapes}
+        return dataclasses.replace(self, shapes=tuple(sorted(shapes, key=_slots)))
 
     def check_shared(self, parts: int, by: str) -> None:
         """Refuse shapes whose rows cannot be divided evenly, such as by ``parts`` "devices".

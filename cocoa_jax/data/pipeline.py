@@ -43,7 +43,7 @@ __all__ = [
     "widest_bytes",
 ]
 
-_AHEAD = 32 * 2**30  # bytes of batches that are built ahead, in each worker if there are any
+_AHEAD = 32 * 2**30  # bytes of batches that are built ahead on a host, by all of its workers if there are any
 
 
 def stage_dataset(
@@ -178,7 +178,8 @@ def built_ahead(
 ) -> grain.IterDataset[Arrays]:
     """What ``stage_dataset`` gives, or what is left of it (``dataset[start:]``), one batch after the other.
 
-    Two batches a thread are ahead, or fewer where they would take more than 32 GiB, but two in any case.
+    Two batches a thread are ahead, or fewer where they would take more than 32 GiB of a host, but two in any case, and
+    two in each worker.
 
     Args:
         threads: that build batches, in each of the workers if there are any.
@@ -186,7 +187,7 @@ def built_ahead(
         batch_bytes: of the largest batch, see ``widest_bytes``; 0 where nobody knows.
     """
     # Grain's default buffer of 500 elements is meant for records, not for batches of pixels.
-    ahead = min(2 * threads, max(2, _AHEAD // max(batch_bytes, 1)))
+    ahead = min(2 * threads, max(2, _AHEAD // max(batch_bytes, 1) // max(workers, 1)))
     options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
     batches = dataset.to_iter_dataset(options)
     if not workers:

@@ -17,11 +17,10 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from cocoa_jax.checkpoints.backbone import open_backbone
-from cocoa_jax.checkpoints.orbax import read_metadata
 from cocoa_jax.config import EvaluateConfig, SettingsError, differences, load_config, to_dict
 from cocoa_jax.data.readers.mmeb import instructions_hash
 from cocoa_jax.data.readers.ranked import LazyContents, RankedConfig, RankedFile, RankedSet, open_ranked
-from cocoa_jax.embedder import Embedder, default_settings, reading
+from cocoa_jax.embedder import Embedder, default_settings, reading, trained_settings
 from cocoa_jax.evaluation import set_gallery
 from cocoa_jax.evaluation.distinct import Distinct, distinct
 from cocoa_jax.evaluation.mmeb_sets import SETS
@@ -139,8 +138,7 @@ def _reading(checkpoint: str | Path, settings: EvaluateConfig) -> dict[str, Any]
     trained, own = to_dict(default_settings(checkpoint)), to_dict(settings)
     parts = ("processor", "visibility", "pooling", "tokens", "width")
     other = [line for part in parts for line in differences(own[part], trained[part], part)]
-    # A checkpoint that was converted is a stage without settings of a training.
-    here = open_backbone(checkpoint).trained and read_metadata(checkpoint)["config"] is not None
+    here = trained_settings(open_backbone(checkpoint)) is not None
     return {"trained_here": here, "read_otherwise": other}
 
 

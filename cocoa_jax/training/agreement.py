@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.data.processor import Processor
-from cocoa_jax.training.folder import without
+from cocoa_jax.training.folder import has_begun, without
 from cocoa_jax.training.hosts import meet
 from cocoa_jax.training.mesh import replicated
 from cocoa_jax.training.place import GLOBAL
@@ -58,7 +58,9 @@ def held_here(config: TrainConfig, mixture: Mixture, processor: Processor) -> di
         "records": counts,
         "model": to_dict(processor.config),
         "tokenizer and pixels": processor.fingerprint(),
-        "added tokens": dict(processor.added),  # these decide who enters the collectives of ``with_mean_rows``
+        # Who enters the collectives of ``with_mean_rows``. Where the first checkpoint is gone since, a host reads the
+        # tokenizer of the run itself, which lacks none.
+        "added tokens": {} if has_begun(config.output) else dict(processor.added),
     }
     return dict(json.loads(json.dumps(held)))
 

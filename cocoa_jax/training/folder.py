@@ -2,7 +2,7 @@
 
 STAGE/config.json    settings of the run
 STAGE/mixture.json   what names its data, see ``Mixture.identity``
-STAGE/parent.json    the checkpoint that it began from, see ``Backbone.origin``
+STAGE/parent.json    the checkpoint that it began from, see ``Backbone.origin``, and the tokens ``added`` to it
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cocoa_jax.checkpoints.backbone import Backbone, open_backbone
 from cocoa_jax.checkpoints.errors import MissingCheckpointError
 from cocoa_jax.checkpoints.orbax import backbone_folder, carry_backbone, read_metadata
 from cocoa_jax.checkpoints.places import fetch, folder_at, is_remote, twin
-from cocoa_jax.config import SettingsError, TrainConfig, differences, to_dict
+from cocoa_jax.config import READING, SettingsError, TrainConfig, differences, evaluate_config_of, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.models.config import read_config
 
@@ -58,13 +58,18 @@ def open_parent(config: TrainConfig) -> Backbone:
         backbone = open_backbone(config.checkpoint)
         trained = read_metadata(backbone.path)["config"] if backbone.trained else None
     except MissingCheckpointError:
-        if not (folder_at(config.output) / _PARENT).exists():
+        if not has_begun(config.output):
             raise
         carried = fetch(backbone_folder(config.output))
         return Backbone(folder_at(config.checkpoint), carried, read_config(carried), trained=False)
     if trained is not None:  # converted, not trained
         check_shared(config, trained, backbone.path)
     return backbone
+
+
+def has_begun(output: str | Path) -> bool:
+    """Whether there is a run in a folder; it has its tokenizer there, with the tokens that were added."""
+    return bool((folder_at(output) / _PARENT).exists())
 
 
 def check_shared(config: TrainConfig, trained: Mapping[str, Any], where: object) -> None:
@@ -102,7 +107,7 @@ def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone, added: Mapp
     output = folder_at(config.output)
     if parent.path == output or (not is_remote(output) and parent.path.resolve() == output.resolve()):
         raise SettingsError(f"output and checkpoint are both {config.output}: give another output")
-    before, begun = epath.Path(backbone_folder(config.output)), (output / _PARENT).exists()
+    before, begun = epath.Path(backbone_folder(config.output)), has_begun(output)
     if not begun and before.exists():
         _check_ours(output, before)
     output.mkdir(parents=True, exist_ok=True)
@@ -118,7 +123,9 @@ def prepare(config: TrainConfig, mixture: Mixture, parent: Backbone, added: Mapp
         if added:
             names = ", ".join(f"{name} as {row}" for name, row in added.items())
             _log.warning("the tokenizer of %s gets %s; such a row begins as the mean of the others", parent.path, names)
-        _write_whole(output / _PARENT, origin)
+        reading = evaluate_config_of(to_dict(config))
+        (backbone_folder(output) / READING).write_text(json.dumps(to_dict(reading), indent=1))  # in place of a former
+        _write_whole(output / _PARENT, {**origin, "added": dict(added or {})})
 
 
 def origin_of(config: TrainConfig) -> dict[str, Any]:

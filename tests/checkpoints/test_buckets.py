@@ -23,6 +23,7 @@ from orbax.checkpoint._src.path import gcs_utils
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_worker
 
+from cocoa_jax.checkpoints.convert import orbax_to_hf
 from cocoa_jax.checkpoints.orbax import StageCheckpoints, load_params, read_metadata
 from cocoa_jax.config import TrainConfig, parse
 from cocoa_jax.training import loop
@@ -119,3 +120,8 @@ def test_a_run_in_a_bucket_stops_and_continues_as_one_on_a_disk(
             train(settings(STAGE))
     assert str(train(settings(STAGE))) == STAGE
     assert losses(bucket[0] / "run/1-warmup") == on_disk
+    exported = []
+    for name, stage in (("from-disk", tmp_path / "disk"), ("from-bucket", STAGE)):
+        orbax_to_hf(stage, tmp_path / name)
+        exported.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert exported[0] == exported[1] and "cocoa.json" in exported[0]

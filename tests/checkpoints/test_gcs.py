@@ -11,8 +11,10 @@ import pytest
 import yaml
 from etils import epath
 from etils.epath import backend
+from fsspec.asyn import sync
 from gcp_storage_emulator.handlers import objects
 from gcp_storage_emulator.server import create_server
+from gcsfs.core import simple_upload
 
 from cocoa_jax import cli
 from cocoa_jax.config import TrainConfig, parse
@@ -53,6 +55,12 @@ def bucket():
         backend._FileSystemSpecBackend._get_filesystem.cache_clear()
 
 
+def mark(folder):
+    """What a mounted bucket and its console make beside a folder: an empty object that has its name and a slash."""
+    system = epath.Path(folder)._backend.fs(folder)
+    sync(system.loop, simple_upload, system, BUCKET, folder.removeprefix(f"gs://{BUCKET}/") + "/", b"")
+
+
 @pytest.mark.timeout(900)
 def test_data_and_stages_in_a_bucket_are_those_on_a_disk(bucket, backbone, stage_settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -77,6 +85,8 @@ def test_data_and_stages_in_a_bucket_are_those_on_a_disk(bucket, backbone, stage
                 patch.setattr(loop, "_stop_requests", lambda: contextlib.nullcontext(lambda step: step == 2))
                 with pytest.raises(Stopped, match="stopped at step 3 of 4"):
                     train(second)
+            for folder in ("", "/backbone", "/checkpoints", "/checkpoints/3"):
+                mark(second.output + folder)
         train(second)
         train(settings("contrastive", second.output, where))
         lines = ((epath.Path(where) / stage / "metrics.jsonl").read_text().splitlines() for stage in SOURCES)

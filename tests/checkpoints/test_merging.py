@@ -19,7 +19,7 @@ from cocoa_jax.checkpoints.errors import CheckpointError, DamagedCheckpointError
 from cocoa_jax.checkpoints.huggingface import SINGLE_FILE, write_folder
 from cocoa_jax.checkpoints.merging import merge_checkpoint
 from cocoa_jax.checkpoints.orbax import StageCheckpoints, carry_backbone, save_base
-from cocoa_jax.checkpoints.peft import export_adapter, save_adapter
+from cocoa_jax.checkpoints.peft import export_adapter, load_adapter, save_adapter
 from cocoa_jax.config import TrainConfig, parse, to_dict
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.processor_settings import ProcessorConfig
@@ -68,24 +68,50 @@ def assert_same(folder: Path, other: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.json", SINGLE_FILE}
 
 
-@pytest.fixture(params=[True, False], ids=["rows trained", "rows frozen"])
-def masked(request, published, stage_settings, tmp_path) -> Path:
-    """A stage 1 with an adapter, from a checkpoint whose tokenizer has no mask token."""
-    folder, origin = tmp_path / "1-warmup", open_backbone(published)
-    settings = {"rank": 2, "targets": [r"text\.layers\.attention\.q_proj"], "tokens": request.param}
-    config = parse(TrainConfig, stage_settings("warmup", published, folder, lora=settings))
-    processor = Processor.load(published, origin.config, config.data.processor)
-    (mask,) = processor.added.values()
-    record = AdapterRecord(config.lora, tuple(sorted({mask, *processor.bridge_ids})) if request.param else ())
+def adapted(settings, folder: Path, *, says: bool = True) -> Path:
+    """A stage with an adapter; ``says`` what tokens it added, which older ones do not."""
+    config = parse(TrainConfig, settings)
+    origin = open_backbone(config.checkpoint)
+    processor = Processor.load(origin.side_files, origin.config, config.data.processor)
+    rows = sorted({processor.mask_id, *processor.bridge_ids}) if config.lora.tokens else ()
+    record = AdapterRecord(config.lora, tuple(rows))
     _, shapes = adapted_graph(origin.config, Compute(), record.config, record.rows)
     rng = np.random.default_rng(0)
     adapter = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
-    carry_backbone(published, folder, processor.added)
+    carry_backbone(origin.side_files, folder, processor.added)
     save_base(folder, with_mean_rows(origin.load(), processor.added.values(), processor.used_rows))
-    metadata = {"stage": "warmup", "config": to_dict(config), "parent": origin.origin(), "adapter": record.to_json()}
+    parent = {**origin.origin(), **({"added": dict(processor.added)} if says else {})}
+    metadata = {"stage": "warmup", "config": to_dict(config), "parent": parent, "adapter": record.to_json()}
     with StageCheckpoints(folder, keep=1) as checkpoints:
         checkpoints.save(1, params={}, adapter=adapter, head={}, optimizer={}, loop={}, metadata=metadata, wait=True)
     return folder
+
+
+LORA = {"rank": 2, "targets": [r"text\.layers\.attention\.q_proj"]}
+
+
+@pytest.fixture(params=[True, False], ids=["rows trained", "rows frozen"])
+def masked(request, published, stage_settings, tmp_path) -> Path:
+    """A stage 1 with an adapter, from a checkpoint whose tokenizer has no mask token."""
+    folder = tmp_path / "1-warmup"
+    return adapted(stage_settings("warmup", published, folder, lora={**LORA, "tokens": request.param}), folder)
+
+
+@pytest.mark.parametrize("says", [True, False])
+@pytest.mark.parametrize("lacks", [True, False])
+def test_frozen_rows_are_exported_only_where_the_stage_added_their_tokens(
+    published, backbone, stage_settings, tmp_path, lacks, says
+):
+    start = published if lacks else backbone
+    settings = stage_settings("warmup", start, tmp_path / "stage", lora={**LORA, "tokens": False})
+    export_adapter(adapted(settings, tmp_path / "stage", says=says), tmp_path / "peft")
+    record, adapter = load_adapter(tmp_path / "peft", open_backbone(start).config)
+    of_both = sorted(token_ids(tmp_path / "stage" / "backbone", ["<|mask|>", "<|im_end|>"]))
+    of_mask = sorted(token_ids(tmp_path / "stage" / "backbone", ["<|mask|>"]))
+    assert list(record.rows) == ((of_mask if lacks else []) if says else of_both)
+    assert ("embed" in adapter["text"]) == bool(record.rows)
+    values = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert values["trainable_token_indices"] == (list(record.rows) or None)
 
 
 def test_an_exported_adapter_makes_the_stage_of_what_it_began_from_with_the_tokens_that_that_lacks(

@@ -33,10 +33,16 @@ class Bucket(MemoryFileSystem):
     protocol = ("gcs", "gs")
     store: dict = {}  # noqa: RUF012
     pseudo_dirs: list = [""]  # noqa: RUF012
+    marked: set = set()  # noqa: RUF012
 
     @classmethod
     def _strip_protocol(cls, path):
         return "/" + re.sub(r"^(gs|gcs)://", "", str(path)).strip("/")
+
+    def ls(self, path, detail=True, **more):  # as gcsfs, which lists the object that marks a folder by its own name
+        found, own = super().ls(path, detail=True, **more), self._strip_protocol(path)
+        marks = [{"name": own, "size": 0, "type": "directory"}] if own in self.marked else []
+        return [*marks, *found] if detail else [one["name"] for one in (*marks, *found)]
 
     def exists(self, path, **more):  # as gcsfs, in which this alone tells of a network that fails
         try:
@@ -58,6 +64,7 @@ def bucket(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     Bucket.store.clear()
     Bucket.pseudo_dirs[:] = [""]
+    Bucket.marked.clear()
     yield Bucket.store
     backend._FileSystemSpecBackend._get_filesystem.cache_clear()
 
@@ -78,6 +85,15 @@ def test_files_go_and_come(bucket):
     (local / "metrics.jsonl").write_text("other\n")
     assert (fetch("gs://b/run") / "metrics.jsonl").read_text() == "line\n"
     assert [path.name for path in fetch("gs://b/run").iterdir()] == ["metrics.jsonl"]  # nothing of before stays
+
+
+def test_the_object_that_marks_a_folder_is_no_file_of_it(bucket):
+    """Mounts of a bucket and its console make them."""
+    (folder_at("gs://b/run") / "backbone").mkdir(parents=True)
+    (folder_at("gs://b/run") / "backbone" / "config.json").write_text("sizes")
+    Bucket.marked.add("/b/run/backbone")
+    assert [path.name for path in folder_at("gs://b/run/backbone").iterdir()] == ["backbone", "config.json"]
+    assert [path.name for path in fetch("gs://b/run/backbone").iterdir()] == ["config.json"]
 
 
 def test_a_backbone_goes_with_its_stage_and_is_opened_there(bucket, backbone):

@@ -370,6 +370,21 @@ def test_large_batches_are_built_ahead_up_to_a_limit_of_bytes(monkeypatch, size,
     assert len(built) == 1 + ahead
 
 
+@pytest.mark.parametrize(("workers", "ahead", "threads"), [(0, 6, 3), (1, 6, 3), (2, 5, 3), (4, 2, 2), (8, 2, 2)])
+def test_workers_share_the_bytes_of_a_host(monkeypatch, workers, ahead, threads):
+    class Dataset:
+        def to_iter_dataset(self, options):
+            assert (options.prefetch_buffer_size, options.num_threads) == (ahead, threads)
+            return self
+
+        def mp_prefetch(self, options):
+            assert options.num_workers == workers > 0
+            return self
+
+    monkeypatch.setattr(pipeline, "_AHEAD", 500)
+    built_ahead(Dataset(), threads=3, workers=workers, batch_bytes=50)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bytes_of_the_largest_batch_are_known_before_it_is_built(sources, processors, monkeypatch, family):
     config = dataclasses.replace(STAGES["contrastive"], rows=dataclasses.replace(ROWS, shapes=((8, 64, 160),)))
@@ -478,6 +493,15 @@ def test_settings_that_contradict_are_refused(sources, processors):
         stage_dataset(STAGES["bridge"], sources, {"both": 0.0, "plain": 0.0}, processors["2"], seed=0, steps=1)
     with pytest.raises(PackingError, match="cannot be shared by 3"):
         dataset("bridge", sources, processors["2"], share=RowShare((0,), 3))
+
+
+def test_a_stage_that_rebuilds_pictures_is_refused_a_shape_without_patches():
+    rows = dataclasses.replace(ROWS, shapes=((4, 64, 0), (8, 64, 160)))
+    for stage in ("warmup", "bridge"):
+        with pytest.raises(ValueError, match=rf"has \(4, 64, 0\): stage '{stage}' .*leave it out"):
+            BatchConfig(stage, rows, masking=MASKING)
+    BatchConfig("bridge", rows, masking=MaskingConfig(text_ratio=0.5, image_ratio=0.0))
+    BatchConfig("contrastive", rows)
 
 
 def test_building_a_batch_starts_no_jax_back_end():

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from cocoa_jax.checkpoints.backbone import open_backbone
 from cocoa_jax.checkpoints.convert import orbax_to_hf
 from cocoa_jax.checkpoints.huggingface import read_folder
-from cocoa_jax.checkpoints.orbax import base_folder, load_params
+from cocoa_jax.checkpoints.orbax import base_folder, load_params, read_metadata
 from cocoa_jax.config import TrainConfig, parse
 from cocoa_jax.data.processor import Processor
 from cocoa_jax.data.processor_settings import ProcessorError
@@ -46,6 +46,7 @@ def test_the_row_begins_as_the_mean_and_trains_beside_an_adapter(published, warm
     before, base = table_of(read_folder(published, shapes)), table_of(load_params(base_folder(warmed), shapes))
     np.testing.assert_allclose(base[mask], before[:used].mean(0), rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(np.delete(base, mask, 0), np.delete(before, mask, 0))
+    assert read_metadata(warmed)["parent"]["added"] == {"<|mask|>": mask}  # for exports
     record, adapter = open_backbone(warmed).adapter()
     place = record.rows.index(mask)
     assert np.abs(np.asarray(adapter["text"]["embed"]["rows"])[place] - base[mask]).max() > 1e-5

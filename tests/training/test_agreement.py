@@ -14,6 +14,7 @@ from cocoa_jax.data.processor import Processor
 from cocoa_jax.models.config import read_config
 from cocoa_jax.training import agreement, loop
 from cocoa_jax.training.agreement import check_alike, held_here, odd_ones
+from cocoa_jax.training.folder import open_parent, prepare
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,26 @@ def test_what_lies_elsewhere_on_another_host_may_and_what_makes_another_run_may_
     settings = json.loads((pixels / "preprocessor_config.json").read_text())
     (pixels / "preprocessor_config.json").write_text(json.dumps({**settings, "image_mean": [0.1, 0.2, 0.3]}))
     assert [one.partition(":")[0] for one in differences(usual, held(files=pixels))] == ["tokenizer and pixels"]
+
+
+def test_a_run_continues_where_one_host_has_lost_its_first_checkpoint(stage_settings, published, tmp_path):
+    """It reads the tokenizer that the run has, with the token that others add."""
+    checkpoint = shutil.copytree(published, tmp_path / "backbone")
+    config = parse(TrainConfig, stage_settings("bridge", checkpoint, tmp_path / "run"))
+    mixture = Mixture({}, {}, {})
+
+    def opened():
+        parent = open_parent(config)
+        processor = Processor.load(parent.side_files, parent.config, config.data.processor)
+        return parent, processor, held_here(config, mixture, processor)
+
+    parent, processor, held = opened()
+    assert held["added tokens"] == dict(processor.added) != {}
+    prepare(config, mixture, parent, processor.added)
+    _, _, elsewhere = opened()
+    shutil.rmtree(checkpoint)
+    _, processor, here = opened()
+    assert not processor.added and here == elsewhere
 
 
 def test_hosts_wait_for_each_other_before_devices_do(monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 
 from cocoa_jax.checkpoints.convert import hf_to_orbax
 from cocoa_jax.checkpoints.errors import CheckpointError, UnavailableCheckpointError
-from cocoa_jax.config import SettingsError, TrainConfig, parse, to_dict
+from cocoa_jax.config import SettingsError, TrainConfig, evaluate_config_of, parse, to_dict
 from cocoa_jax.data.mixture import Mixture
 from cocoa_jax.recipe import Recipe, read_recipe, stage_configs
 from cocoa_jax.study.design import load_study, recipe_of
@@ -93,6 +93,9 @@ def test_nothing_stays_of_a_checkpoint_that_the_run_did_not_begin_from(begun, tm
             prepare(right, DATA, parent)
     again(right)
     for path in (tmp_path / "new" / "backbone").iterdir():
+        if path.name == "cocoa.json":  # the run's own
+            assert json.loads(path.read_text()) == to_dict(evaluate_config_of(to_dict(right)))
+            continue
         assert path.read_bytes() == (Path(begun.checkpoint) / path.name).read_bytes()
 
 
