@@ -79,10 +79,19 @@ ask() {
 }
 exec 3>&1
 
-# surely WORD...: run what makes or deletes something to its end, in a session of its own, where no Ctrl-C and no terminal
-# that is closed reaches it; this script hears of them afterwards.
+# sheltered WORD...: run what makes or deletes something to its end, in a session of its own, where no Ctrl-C and no terminal
+# that is closed reaches it; this script hears of them afterwards. What it says goes to stderr.
+sheltered() { setsid --wait "$@" 2>&1 | drain >&2; }
+
+# drain: pass on what is said for as long as anybody reads it: who writes to a terminal or a pipe that has died dies of it.
+drain() {
+  trap '' INT TERM HUP PIPE
+  cat || cat >/dev/null
+} 2>/dev/null
+
+# surely WORD...: the same, printed where --dry-run was given.
 surely() {
-  if [ -n "$DRY_RUN" ]; then shown "$@"; else setsid --wait "$@"; fi
+  if [ -n "$DRY_RUN" ]; then shown "$@"; else sheltered "$@"; fi
 }
 
 # attend WORD...: run what may take days, also in a session of its own; a signal ends it, and this script, at once.

@@ -59,10 +59,9 @@ tell() { call tail || say "the log of the stages could not be read"; }
 
 # call VERB [WORD...]: what only looks or waits may be ended by a signal; what makes or deletes something may not.
 call() {
-  case $1 in
-    create | submit | delete) setsid --wait "$script" "$1" "${mine[@]}" "${@:2}" ;;
-    *) attend "$script" "$1" "${mine[@]}" "${@:2}" ;;
-  esac
+  local how=attend
+  case $1 in create | submit | delete) [ -n "$DRY_RUN" ] || how=sheltered ;; esac
+  "$how" "$script" "$1" "${mine[@]}" "${@:2}"
 }
 
 # give_back STATUS: whatever ends this script, nothing that it made is left and costs money unless it was asked for.

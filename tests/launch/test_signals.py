@@ -43,13 +43,16 @@ def signalled(desk, line, answers, when, *signals, to=os.killpg):
     return process.returncode, errors, ["delete" in call for call in desk.calls()]
 
 
-@pytest.mark.parametrize(("number", "status"), SIGNALS, ids=str)
-@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["script", "terminal"])
-@pytest.mark.parametrize(
+MAKING = pytest.mark.parametrize(
     ("line", "answers"),
     [(UP, FREE), (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE}), (f"{ON_GKE} {STAGES}", {}), (f"{ON_XPK} {STAGES}", {})],
     ids=["up", "queued", "gke", "xpk"],
 )
+
+
+@MAKING
+@pytest.mark.parametrize(("number", "status"), SIGNALS, ids=str)
+@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["script", "terminal"])
 def test_a_signal_while_it_is_being_made_gives_it_back(desk, line, answers, number, status, to):
     """The command that makes it goes on and succeeds; only then is there something to delete."""
     answers = {**answers, " create ": [[0, "sleep 1"]]}
@@ -58,6 +61,28 @@ def test_a_signal_while_it_is_being_made_gives_it_back(desk, line, answers, numb
     lines = [" ".join(call) for call in desk.calls()]
     after = lines[[" create " in line for line in lines].index(True) + 1 :]
     assert all(" describe " in line or " delete " in line for line in after), after  # and nothing else is begun
+
+
+@MAKING
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_is_being_made_needs_no_reader_to_be_given_back(desk, line, answers, number):
+    """It would die of what it says where Ctrl-C has ended ``tee`` as well, or the terminal is closed."""
+    process = desk.start(*shlex.split(line), answers={**answers, " create ": [[0, "sleep 1"]]}, poll=60)
+    until(desk, process, " create ")
+    process.stdout.close()
+    process.stderr.close()
+    os.killpg(process.pid, number)
+    assert process.wait(40) in (129, 130)
+    assert [call for call in desk.calls() if "delete" in call] == desk.calls()[-1:]
+
+
+def test_what_is_being_made_is_told_of_as_it_goes_on(desk):
+    script = 'case "$*" in *create*) echo asking; sleep 2; touch "$0.made";; *describe*) echo NOT_FOUND; exit 1;; esac'
+    (desk.folder / "gcloud").write_text(f"#!/bin/sh\n{script}\n")
+    process = desk.start(*shlex.split(UP))
+    while "asking" not in (text := process.stderr.readline()):
+        assert text, process.wait(40)
+    assert not (desk.folder / "gcloud.made").exists()
 
 
 WHILE = pytest.mark.parametrize(
