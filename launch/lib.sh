@@ -129,17 +129,18 @@ insist() {
 # `making WORD...` runs a command and keeps in $made that it has succeeded; at the end `give_back STATUS` is called then.
 made="" busy="" told=""
 guard() {
-  trap ended EXIT
+  trap 'ended $?' EXIT
   trap 'signalled 130' INT
   trap 'signalled 143' TERM
   trap 'signalled 129' HUP
   trap 'signalled 141' PIPE
 }
 
+# Signals call it too, as one that comes after `exit` and before this has begun would end the script with `exit`.
 ended() {
-  local status=$?
-  trap - EXIT
   trap '' INT TERM HUP PIPE
+  trap - EXIT
+  local status=$1
   if [ -n "$made" ]; then
     # A terminal that is closed, or a pipe without a reader, would end whoever writes to it.
     say "giving back what was made" || exec 2>/dev/null
@@ -164,7 +165,7 @@ signalled() {
   told=$1
   [ -z "$busy" ] || return 0
   [ -z "$child" ] || kill -TERM -- "-$child" 2>/dev/null || kill -TERM "$child" 2>/dev/null || true
-  exit "$told"
+  ended "$told"
 }
 
 # retry STATUS: whether the same command may go on after it.

@@ -4,10 +4,13 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
+SCRIPTS = Path(__file__).parents[2] / "launch"
 AT = "--name cocoa --project p --zone z"
 REQUEST = f"{AT} --accelerator v5litepod-16 --runtime v2-alpha-tpuv5-lite --image r/p/i:1"
 GKE = "--name cocoa --type v5e --topology 4x4 --image r/p/i:1"
@@ -133,3 +136,34 @@ def test_a_reader_that_is_gone_does_not_keep_it_from_giving_back(desk, line, ans
     process.stderr.close()
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(40) in (130, 141) and sum("delete" in call for call in desk.calls()) == 2
+
+
+ENDING = """
+source "$1"
+give_back() { echo "given back"; }
+guard
+made=1 command=0
+another() { # a signal before the command that is so many of those that end the script
+  [[ ${FUNCNAME[1]} == @(signalled|ended) ]] || return 0
+  command=$((command + 1))
+  [ "$command" -ne "$NTH" ] || kill -INT $$
+}
+set -o functrace
+trap another DEBUG
+[ "$FIRST" = none ] || kill -INT $$
+exit 0
+"""
+
+
+@pytest.mark.parametrize("first", ["none", "signal"])
+@pytest.mark.parametrize("nth", range(1, 12))
+def test_a_signal_while_it_ends_does_not_keep_it_from_giving_back(first, nth):
+    ended = subprocess.run(
+        ["bash", "-c", ENDING, "bash", SCRIPTS / "lib.sh"],
+        env={**os.environ, "NTH": str(nth), "FIRST": first},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
+    assert ended.stderr.count("given back") == 1, ended
+    assert ended.returncode in (0, 130)
