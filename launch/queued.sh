@@ -33,7 +33,8 @@
 #   --image IMAGE          made by launch/Dockerfile
 #   --data gs://PATH       copied to every host, /data in the container
 #   --grace SECONDS        for a save after SIGTERM [600]
-#   --owner WORD           a label of what is created; what bears another than that is never waited for, nor deleted
+#   --owner WORD           a label of what is created; what does not bear it is never waited for, nor deleted
+#                          [none: whatever has NAME; `up` makes one]
 #   --replace              what has NAME and is FAILED or SUSPENDED is deleted before `create` and `up`
 #   --keep                 do not delete after a failure of `up`
 #   --dry-run              print the commands instead of running them
@@ -194,7 +195,7 @@ unread=0
 look() {
   local answer shape=$'\n([A-Z_]+)($|\n|\t([-_a-z0-9]*))'
   now="" bears=""
-  if answer=$(ask "${1-ACTIVE}" "${tpus[@]}" describe "$name" "${where[@]}" \
+  if answer=$(ask "${1-ACTIVE$'\t'$owner}" "${tpus[@]}" describe "$name" "${where[@]}" \
     '--format=value(state.state,tpu.nodeSpec[0].node.labels.cocoa-owner)' 2>&1) && [[ $'\n'$answer =~ $shape ]]; then
     now=${BASH_REMATCH[1]} bears=${BASH_REMATCH[3]} unread=0
   elif [[ $answer == *NOT_FOUND* ]]; then
@@ -208,13 +209,14 @@ look() {
 
 left_alone() {
   say "$name is $now: nothing that was made or started here is on it, so it is left alone"
+  [ -n "$bears" ] || loud "$name bears no owner; should it be yours, it COSTS MONEY; to end it: $(shown "${ending[@]}")"
   return 76
 }
 
-# ours: look, and fail where the name of slices that were taken away has become another's.
+# ours: look, and fail where the name of slices that were taken away has become another's, whose label may say nothing.
 ours() {
   look
-  [ -z "$owner" ] || [ -z "$bears" ] || [ "$bears" = "$owner" ] || left_alone
+  [ -z "$owner" ] || [[ $now =~ ^(GONE)?$ ]] || [ "$bears" = "$owner" ] || left_alone
 }
 
 wait_active() {
@@ -299,7 +301,7 @@ finish() {
         "") ;;
         SUSPENDING | SUSPENDED | FAILED | DELETING | GONE) say "$name is $now: the slices were taken away"; return 75 ;;
         # Nothing was started on a request that waits, unless somebody has reset it.
-        *) if [ -n "$owner" ] && [ "$bears" = "$owner" ]; then return 75; else left_alone; return; fi ;;
+        *) [ -z "$owner" ] || return 75; left_alone; return ;;
       esac
       [ "$lost" -lt 5 ] || { say "hosts of $name have not answered $lost times although it is ACTIVE"; return 75; }
     fi
@@ -312,7 +314,8 @@ stop() { everywhere "sudo docker stop --time $grace cocoa"; }
 # A request to delete that has failed may have been heard all the same.
 remove() {
   local now bears
-  surely "${ending[@]}" || { look && [ "$now" = GONE ]; }
+  surely "${ending[@]}" || { look && [ "$now" = GONE ]; } || return
+  [ -n "$DRY_RUN" ] || say "$name was deleted"
 }
 
 remove_ours() {
@@ -328,15 +331,15 @@ delete() { if [ -n "$owner" ]; then insist remove_ours; else insist remove; fi; 
 give_back() {
   if [ -n "$keep" ]; then
     loud "$name IS LEFT RUNNING AND COSTS MONEY (--keep); to end it: $(shown "${ending[@]}")"
-  elif delete; then
-    say "$name was deleted after the failure"
-  else
+  elif ! delete; then
     loud "$name MAY STILL BE RUNNING AND COST MONEY, deleting it failed; to end it: $(shown "${ending[@]}")"
     return 1
   fi
 }
 
 up() {
+  # Somebody may have replaced what this has made before it is given back.
+  [ -n "$owner" ] || { owner=$(date +%s)-$$; words=(--owner "$owner" "${words[@]}"); }
   guard
   making create
   attend "$here/queued.sh" wait "${words[@]}"

@@ -108,8 +108,8 @@ def up(desk, answers, *more):
 def test_whatever_fails_the_slices_are_given_back(desk, answers, made):
     ended = up(desk, answers)
     assert ended.status != 0
-    assert [call[4] for call in ended.calls] == ["describe", *made, "delete"]
-    assert "cocoa was deleted after the failure" in ended.errors
+    assert [call[4] for call in ended.calls] == ["describe", *made, "describe", "delete"]
+    assert "cocoa was deleted" in ended.errors
 
 
 @pytest.mark.parametrize("more", [[], ["--keep"]])
@@ -201,11 +201,19 @@ def test_slices_that_are_to_be_kept_are_named_loudly(desk):
 
 def test_another_requests_slices_are_not_deleted(desk):
     words = shlex.split(f"delete {AT} --owner me")
-    for state, deleted in [([0, "ACTIVE\tme"], 1), ([0, "ACTIVE"], 1), ([0, "ACTIVE\tyou"], 0), ([1, "NOT_FOUND"], 1)]:
+    for state, deleted in [([0, "ACTIVE\tme"], 1), ([0, "ACTIVE"], 0), ([0, "ACTIVE\tyou"], 0), ([1, "NOT_FOUND"], 1)]:
         ended = desk.run("queued.sh", *words, answers={"describe": [state]})
         assert ended.status == 0 and sum("delete" in call for call in ended.calls) == deleted
+        assert ("bears no owner; should it be yours, it COSTS MONEY" in ended.errors) == (state[1] == "ACTIVE")
     ended = desk.run("queued.sh", *words, answers={"describe": [[1, "no network"]]})
     assert ended.status == 1 and not any("delete" in call for call in ended.calls)
+
+
+@pytest.mark.parametrize("label", ["you", "nobody", ""])
+def test_slices_that_have_replaced_those_of_up_are_left_alone(desk, label):
+    ended = up(desk, {"describe": [[0, "WAITING_FOR_RESOURCES"], [0, f"WAITING_FOR_RESOURCES\t{label}"]]})
+    assert ended.status == 76 and "left alone" in ended.errors and "was deleted" not in ended.errors
+    assert [call[4] for call in ended.calls] == ["describe", "create", *["describe"] * 3]
 
 
 def test_success_leaves_the_slices(desk):

@@ -72,7 +72,7 @@ MINE, THEIRS = [0, "ACTIVE\tme"], [0, "ACTIVE\tyou"]
     ("inspect", "describe"),
     [
         ([[255, ""], [0, "exited:0"]], [MINE, [0, "WAITING_FOR_RESOURCES\tyou"], THEIRS]),
-        ([[255, ""], [0, "exited:0"]], [[0, "ACTIVE"], *[[0, "WAITING_FOR_RESOURCES"]] * 2, [0, "ACTIVE"]]),
+        ([[255, ""], [0, "exited:0"]], [MINE, *[[0, "WAITING_FOR_RESOURCES\t"]] * 2, [0, "ACTIVE\t"]]),
         ([[255, ""], [0, "exited:0"]], [MINE, [0, "SUSPENDED\tme"], THEIRS]),
         ([[0, "running:0"], [0, "exited:0"]], [MINE, THEIRS]),
         ([[0, "running:0"], [0, "exited:75"]], [MINE, THEIRS]),
