@@ -154,7 +154,7 @@ making() {
   local status=0
   busy=1
   "$@" || status=$?
-  [ "$status" -ne 0 ] || made=1
+  case $status in 0 | 77) made=1 ;; esac # 77: by an earlier command of the same owner
   busy=""
   [ -z "$told" ] || exit "$told"
   return "$status"

@@ -5,7 +5,7 @@
 #
 # Verbs
 #   create   ask for the slices                        needs --accelerator or --type and --topology, and --runtime;
-#            exits with 2 where NAME is in use
+#            exits with 2 where NAME is in use, with 77 where --owner has it and COMMAND may run on it
 #   wait     until they are there; exits with 75 where they were taken away, with 3 where the request has failed
 #   setup    copy data to every host, pull the image   needs --image
 #   start    run COMMAND in the image on every host    needs --image; what runs on all of them already is left alone
@@ -139,6 +139,7 @@ everywhere() {
     "--command=$1 && { $census; }") || status=$?
   while read -r line; do
     case $line in
+      "") ;;
       "cocoa:done "*)
         read -r _ hosts slices <<<"$line"
         answered=$((answered + 1)) wanted=$((hosts * ${slices:-1})) ;;
@@ -183,7 +184,7 @@ create() {
       [ -z "$replace" ] || { say "$name is $now: it is made again"; insist remove && order; return; } ;;
     *)
       [ -z "$owner" ] || [ "$bears" != "$owner" ] ||
-        { say "$name is $now and was asked for by this owner: it is kept"; return 0; } ;;
+        { say "$name is $now and was asked for by this owner: it is kept"; [ "$now" != ACTIVE ] || return 77; return 0; } ;;
   esac
   in_use "$name" "queued resource" "$now" "finish where a run is on it, else wait, setup, start" \
     "$0" delete --name "$name" --project "$project" --zone "$zone"
@@ -261,7 +262,7 @@ log() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 '--comman
 
 tail() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all '--command=sudo docker logs --tail 20 cocoa'; }
 
-inspect="sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa"
+inspect="sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa || echo none:0"
 
 # verdict CODE: keep in $status how COMMAND has ended, which on the first host did with CODE; fails where it may go on,
 # with what a host says on which it does in $now. After an error on one host the others only tell that it is gone. A host
@@ -284,26 +285,34 @@ verdict() {
   [ "$status" -ne 0 ] || [ -n "$all" ]
 }
 
-# Exit with the status of COMMAND, which ends on all hosts together.
+# Exit with the status of COMMAND, which ends on all hosts together. Where no host answers it may well go on, unseen.
 finish() {
-  local now bears status lost=0
+  local first now bears status lost=0 silent=0
   while true; do
-    now=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "--command=$inspect") || now=""
-    case $now in
-      exited:* | dead:*) ! verdict "${now#*:}" || { [ -z "$owner" ] || ours || return; return "$status"; } ;;
+    first=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "--command=$inspect") || first=""
+    now=$first said=""
+    case $first in
+      exited:* | dead:*) ! verdict "${first#*:}" || { [ -z "$owner" ] || ours || return; return "$status"; } ;;
+      "") everywhere "$inspect" || true; now=$said ;;
     esac
-    if [[ $now =~ ^(created|running|paused|restarting): ]]; then
-      lost=0
+    if [[ $now =~ (running|paused|restarting): ]]; then
+      lost=0 silent=0
     else
       ours || return
       case $now in
-        ACTIVE) lost=$((lost + 1)) ;;
+        ACTIVE)
+          if [[ $first$said =~ (none|created|removing|exited|dead): ]]; then
+            lost=$((lost + 1)) silent=0
+          else
+            silent=$((silent + 1))
+          fi ;;
         "") ;;
         SUSPENDING | SUSPENDED | FAILED | DELETING | GONE) say "$name is $now: the slices were taken away"; return 75 ;;
         # Nothing was started on a request that waits, unless somebody has reset it.
         *) [ -z "$owner" ] || return 75; left_alone; return ;;
       esac
-      [ "$lost" -lt 5 ] || { say "hosts of $name have not answered $lost times although it is ACTIVE"; return 75; }
+      [ "$lost" -lt 5 ] || { say "hosts of $name have said $lost times that nothing runs on them"; return 75; }
+      [ "$silent" -ne 5 ] || loud "no host of $name has answered 5 times (see ssh-add); it RUNS AND COSTS MONEY"
     fi
     pause
   done
@@ -341,7 +350,7 @@ up() {
   # Somebody may have replaced what this has made before it is given back.
   [ -n "$owner" ] || { owner=$(date +%s)-$$; words=(--owner "$owner" "${words[@]}"); }
   guard
-  making create
+  making create || [ $? -eq 77 ]
   attend "$here/queued.sh" wait "${words[@]}"
   attend "$here/queued.sh" setup "${words[@]}"
   attend "$here/queued.sh" start "${words[@]}"

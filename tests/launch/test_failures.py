@@ -253,7 +253,11 @@ def on(first, *everywhere):
         pytest.param({"inspect": [[0, ""]], **GONE}, 75, id="preempted-silently"),
         pytest.param({"inspect": [[0, ""], [0, "exited:0"]], **ACTIVE}, 0, id="silent-once"),
         pytest.param({"inspect": [[255, ""], [0, "exited:0"]], **ACTIVE}, 0, id="lost-once"),
-        pytest.param({"inspect": [[255, ""]], **ACTIVE}, 75, id="lost"),
+        pytest.param({"inspect": [[255, ""]] * 20 + [[0, "exited:0"]], **ACTIVE}, 0, id="no-ssh"),
+        pytest.param({**on("", "running:0", *[""] * 10, "exited:134"), **ACTIVE}, 75, id="first-host-lost"),
+        pytest.param({"inspect": [[0, "none:0"]], **ACTIVE}, 75, id="nothing-there"),
+        pytest.param({"inspect": [[0, "created:127"]], **ACTIVE}, 75, id="never-begun"),
+        pytest.param({**on("exited:0", "exited:0\ncocoa:done 1 2"), **ACTIVE}, 75, id="another-host-lost"),
         pytest.param({"inspect": [[255, ""]] * 10 + [[0, "exited:0"]], "describe": [[1, ""]]}, 0, id="no-network"),
     ],
 )

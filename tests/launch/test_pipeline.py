@@ -54,15 +54,35 @@ def test_slices_that_are_dead_are_replaced(desk, state):
     assert f"cocoa is {state}: it is made again" in ended.errors
 
 
+UNSEEN = [[255, "no network"]] * 10
+SEEN_AGAIN = {"worker=all.*inspect": [*UNSEEN, [0, "exited:0"]]}
+
+
 @pytest.mark.parametrize("unread", [[1, "no network"], [0, "ACTIVE"]], ids=["no-network", "no-ssh"])
 def test_a_run_outlives_what_cannot_be_seen(desk, unread):
-    looks = [[0, "running:0"], *[[255, "no network"]] * 10, [0, "exited:0"]]
-    answers = {"worker=0.*inspect": looks, "inspect": [[0, "exited:0"]], "docker ps": [[0, "idle"], [0, "runs"]]}
-    ended, done = pipeline(desk, {**answers, "describe": [[0, "ACTIVE"], *[unread] * 10, [0, "ACTIVE"]]})
+    looks = {**SEEN_AGAIN, "worker=0.*inspect": [[0, "running:0"], *UNSEEN, [0, "exited:0"]]}
+    ended, done = pipeline(desk, {**looks, "describe": [[0, "ACTIVE"], *[unread] * 10, [0, "ACTIVE"]]})
     assert ended.status == 0, ended.errors
-    assert sum("docker run" in line for line in done) == 1
+    assert sum("docker pull" in line for line in done) == sum("docker run" in line for line in done) == 1
     assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
     assert ("could not be read 5 times; it MAY STILL BE RUNNING" in ended.errors) == (unread[0] == 1)
+    assert ("no host of cocoa has answered 5 times" in ended.errors) == (unread[0] == 0)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"taken": [[0, "ACTIVE\tme"]], "docker pull": [[255, "no network"]]},
+        {"describe": [[0, "ACTIVE"]], "docker run": [[255, "no network"]]},
+    ],
+    ids=["taken-up", "start-unheard"],
+)
+def test_what_may_run_is_waited_for_where_it_cannot_be_seen(desk, answers):
+    looks = {**SEEN_AGAIN, "worker=0.*inspect": [*UNSEEN, [0, "running:0"], [0, "exited:0"]]}
+    ended, done = pipeline(desk, {**looks, **answers}, "--owner", "me")
+    assert ended.status == 0, ended.errors
+    assert sum("docker run" in line for line in done) == ("docker run" in answers)
+    assert [word for word in done if word == "delete"] == ["delete"]
 
 
 MINE, THEIRS = [0, "ACTIVE\tme"], [0, "ACTIVE\tyou"]
@@ -206,6 +226,10 @@ def test_a_pipeline_whose_stages_never_start_gives_up(desk):
     assert ended.status == 1 and done.count("create") == 1 and done[-1] == "delete"
     assert sum("docker pull" in line for line in done) == 5
     assert "the stages could not be started 5 times in a row" in ended.errors
+    full = {"docker pull": [[0, "one host"], [1, "no space left"]], "inspect": [[0, "exited:75"]]}
+    ended, done = pipeline(desk, {**ACTIVE, **full})
+    assert ended.status == 1 and done.count("create") == 1 and done[-1] == "delete"
+    assert sum("docker pull" in line for line in done) == 1 + 5
 
 
 @pytest.mark.parametrize(
