@@ -49,6 +49,9 @@ image() {
   [[ $1 =~ ^[-A-Za-z0-9._/:@]+$ ]] || die "$2 is '$1': give an image such as us-docker.pkg.dev/PROJECT/REPOSITORY/cocoa:1"
 }
 
+# have COMMAND: something that is called only after something was made.
+have() { [ -n "$DRY_RUN" ] || command -v "$1" >/dev/null || die "$1 is not on PATH: install it first"; }
+
 # value OPTION [VALUE]: the value that has to follow an option.
 value() { [ $# -ge 2 ] || die "$1 needs a value (see --help)"; }
 

@@ -140,10 +140,13 @@ queued() {
 }
 
 cluster() {
+  local context=""
+  have kubectl
+  # kubectl may well be pointed elsewhere before the stages have ended, or even begun.
+  [ "$backend" = xpk ] || [[ " ${mine[*]} " == *" --context "* ]] ||
+    context=$(ask CONTEXT kubectl config current-context 2>/dev/null || true)
+  [ -z "$context" ] || mine+=(--context "$context")
   making call submit -- "${command[@]}"
-  # kubectl may well be pointed elsewhere before the stages have ended.
-  [[ " ${mine[*]} " == *" --context "* ]] ||
-    mine+=(--context "$(ask CONTEXT kubectl config current-context 2>/dev/null || true)")
   call finish || {
     local status=$?
     tell

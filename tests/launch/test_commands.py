@@ -97,6 +97,7 @@ def test_what_is_run_is_what_was_printed(desk, case):
         "describe": [[0, "ACTIVE"]],
         "inspect": [[0, "exited:0"]],
         "get jobset": [[0, "Completed"]],
+        "get-contexts": [[0, "elsewhere\ngke_my-project_us-central1-a_my-cluster"]],
     }
     if case.startswith(("queued-create", "queued-up")):
         answers["taken"] = [[1, "NOT_FOUND"]]

@@ -1,6 +1,8 @@
 """What is checked before anything is made; what is left when something fails: nothing, or a line in capitals."""
 
+import re
 import shlex
+import shutil
 import time
 
 import pytest
@@ -161,10 +163,33 @@ def row(name, status):
 def test_a_name_that_is_in_use_is_left_alone(desk, line, answers, state):
     ended = desk.run(*shlex.split(line), answers=answers)
     assert ended.status == 2 and ended.output == "" and ended.errors.count("\n") == 1, ended.errors
-    assert len(ended.calls) == 1  # the question; nothing is created, and nothing deleted
+    assert len([line for line in ended.lines if "current-context" not in line]) == 1  # the question; nothing is created, and nothing deleted
     assert "--name is 'cocoa'" in ended.errors and f"of that name exists ({state}): give another name" in ended.errors
     backend = next(backend for backend in ENDS if backend in line)
     assert ENDS[backend] in ended.errors
+
+
+@pytest.mark.parametrize("answers", [{"ignore-not-found": [[0, "cocoa:"]]}, {"create": [[1, "no network"]]}])
+def test_what_is_to_end_a_jobset_looks_where_it_is(desk, answers):
+    ended = desk.run("gke.sh", *shlex.split(f"submit --context 'the big one' {GKE} {COMMAND}"), answers=answers)
+    ends = re.search(r"end it: (\S+/gke.sh delete .*)", ended.errors)[1]
+    ended = desk.run("gke.sh", *shlex.split(ends)[1:])
+    assert ended.status == 0 and "--context=the big one" in ended.calls[-1]
+
+
+@pytest.mark.parametrize(
+    "line", [f"pipeline.sh gke {GKE} {STAGES}", f"pipeline.sh xpk {XPK} {STAGES}", f"xpk.sh finish {XPK}"]
+)
+def test_what_a_launcher_needs_later_is_there_at_first(desk, monkeypatch, line):
+    (desk.folder / "kubectl").unlink()
+    tools = desk.folder / "tools"
+    tools.mkdir()
+    for name in ("bash", "cat", "date", "dirname", "env", "readlink", "sed", "setsid", "sleep"):
+        (tools / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(tools))
+    ended = desk.run(*shlex.split(line))
+    assert ended.status == 2 and not any("create" in line for line in ended.lines)
+    assert ended.errors.endswith("kubectl is not on PATH: install it first\n") and ended.errors.count("\n") == 1
 
 
 def test_a_workload_whose_name_only_begins_alike_is_another(desk):
@@ -266,7 +291,7 @@ def test_how_a_run_ended(desk, answers, status):
 
 
 def test_what_another_cluster_lacks_may_well_be_there(desk):
-    answers = {" delete ": [[1, "no network"], [0, ""]], "output=name": [[0, ""]]}
+    answers = {" delete ": [[1, "no network"], [0, ""]], "get jobset.*output=name": [[0, ""]]}
     ended = desk.run("xpk.sh", *shlex.split(f"delete {AT} --cluster k"), answers=answers)
     assert ended.status == 0 and sum("delete" in call for call in ended.calls) == 2
 

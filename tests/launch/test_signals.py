@@ -97,7 +97,7 @@ WHILE = pytest.mark.parametrize(
         (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE, "docker pull": [[0, "sleep 100"]]}, "docker pull"),
         (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE, "inspect": [[0, "running:0"]]}, "inspect"),
         (f"{ON_GKE} {STAGES}", {}, "get jobset cocoa --output"),
-        (f"{ON_XPK} {STAGES}", {"output=name": [[0, "jobset/cocoa"]]}, "get jobset cocoa --output"),
+        (f"{ON_XPK} {STAGES}", {"get jobset.*output=name": [[0, "jobset/cocoa"]]}, "get jobset cocoa --output"),
     ],
     ids=["up-wait", "up-setup", "wait", "setup", "finish", "gke", "xpk"],
 )
