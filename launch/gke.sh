@@ -166,7 +166,8 @@ submit() {
     shown kubectl create --filename=- "${at[@]}"
     printf '%s\n' "$text"
   elif ! surely kubectl create --filename=- "${at[@]}" <<<"$text"; then
-    loud "kubectl create failed; should a JobSet $name exist and be yours, it COSTS MONEY; to end it: $(shown "${ending[@]}")"
+    loud "kubectl create failed; should a JobSet $name exist and be yours, it COSTS MONEY; to end it: $(shown \
+      "${ending[@]}")"
     return 1
   fi
 }

@@ -82,8 +82,8 @@ ask() {
 }
 exec 3>&1
 
-# sheltered WORD...: run what makes or deletes something to its end, in a session of its own, where no Ctrl-C and no terminal
-# that is closed reaches it; this script hears of them afterwards. What it says goes to stderr.
+# sheltered WORD...: run what makes or deletes something to its end, in a session of its own, where no Ctrl-C and no
+# terminal that is closed reaches it; this script hears of them afterwards. What it says goes to stderr.
 sheltered() { setsid --wait "$@" 2>&1 | drain >&2; }
 
 # drain: pass on what is said for as long as anybody reads it: who writes to a terminal or a pipe that has died dies of it.
@@ -157,7 +157,7 @@ making() {
   local status=0
   busy=1
   "$@" || status=$?
-  case $status in 0 | 77) made=1 ;; esac # 77: by an earlier command of the same owner
+  case $status in 0 | 77) made=1 ;; esac # 77: an earlier command of the same owner has
   busy=""
   [ -z "$told" ] || exit "$told"
   return "$status"

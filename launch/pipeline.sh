@@ -75,8 +75,8 @@ give_back() {
   fi
 }
 
-# From what there is to stages that run: ask for slices where there are none, wait, set them up, start. $ran is `maybe` where
-# stages may be running on the slices, and `ended` where the last look at them has told so.
+# From what there is to stages that run: ask for slices where there are none, wait, set them up, start. $ran is `maybe`
+# where stages may be running on the slices, and `ended` where the last look at them has told so.
 bring_up() {
   local old=$made status=0
   if [ -z "$made" ]; then

@@ -184,7 +184,11 @@ create() {
       [ -z "$replace" ] || { say "$name is $now: it is made again"; insist remove && order; return; } ;;
     *)
       [ -z "$owner" ] || [ "$bears" != "$owner" ] ||
-        { say "$name is $now and was asked for by this owner: it is kept"; [ "$now" != ACTIVE ] || return 77; return 0; } ;;
+        {
+          say "$name is $now and was asked for by this owner: it is kept"
+          [ "$now" != ACTIVE ] || return 77
+          return 0
+        } ;;
   esac
   in_use "$name" "queued resource" "$now" "finish where a run is on it, else wait, setup, start" \
     "$0" delete --name "$name" --project "$project" --zone "$zone"
@@ -251,10 +255,11 @@ start() {
   # What could not be seen for a while may have gone on all the same.
   everywhere "{ sudo docker ps --filter name=^cocoa\$ --format runs | grep runs || echo idle; }" idle || return
   [[ $said != *runs* || $said == *idle* ]] || { say "it runs on all hosts of $name already"; return 0; }
-  # Processes of data.workers hand over whole batches in shared memory, of which a container has 64 MB by itself.
+  # Processes of data.workers hand over whole batches in shared memory, of which a container has 64 MB by itself: half of
+  # the host's, as on the host.
   steps="set -eu; sudo docker rm --force cocoa >/dev/null 2>&1 || true; sudo docker run --detach --name cocoa"
-  steps+=" --privileged --network host --shm-size 16g --stop-timeout $grace --volume ~/cocoa/data:/data"
-  steps+=" $image $(shown "${command[@]}")"
+  steps+=" --privileged --network host --shm-size \$(awk '/MemTotal/{print int(\$2/2)}' /proc/meminfo)k"
+  steps+=" --stop-timeout $grace --volume ~/cocoa/data:/data $image $(shown "${command[@]}")"
   everywhere "$steps"
 }
 

@@ -115,7 +115,8 @@ submit() {
   # Also it has a finished workload deleted after 12 hours: after a longer absence `finish` would find nothing. 30 days.
   if ! surely xpk workload create "--workload=$name" "${where[@]}" "--tpu-type=$tpu" "--num-slices=$slices" \
     "--docker-image=$image" "--priority=$priority" "--max-restarts=$restarts" --restart-on-exit-codes=75 \
-    "--termination-grace-period-seconds=$grace" --ttl-seconds-after-finished=2592000 "${tier[@]}" "--command=$(shown "${command[@]}")"; then
+    "--termination-grace-period-seconds=$grace" --ttl-seconds-after-finished=2592000 "${tier[@]}" \
+    "--command=$(shown "${command[@]}")"; then
     loud "xpk failed; should a workload $name exist and be yours, it COSTS MONEY; to end it: $(shown xpk workload delete \
       "--workload=$name" "${where[@]}" --force)"
     return 1

@@ -31,7 +31,9 @@ CASES = {
     "queued-wait": f"queued.sh wait {AT}",
     "queued-setup": f"queued.sh setup {AT} {IMAGE} --data gs://bucket/data",
     "queued-start": f"queued.sh start {AT} {IMAGE} --grace 300 {COMMAND}",
-    "queued-up": f"queued.sh up {AT} --owner me --accelerator v5litepod-16 {V5E} {IMAGE} --data gs://bucket/data {COMMAND}",
+    "queued-up": (
+        f"queued.sh up {AT} --owner me --accelerator v5litepod-16 {V5E} {IMAGE} --data gs://bucket/data {COMMAND}"
+    ),
     "queued-log": f"queued.sh log {AT}",
     "queued-tail": f"queued.sh tail {AT}",
     "queued-finish": f"queued.sh finish {AT}",

@@ -163,7 +163,8 @@ def row(name, status):
 def test_a_name_that_is_in_use_is_left_alone(desk, line, answers, state):
     ended = desk.run(*shlex.split(line), answers=answers)
     assert ended.status == 2 and ended.output == "" and ended.errors.count("\n") == 1, ended.errors
-    assert len([line for line in ended.lines if "current-context" not in line]) == 1  # the question; nothing is created, and nothing deleted
+    # the question; nothing is created, and nothing deleted
+    assert len([line for line in ended.lines if "current-context" not in line]) == 1
     assert "--name is 'cocoa'" in ended.errors and f"of that name exists ({state}): give another name" in ended.errors
     backend = next(backend for backend in ENDS if backend in line)
     assert ENDS[backend] in ended.errors
