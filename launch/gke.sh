@@ -77,7 +77,6 @@ check() {
   need "$name" --name "give the JobSet a name"
   name "$name" --name
   name "$namespace" --namespace
-  word "$context" --context
   case $verb in submit | render) check_request ;; esac
 }
 
@@ -156,7 +155,7 @@ unused() {
     '--output=jsonpath={.metadata.name}:{.status.terminalState}' "${at[@]}")
   [ -n "$now" ] || return 0
   now=${now#*:}
-  in_use "$name" JobSet "${now:-not ended}" "log, finish" "$0" delete --name "$name" --namespace "$namespace"
+  in_use "$name" JobSet "${now:-not ended}" "log, finish" "${ending[@]}"
 }
 
 submit() {
@@ -167,8 +166,8 @@ submit() {
     shown kubectl create --filename=- "${at[@]}"
     printf '%s\n' "$text"
   elif ! surely kubectl create --filename=- "${at[@]}" <<<"$text"; then
-    loud "kubectl create failed; should a JobSet $name exist and be yours, it COSTS MONEY; to end it: $(shown "$0" delete \
-      --name "$name" --namespace "$namespace")"
+    loud "kubectl create failed; should a JobSet $name exist and be yours, it COSTS MONEY; to end it: $(shown \
+      "${ending[@]}")"
     return 1
   fi
 }
@@ -179,8 +178,8 @@ stop() { delete; }
 
 parse "$@"
 check
-at=("--namespace=$namespace")
-[ -z "$context" ] || at+=("--context=$context")
+at=("--namespace=$namespace" ${context:+"--context=$context"})
+ending=("$0" delete --name "$name" --namespace "$namespace" ${context:+--context "$context"})
 case $verb in
   submit | render | log | tail | finish | stop | delete) "$verb" ;;
   *) die "unknown verb $verb (see --help)" ;;

@@ -14,15 +14,18 @@ tail() {
   run kubectl logs --prefix "${container[@]}" --tail=20 "--selector=jobset.sigs.k8s.io/jobset-name=$name" "${at[@]}"
 }
 
-# A state that cannot be read is no reason to give up what may well be running, but one to say so loudly.
+# A state that cannot be read is no reason to give up what may well be running, but one to say so loudly. What was not seen
+# yet is looked for several times, as kubectl may have been pointed at another cluster for a moment.
 finish() {
-  local now unread=0
+  local now unread=0 absent=0 seen=""
+  have kubectl
   while true; do
     if now=$(ask Completed kubectl get jobset "$name" '--output=jsonpath={.status.terminalState}' "${at[@]}" 2>&1); then
-      unread=0
+      unread=0 seen=1
     elif [[ $now == *"(NotFound)"* ]]; then
       say "there is no JobSet $name (any more): $now"
-      return 1
+      absent=$((absent + 1))
+      [ -z "$seen" ] && [ "$absent" -lt 5 ] || return 1
     else
       unread=$((unread + 1))
       say "the state of $name could not be read: $now"

@@ -49,6 +49,9 @@ image() {
   [[ $1 =~ ^[-A-Za-z0-9._/:@]+$ ]] || die "$2 is '$1': give an image such as us-docker.pkg.dev/PROJECT/REPOSITORY/cocoa:1"
 }
 
+# have COMMAND: something that is called only after something was made.
+have() { [ -n "$DRY_RUN" ] || command -v "$1" >/dev/null || die "$1 is not on PATH: install it first"; }
+
 # value OPTION [VALUE]: the value that has to follow an option.
 value() { [ $# -ge 2 ] || die "$1 needs a value (see --help)"; }
 
@@ -79,10 +82,19 @@ ask() {
 }
 exec 3>&1
 
-# surely WORD...: run what makes or deletes something to its end, in a session of its own, where no Ctrl-C and no terminal
-# that is closed reaches it; this script hears of them afterwards.
+# sheltered WORD...: run what makes or deletes something to its end, in a session of its own, where no Ctrl-C and no
+# terminal that is closed reaches it; this script hears of them afterwards. What it says goes to stderr.
+sheltered() { setsid --wait "$@" 2>&1 | drain >&2; }
+
+# drain: pass on what is said for as long as anybody reads it: who writes to a terminal or a pipe that has died dies of it.
+drain() {
+  trap '' INT TERM HUP PIPE
+  cat || cat >/dev/null
+} 2>/dev/null
+
+# surely WORD...: the same, printed where --dry-run was given.
 surely() {
-  if [ -n "$DRY_RUN" ]; then shown "$@"; else setsid --wait "$@"; fi
+  if [ -n "$DRY_RUN" ]; then shown "$@"; else sheltered "$@"; fi
 }
 
 # attend WORD...: run what may take days, also in a session of its own; a signal ends it, and this script, at once.
@@ -120,17 +132,18 @@ insist() {
 # `making WORD...` runs a command and keeps in $made that it has succeeded; at the end `give_back STATUS` is called then.
 made="" busy="" told=""
 guard() {
-  trap ended EXIT
+  trap 'ended $?' EXIT
   trap 'signalled 130' INT
   trap 'signalled 143' TERM
   trap 'signalled 129' HUP
   trap 'signalled 141' PIPE
 }
 
+# Signals call it too, as one that comes after `exit` and before this has begun would end the script with `exit`.
 ended() {
-  local status=$?
-  trap - EXIT
   trap '' INT TERM HUP PIPE
+  trap - EXIT
+  local status=$1
   if [ -n "$made" ]; then
     # A terminal that is closed, or a pipe without a reader, would end whoever writes to it.
     say "giving back what was made" || exec 2>/dev/null
@@ -144,7 +157,7 @@ making() {
   local status=0
   busy=1
   "$@" || status=$?
-  [ "$status" -ne 0 ] || made=1
+  case $status in 0 | 77) made=1 ;; esac # 77: an earlier command of the same owner has
   busy=""
   [ -z "$told" ] || exit "$told"
   return "$status"
@@ -155,7 +168,7 @@ signalled() {
   told=$1
   [ -z "$busy" ] || return 0
   [ -z "$child" ] || kill -TERM -- "-$child" 2>/dev/null || kill -TERM "$child" 2>/dev/null || true
-  exit "$told"
+  ended "$told"
 }
 
 # retry STATUS: whether the same command may go on after it.

@@ -59,10 +59,9 @@ tell() { call tail || say "the log of the stages could not be read"; }
 
 # call VERB [WORD...]: what only looks or waits may be ended by a signal; what makes or deletes something may not.
 call() {
-  case $1 in
-    create | submit | delete) setsid --wait "$script" "$1" "${mine[@]}" "${@:2}" ;;
-    *) attend "$script" "$1" "${mine[@]}" "${@:2}" ;;
-  esac
+  local how=attend
+  case $1 in create | submit | delete) [ -n "$DRY_RUN" ] || how=sheltered ;; esac
+  "$how" "$script" "$1" "${mine[@]}" "${@:2}"
 }
 
 # give_back STATUS: whatever ends this script, nothing that it made is left and costs money unless it was asked for.
@@ -76,10 +75,18 @@ give_back() {
   fi
 }
 
-# From what there is to stages that run: ask for slices where there are none, wait, set them up, start.
+# From what there is to stages that run: ask for slices where there are none, wait, set them up, start. $ran is `maybe`
+# where stages may be running on the slices, and `ended` where the last look at them has told so.
 bring_up() {
   local old=$made status=0
-  [ -n "$made" ] || making call create --replace || return
+  if [ -z "$made" ]; then
+    making call create --replace || status=$?
+    case $status in
+      0) ran="" ;;
+      77) ran=maybe status=0 ;;
+      *) return "$status" ;;
+    esac
+  fi
   call wait || status=$?
   case $status in
     0) ;;
@@ -91,9 +98,14 @@ bring_up() {
       return "$status" ;;
     *) return "$status" ;;
   esac
-  [ -z "$ran" ] || tell
-  ran=""
+  # Hosts that cannot be reached are no reason to give up what may be running on them: it is waited for first.
+  case $ran in
+    ended) tell ;;
+    maybe) call finish || status=$?; case $status in 0 | 76) return "$status" ;; esac ;;
+  esac
+  [ -z "$ran" ] || ran=maybe
   call setup || return
+  ran=maybe
   call start -- "${command[@]}"
 }
 
@@ -108,7 +120,7 @@ queued() {
       76) made=""; return 2 ;; # their name has become another's
     esac
     if [ -n "$began" ]; then
-      unstarted=0 ran=1
+      unstarted=0 ran=ended
       retry "$status" || { tell; say "the stages have failed with status $status: see the log above"; return "$status"; }
     else
       # Slices may be taken away before anything runs on them; a wrong value or a name in use (2), or a request that has
@@ -128,10 +140,13 @@ queued() {
 }
 
 cluster() {
+  local context=""
+  have kubectl
+  # kubectl may well be pointed elsewhere before the stages have ended, or even begun.
+  [ "$backend" = xpk ] || [[ " ${mine[*]} " == *" --context "* ]] ||
+    context=$(ask CONTEXT kubectl config current-context 2>/dev/null || true)
+  [ -z "$context" ] || mine+=(--context "$context")
   making call submit -- "${command[@]}"
-  # kubectl may well be pointed elsewhere before the stages have ended.
-  [[ " ${mine[*]} " == *" --context "* ]] ||
-    mine+=(--context "$(ask CONTEXT kubectl config current-context 2>/dev/null || true)")
   call finish || {
     local status=$?
     tell

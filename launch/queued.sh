@@ -5,7 +5,7 @@
 #
 # Verbs
 #   create   ask for the slices                        needs --accelerator or --type and --topology, and --runtime;
-#            exits with 2 where NAME is in use
+#            exits with 2 where NAME is in use, with 77 where --owner has it and COMMAND may run on it
 #   wait     until they are there; exits with 75 where they were taken away, with 3 where the request has failed
 #   setup    copy data to every host, pull the image   needs --image
 #   start    run COMMAND in the image on every host    needs --image; what runs on all of them already is left alone
@@ -33,7 +33,8 @@
 #   --image IMAGE          made by launch/Dockerfile
 #   --data gs://PATH       copied to every host, /data in the container
 #   --grace SECONDS        for a save after SIGTERM [600]
-#   --owner WORD           a label of what is created; what bears another than that is never waited for, nor deleted
+#   --owner WORD           a label of what is created; what does not bear it is never waited for, nor deleted
+#                          [none: whatever has NAME; `up` makes one]
 #   --replace              what has NAME and is FAILED or SUSPENDED is deleted before `create` and `up`
 #   --keep                 do not delete after a failure of `up`
 #   --dry-run              print the commands instead of running them
@@ -138,6 +139,7 @@ everywhere() {
     "--command=$1 && { $census; }") || status=$?
   while read -r line; do
     case $line in
+      "") ;;
       "cocoa:done "*)
         read -r _ hosts slices <<<"$line"
         answered=$((answered + 1)) wanted=$((hosts * ${slices:-1})) ;;
@@ -182,7 +184,11 @@ create() {
       [ -z "$replace" ] || { say "$name is $now: it is made again"; insist remove && order; return; } ;;
     *)
       [ -z "$owner" ] || [ "$bears" != "$owner" ] ||
-        { say "$name is $now and was asked for by this owner: it is kept"; return 0; } ;;
+        {
+          say "$name is $now and was asked for by this owner: it is kept"
+          [ "$now" != ACTIVE ] || return 77
+          return 0
+        } ;;
   esac
   in_use "$name" "queued resource" "$now" "finish where a run is on it, else wait, setup, start" \
     "$0" delete --name "$name" --project "$project" --zone "$zone"
@@ -194,7 +200,7 @@ unread=0
 look() {
   local answer shape=$'\n([A-Z_]+)($|\n|\t([-_a-z0-9]*))'
   now="" bears=""
-  if answer=$(ask "${1-ACTIVE}" "${tpus[@]}" describe "$name" "${where[@]}" \
+  if answer=$(ask "${1-ACTIVE$'\t'$owner}" "${tpus[@]}" describe "$name" "${where[@]}" \
     '--format=value(state.state,tpu.nodeSpec[0].node.labels.cocoa-owner)' 2>&1) && [[ $'\n'$answer =~ $shape ]]; then
     now=${BASH_REMATCH[1]} bears=${BASH_REMATCH[3]} unread=0
   elif [[ $answer == *NOT_FOUND* ]]; then
@@ -208,13 +214,14 @@ look() {
 
 left_alone() {
   say "$name is $now: nothing that was made or started here is on it, so it is left alone"
+  [ -n "$bears" ] || loud "$name bears no owner; should it be yours, it COSTS MONEY; to end it: $(shown "${ending[@]}")"
   return 76
 }
 
-# ours: look, and fail where the name of slices that were taken away has become another's.
+# ours: look, and fail where the name of slices that were taken away has become another's, whose label may say nothing.
 ours() {
   look
-  [ -z "$owner" ] || [ -z "$bears" ] || [ "$bears" = "$owner" ] || left_alone
+  [ -z "$owner" ] || [[ $now =~ ^(GONE)?$ ]] || [ "$bears" = "$owner" ] || left_alone
 }
 
 wait_active() {
@@ -248,10 +255,11 @@ start() {
   # What could not be seen for a while may have gone on all the same.
   everywhere "{ sudo docker ps --filter name=^cocoa\$ --format runs | grep runs || echo idle; }" idle || return
   [[ $said != *runs* || $said == *idle* ]] || { say "it runs on all hosts of $name already"; return 0; }
-  # Processes of data.workers hand over whole batches in shared memory, of which a container has 64 MB by itself.
+  # Processes of data.workers hand over whole batches in shared memory, of which a container has 64 MB by itself: half of
+  # the host's, as on the host.
   steps="set -eu; sudo docker rm --force cocoa >/dev/null 2>&1 || true; sudo docker run --detach --name cocoa"
-  steps+=" --privileged --network host --shm-size 16g --stop-timeout $grace --volume ~/cocoa/data:/data"
-  steps+=" $image $(shown "${command[@]}")"
+  steps+=" --privileged --network host --shm-size \$(awk '/MemTotal/{print int(\$2/2)}' /proc/meminfo)k"
+  steps+=" --stop-timeout $grace --volume ~/cocoa/data:/data $image $(shown "${command[@]}")"
   everywhere "$steps"
 }
 
@@ -259,7 +267,7 @@ log() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 '--comman
 
 tail() { run "${tpus[@]}" ssh "$name" "${where[@]}" --node=all --worker=all '--command=sudo docker logs --tail 20 cocoa'; }
 
-inspect="sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa"
+inspect="sudo docker inspect --format={{.State.Status}}:{{.State.ExitCode}} cocoa || echo none:0"
 
 # verdict CODE: keep in $status how COMMAND has ended, which on the first host did with CODE; fails where it may go on,
 # with what a host says on which it does in $now. After an error on one host the others only tell that it is gone. A host
@@ -282,26 +290,34 @@ verdict() {
   [ "$status" -ne 0 ] || [ -n "$all" ]
 }
 
-# Exit with the status of COMMAND, which ends on all hosts together.
+# Exit with the status of COMMAND, which ends on all hosts together. Where no host answers it may well go on, unseen.
 finish() {
-  local now bears status lost=0
+  local first now bears status lost=0 silent=0
   while true; do
-    now=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "--command=$inspect") || now=""
-    case $now in
-      exited:* | dead:*) ! verdict "${now#*:}" || { [ -z "$owner" ] || ours || return; return "$status"; } ;;
+    first=$(ask exited:0 "${tpus[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 "--command=$inspect") || first=""
+    now=$first said=""
+    case $first in
+      exited:* | dead:*) ! verdict "${first#*:}" || { [ -z "$owner" ] || ours || return; return "$status"; } ;;
+      "") everywhere "$inspect" || true; now=$said ;;
     esac
-    if [[ $now =~ ^(created|running|paused|restarting): ]]; then
-      lost=0
+    if [[ $now =~ (running|paused|restarting): ]]; then
+      lost=0 silent=0
     else
       ours || return
       case $now in
-        ACTIVE) lost=$((lost + 1)) ;;
+        ACTIVE)
+          if [[ $first$said =~ (none|created|removing|exited|dead): ]]; then
+            lost=$((lost + 1)) silent=0
+          else
+            silent=$((silent + 1))
+          fi ;;
         "") ;;
         SUSPENDING | SUSPENDED | FAILED | DELETING | GONE) say "$name is $now: the slices were taken away"; return 75 ;;
         # Nothing was started on a request that waits, unless somebody has reset it.
-        *) if [ -n "$owner" ] && [ "$bears" = "$owner" ]; then return 75; else left_alone; return; fi ;;
+        *) [ -z "$owner" ] || return 75; left_alone; return ;;
       esac
-      [ "$lost" -lt 5 ] || { say "hosts of $name have not answered $lost times although it is ACTIVE"; return 75; }
+      [ "$lost" -lt 5 ] || { say "hosts of $name have said $lost times that nothing runs on them"; return 75; }
+      [ "$silent" -ne 5 ] || loud "no host of $name has answered 5 times (see ssh-add); it RUNS AND COSTS MONEY"
     fi
     pause
   done
@@ -312,7 +328,8 @@ stop() { everywhere "sudo docker stop --time $grace cocoa"; }
 # A request to delete that has failed may have been heard all the same.
 remove() {
   local now bears
-  surely "${ending[@]}" || { look && [ "$now" = GONE ]; }
+  surely "${ending[@]}" || { look && [ "$now" = GONE ]; } || return
+  [ -n "$DRY_RUN" ] || say "$name was deleted"
 }
 
 remove_ours() {
@@ -328,17 +345,17 @@ delete() { if [ -n "$owner" ]; then insist remove_ours; else insist remove; fi; 
 give_back() {
   if [ -n "$keep" ]; then
     loud "$name IS LEFT RUNNING AND COSTS MONEY (--keep); to end it: $(shown "${ending[@]}")"
-  elif delete; then
-    say "$name was deleted after the failure"
-  else
+  elif ! delete; then
     loud "$name MAY STILL BE RUNNING AND COST MONEY, deleting it failed; to end it: $(shown "${ending[@]}")"
     return 1
   fi
 }
 
 up() {
+  # Somebody may have replaced what this has made before it is given back.
+  [ -n "$owner" ] || { owner=$(date +%s)-$$; words=(--owner "$owner" "${words[@]}"); }
   guard
-  making create
+  making create || [ $? -eq 77 ]
   attend "$here/queued.sh" wait "${words[@]}"
   attend "$here/queued.sh" setup "${words[@]}"
   attend "$here/queued.sh" start "${words[@]}"

@@ -16,7 +16,7 @@
 #   --cluster CLUSTER      of xpk
 #   --project PROJECT      of Google Cloud
 #   --zone ZONE            of the cluster
-#   --context NAME         of kubectl, where it needs that [the current one, which xpk sets]
+#   --context NAME         of kubectl [that of the cluster, which xpk makes, by its name; else the current one]
 #   --tpu-type TYPE        of a slice, such as v5litepod-16
 #   --slices N             joined over the data-centre network [1]
 #   --spot                 spot capacity, where the cluster provisions it itself
@@ -37,6 +37,7 @@ source "$here/lib.sh"
 # shellcheck source=launch/jobset.sh
 source "$here/jobset.sh"
 
+export PYTHONUNBUFFERED=1 # xpk is to be heard as it goes on, also through a pipe
 verb="" cluster="" project="" zone="" tpu="" slices=1 tier=() image="" priority=medium restarts=20 grace=600
 command=() context=""
 
@@ -80,7 +81,6 @@ check() {
   word "$cluster" --cluster
   word "$project" --project
   word "$zone" --zone
-  word "$context" --context
   [ "$verb" = submit ] || return 0
   need "$tpu" --tpu-type "such as v5litepod-16"
   image "$image" --image
@@ -112,19 +112,34 @@ unused() {
 submit() {
   unused
   # By itself xpk restarts after 42 and from 127 on: a stage that saved and asks to be tried again (75) would have failed.
+  # Also it has a finished workload deleted after 12 hours: after a longer absence `finish` would find nothing. 30 days.
   if ! surely xpk workload create "--workload=$name" "${where[@]}" "--tpu-type=$tpu" "--num-slices=$slices" \
     "--docker-image=$image" "--priority=$priority" "--max-restarts=$restarts" --restart-on-exit-codes=75 \
-    "--termination-grace-period-seconds=$grace" "${tier[@]}" "--command=$(shown "${command[@]}")"; then
+    "--termination-grace-period-seconds=$grace" --ttl-seconds-after-finished=2592000 "${tier[@]}" \
+    "--command=$(shown "${command[@]}")"; then
     loud "xpk failed; should a workload $name exist and be yours, it COSTS MONEY; to end it: $(shown xpk workload delete \
       "--workload=$name" "${where[@]}" --force)"
     return 1
   fi
 }
 
-# A request to delete that has failed may have been heard all the same; without --context kubectl may see another cluster.
+# see: point kubectl at the cluster; its current context is that of the latest command of xpk, whoever gave it.
+see() {
+  local all one
+  if [ -z "$context" ]; then
+    all=$(ask "gke_${project}_${zone}_$cluster" kubectl config get-contexts --output=name 2>/dev/null) || all=""
+    while read -r one; do
+      case $one in "gke_${project}_${zone}_$cluster" | "gke_${project}_${zone%-*}_$cluster") context=$one ;; esac
+    done <<<"$all"
+  fi
+  at=(${context:+"--context=$context"})
+}
+
+# A request to delete that has failed may have been heard all the same; without a context kubectl may see another cluster.
 remove() {
   local left
   if surely xpk workload delete "--workload=$name" "${where[@]}" --force; then return 0; fi
+  see
   [ -n "$context" ] || return 1
   left=$(ask "" kubectl get jobset "$name" --ignore-not-found --output=name "${at[@]}") && [ -z "$left" ]
 }
@@ -136,8 +151,8 @@ stop() { delete; }
 parse "$@"
 where=("--cluster=$cluster" "--project=$project" "--zone=$zone")
 check
-[ -z "$context" ] || at=("--context=$context")
 case $verb in
-  submit | finish | log | tail | stop | delete) "$verb" ;;
+  finish | log | tail) see; "$verb" ;;
+  submit | stop | delete) "$verb" ;;
   *) die "unknown verb $verb (see --help)" ;;
 esac

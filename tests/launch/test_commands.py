@@ -31,7 +31,9 @@ CASES = {
     "queued-wait": f"queued.sh wait {AT}",
     "queued-setup": f"queued.sh setup {AT} {IMAGE} --data gs://bucket/data",
     "queued-start": f"queued.sh start {AT} {IMAGE} --grace 300 {COMMAND}",
-    "queued-up": f"queued.sh up {AT} --accelerator v5litepod-16 {V5E} {IMAGE} --data gs://bucket/data {COMMAND}",
+    "queued-up": (
+        f"queued.sh up {AT} --owner me --accelerator v5litepod-16 {V5E} {IMAGE} --data gs://bucket/data {COMMAND}"
+    ),
     "queued-log": f"queued.sh log {AT}",
     "queued-tail": f"queued.sh tail {AT}",
     "queued-finish": f"queued.sh finish {AT}",
@@ -97,6 +99,7 @@ def test_what_is_run_is_what_was_printed(desk, case):
         "describe": [[0, "ACTIVE"]],
         "inspect": [[0, "exited:0"]],
         "get jobset": [[0, "Completed"]],
+        "get-contexts": [[0, "elsewhere\ngke_my-project_us-central1-a_my-cluster"]],
     }
     if case.startswith(("queued-create", "queued-up")):
         answers["taken"] = [[1, "NOT_FOUND"]]

@@ -1,6 +1,8 @@
 """What is checked before anything is made; what is left when something fails: nothing, or a line in capitals."""
 
+import re
 import shlex
+import shutil
 import time
 
 import pytest
@@ -108,8 +110,8 @@ def up(desk, answers, *more):
 def test_whatever_fails_the_slices_are_given_back(desk, answers, made):
     ended = up(desk, answers)
     assert ended.status != 0
-    assert [call[4] for call in ended.calls] == ["describe", *made, "delete"]
-    assert "cocoa was deleted after the failure" in ended.errors
+    assert [call[4] for call in ended.calls] == ["describe", *made, "describe", "delete"]
+    assert "cocoa was deleted" in ended.errors
 
 
 @pytest.mark.parametrize("more", [[], ["--keep"]])
@@ -161,10 +163,34 @@ def row(name, status):
 def test_a_name_that_is_in_use_is_left_alone(desk, line, answers, state):
     ended = desk.run(*shlex.split(line), answers=answers)
     assert ended.status == 2 and ended.output == "" and ended.errors.count("\n") == 1, ended.errors
-    assert len(ended.calls) == 1  # the question; nothing is created, and nothing deleted
+    # the question; nothing is created, and nothing deleted
+    assert len([line for line in ended.lines if "current-context" not in line]) == 1
     assert "--name is 'cocoa'" in ended.errors and f"of that name exists ({state}): give another name" in ended.errors
     backend = next(backend for backend in ENDS if backend in line)
     assert ENDS[backend] in ended.errors
+
+
+@pytest.mark.parametrize("answers", [{"ignore-not-found": [[0, "cocoa:"]]}, {"create": [[1, "no network"]]}])
+def test_what_is_to_end_a_jobset_looks_where_it_is(desk, answers):
+    ended = desk.run("gke.sh", *shlex.split(f"submit --context 'the big one' {GKE} {COMMAND}"), answers=answers)
+    ends = re.search(r"end it: (\S+/gke.sh delete .*)", ended.errors)[1]
+    ended = desk.run("gke.sh", *shlex.split(ends)[1:])
+    assert ended.status == 0 and "--context=the big one" in ended.calls[-1]
+
+
+@pytest.mark.parametrize(
+    "line", [f"pipeline.sh gke {GKE} {STAGES}", f"pipeline.sh xpk {XPK} {STAGES}", f"xpk.sh finish {XPK}"]
+)
+def test_what_a_launcher_needs_later_is_there_at_first(desk, monkeypatch, line):
+    (desk.folder / "kubectl").unlink()
+    tools = desk.folder / "tools"
+    tools.mkdir()
+    for name in ("bash", "cat", "date", "dirname", "env", "readlink", "sed", "setsid", "sleep"):
+        (tools / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(tools))
+    ended = desk.run(*shlex.split(line))
+    assert ended.status == 2 and not any("create" in line for line in ended.lines)
+    assert ended.errors.endswith("kubectl is not on PATH: install it first\n") and ended.errors.count("\n") == 1
 
 
 def test_a_workload_whose_name_only_begins_alike_is_another(desk):
@@ -201,11 +227,19 @@ def test_slices_that_are_to_be_kept_are_named_loudly(desk):
 
 def test_another_requests_slices_are_not_deleted(desk):
     words = shlex.split(f"delete {AT} --owner me")
-    for state, deleted in [([0, "ACTIVE\tme"], 1), ([0, "ACTIVE"], 1), ([0, "ACTIVE\tyou"], 0), ([1, "NOT_FOUND"], 1)]:
+    for state, deleted in [([0, "ACTIVE\tme"], 1), ([0, "ACTIVE"], 0), ([0, "ACTIVE\tyou"], 0), ([1, "NOT_FOUND"], 1)]:
         ended = desk.run("queued.sh", *words, answers={"describe": [state]})
         assert ended.status == 0 and sum("delete" in call for call in ended.calls) == deleted
+        assert ("bears no owner; should it be yours, it COSTS MONEY" in ended.errors) == (state[1] == "ACTIVE")
     ended = desk.run("queued.sh", *words, answers={"describe": [[1, "no network"]]})
     assert ended.status == 1 and not any("delete" in call for call in ended.calls)
+
+
+@pytest.mark.parametrize("label", ["you", "nobody", ""])
+def test_slices_that_have_replaced_those_of_up_are_left_alone(desk, label):
+    ended = up(desk, {"describe": [[0, "WAITING_FOR_RESOURCES"], [0, f"WAITING_FOR_RESOURCES\t{label}"]]})
+    assert ended.status == 76 and "left alone" in ended.errors and "was deleted" not in ended.errors
+    assert [call[4] for call in ended.calls] == ["describe", "create", *["describe"] * 3]
 
 
 def test_success_leaves_the_slices(desk):
@@ -245,7 +279,11 @@ def on(first, *everywhere):
         pytest.param({"inspect": [[0, ""]], **GONE}, 75, id="preempted-silently"),
         pytest.param({"inspect": [[0, ""], [0, "exited:0"]], **ACTIVE}, 0, id="silent-once"),
         pytest.param({"inspect": [[255, ""], [0, "exited:0"]], **ACTIVE}, 0, id="lost-once"),
-        pytest.param({"inspect": [[255, ""]], **ACTIVE}, 75, id="lost"),
+        pytest.param({"inspect": [[255, ""]] * 20 + [[0, "exited:0"]], **ACTIVE}, 0, id="no-ssh"),
+        pytest.param({**on("", "running:0", *[""] * 10, "exited:134"), **ACTIVE}, 75, id="first-host-lost"),
+        pytest.param({"inspect": [[0, "none:0"]], **ACTIVE}, 75, id="nothing-there"),
+        pytest.param({"inspect": [[0, "created:127"]], **ACTIVE}, 75, id="never-begun"),
+        pytest.param({**on("exited:0", "exited:0\ncocoa:done 1 2"), **ACTIVE}, 75, id="another-host-lost"),
         pytest.param({"inspect": [[255, ""]] * 10 + [[0, "exited:0"]], "describe": [[1, ""]]}, 0, id="no-network"),
     ],
 )
@@ -254,7 +292,7 @@ def test_how_a_run_ended(desk, answers, status):
 
 
 def test_what_another_cluster_lacks_may_well_be_there(desk):
-    answers = {" delete ": [[1, "no network"], [0, ""]], "output=name": [[0, ""]]}
+    answers = {" delete ": [[1, "no network"], [0, ""]], "get jobset.*output=name": [[0, ""]]}
     ended = desk.run("xpk.sh", *shlex.split(f"delete {AT} --cluster k"), answers=answers)
     assert ended.status == 0 and sum("delete" in call for call in ended.calls) == 2
 

@@ -54,15 +54,35 @@ def test_slices_that_are_dead_are_replaced(desk, state):
     assert f"cocoa is {state}: it is made again" in ended.errors
 
 
+UNSEEN = [[255, "no network"]] * 10
+SEEN_AGAIN = {"worker=all.*inspect": [*UNSEEN, [0, "exited:0"]]}
+
+
 @pytest.mark.parametrize("unread", [[1, "no network"], [0, "ACTIVE"]], ids=["no-network", "no-ssh"])
 def test_a_run_outlives_what_cannot_be_seen(desk, unread):
-    looks = [[0, "running:0"], *[[255, "no network"]] * 10, [0, "exited:0"]]
-    answers = {"worker=0.*inspect": looks, "inspect": [[0, "exited:0"]], "docker ps": [[0, "idle"], [0, "runs"]]}
-    ended, done = pipeline(desk, {**answers, "describe": [[0, "ACTIVE"], *[unread] * 10, [0, "ACTIVE"]]})
+    looks = {**SEEN_AGAIN, "worker=0.*inspect": [[0, "running:0"], *UNSEEN, [0, "exited:0"]]}
+    ended, done = pipeline(desk, {**looks, "describe": [[0, "ACTIVE"], *[unread] * 10, [0, "ACTIVE"]]})
     assert ended.status == 0, ended.errors
-    assert sum("docker run" in line for line in done) == 1
+    assert sum("docker pull" in line for line in done) == sum("docker run" in line for line in done) == 1
     assert [word for word in done if word in ("create", "delete")] == ["create", "delete"]
     assert ("could not be read 5 times; it MAY STILL BE RUNNING" in ended.errors) == (unread[0] == 1)
+    assert ("no host of cocoa has answered 5 times" in ended.errors) == (unread[0] == 0)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"taken": [[0, "ACTIVE\tme"]], "docker pull": [[255, "no network"]]},
+        {"describe": [[0, "ACTIVE"]], "docker run": [[255, "no network"]]},
+    ],
+    ids=["taken-up", "start-unheard"],
+)
+def test_what_may_run_is_waited_for_where_it_cannot_be_seen(desk, answers):
+    looks = {**SEEN_AGAIN, "worker=0.*inspect": [*UNSEEN, [0, "running:0"], [0, "exited:0"]]}
+    ended, done = pipeline(desk, {**looks, **answers}, "--owner", "me")
+    assert ended.status == 0, ended.errors
+    assert sum("docker run" in line for line in done) == ("docker run" in answers)
+    assert [word for word in done if word == "delete"] == ["delete"]
 
 
 MINE, THEIRS = [0, "ACTIVE\tme"], [0, "ACTIVE\tyou"]
@@ -72,7 +92,7 @@ MINE, THEIRS = [0, "ACTIVE\tme"], [0, "ACTIVE\tyou"]
     ("inspect", "describe"),
     [
         ([[255, ""], [0, "exited:0"]], [MINE, [0, "WAITING_FOR_RESOURCES\tyou"], THEIRS]),
-        ([[255, ""], [0, "exited:0"]], [[0, "ACTIVE"], *[[0, "WAITING_FOR_RESOURCES"]] * 2, [0, "ACTIVE"]]),
+        ([[255, ""], [0, "exited:0"]], [MINE, *[[0, "WAITING_FOR_RESOURCES\t"]] * 2, [0, "ACTIVE\t"]]),
         ([[255, ""], [0, "exited:0"]], [MINE, [0, "SUSPENDED\tme"], THEIRS]),
         ([[0, "running:0"], [0, "exited:0"]], [MINE, THEIRS]),
         ([[0, "running:0"], [0, "exited:75"]], [MINE, THEIRS]),
@@ -129,13 +149,13 @@ def test_a_pipeline_stops_at_an_error_that_stays_and_gives_back(desk):
     assert "delete" not in done and "ARE LEFT RUNNING AND COST MONEY (--keep)" in ended.errors
 
 
-CONTEXT = {"current-context": [[0, "mine"]]}
+CONTEXT = {"get-contexts": [[0, "gke_p_z_k"]]}
 BACKENDS = pytest.mark.parametrize(
     ("words", "answers"),
     [
         pytest.param(f"queued {REQUEST}", {**FREE, **FINISHED}, id="queued"),
         pytest.param(f"gke {GKE}", {"ignore-not-found": [[0, ""]], **ENDED}, id="gke"),
-        pytest.param(f"xpk {XPK}", {"output=name": [[0, "jobset/cocoa"]], **CONTEXT, **ENDED}, id="xpk"),
+        pytest.param(f"xpk {XPK}", {"get jobset.*output=name": [[0, "jobset/cocoa"]], **CONTEXT, **ENDED}, id="xpk"),
     ],
 )
 
@@ -157,7 +177,7 @@ def test_what_cannot_be_deleted_is_no_success(desk, words, answers):
 
 @BACKENDS
 def test_deleting_that_was_heard_although_it_failed_is_done(desk, words, answers):
-    gone = {"describe": [*[[0, "ACTIVE"]] * 3, [1, "NOT_FOUND"]], "output=name": [[0, ""]]}
+    gone = {"describe": [*[[0, "ACTIVE"]] * 3, [1, "NOT_FOUND"]], "get jobset.*output=name": [[0, ""]]}
     answers = {" delete ": [[1, "no network"], [1, "NotFound"]], **gone, **answers, **gone}
     if "gke" in words:
         answers[" delete "] = [[1, "no network"], [0, ""]]  # it is told to ignore what is not found
@@ -206,6 +226,10 @@ def test_a_pipeline_whose_stages_never_start_gives_up(desk):
     assert ended.status == 1 and done.count("create") == 1 and done[-1] == "delete"
     assert sum("docker pull" in line for line in done) == 5
     assert "the stages could not be started 5 times in a row" in ended.errors
+    full = {"docker pull": [[0, "one host"], [1, "no space left"]], "inspect": [[0, "exited:75"]]}
+    ended, done = pipeline(desk, {**ACTIVE, **full})
+    assert ended.status == 1 and done.count("create") == 1 and done[-1] == "delete"
+    assert sum("docker pull" in line for line in done) == 1 + 5
 
 
 @pytest.mark.parametrize(
@@ -262,13 +286,44 @@ def test_a_run_on_a_cluster_that_somebody_has_deleted_has_ended(desk, backend, w
     assert ended.status == 1 and "there is no JobSet cocoa (any more)" in ended.errors
 
 
+def seen_in(ended):
+    """The contexts that kubectl was called with, which may be none."""
+    calls = [call for call in ended.calls if call[0] == "kubectl" and call[1] != "config"]
+    return {word for call in calls for word in [next((word for word in call if "--context" in word), None)]}
+
+
+@pytest.mark.parametrize("context", ["mine", "the big one"])
+def test_kubectl_may_be_pointed_elsewhere_while_a_jobset_is_made_or_runs(desk, context):
+    answers = {"ignore-not-found": [[0, ""]], "current-context": [[0, context], [0, "elsewhere"]], **ENDED}
+    ended = desk.run("pipeline.sh", *shlex.split(f"gke {GKE} {STAGES}"), answers=answers)
+    assert ended.status == 0 and seen_in(ended) == {f"--context={context}"}, ended.errors
+
+
+@pytest.mark.parametrize(
+    ("contexts", "taken"),
+    [
+        ("gke_p_z_other gke_q_z_k gke_p_z2_k gke_p_us-central1_k mine", "--context=gke_p_us-central1_k"),
+        ("gke_p_us-central1-a_k gke_p_us-central1-a_kk", "--context=gke_p_us-central1-a_k"),
+        ("mine", None),
+    ],
+    ids=["region", "zone", "none"],
+)
+def test_what_another_xpk_has_pointed_kubectl_at_is_not_looked_at(desk, contexts, taken):
+    answers = {"current-context": [[0, "gke_p_z_other"]], "get-contexts": [[0, contexts.replace(" ", "\n")]], **ENDED}
+    words = XPK.replace("--zone z", "--zone us-central1-a")
+    ended = desk.run("pipeline.sh", *shlex.split(f"xpk {words} {STAGES}"), answers=answers)
+    assert ended.status == 0 and seen_in(ended) == {taken}, ended.errors
+    ended = desk.run("pipeline.sh", *shlex.split(f"xpk {words} {STAGES} --context its"), answers=answers)
+    assert ended.status == 0 and seen_in(ended) == {"--context=its"}, ended.errors
+
+
 @CLUSTERS
-def test_kubectl_may_be_pointed_elsewhere_while_the_stages_run(desk, backend, words):
-    answers = {"ignore-not-found": [[0, ""]], "current-context": [[0, "mine"], [0, "elsewhere"]], **ENDED}
-    ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers=answers)
-    assert ended.status == 0, ended.errors
-    after = ended.lines[[line.endswith("current-context") for line in ended.lines].index(True) + 1 :]
-    assert all("--context=mine" in line for line in after if line.startswith("kubectl")), after
+def test_a_run_that_another_cluster_lacks_goes_on(desk, backend, words):
+    gone = [1, 'Error from server (NotFound): jobsets.jobset.x-k8s.io "cocoa" not found']
+    for looks, status in [([gone, [0, ""], [0, "Completed"]], 0), ([gone] * 5 + [[0, "Completed"]], 1)]:
+        answers = {"ignore-not-found": [[0, ""]], "get jobset cocoa --output": looks}
+        ended = desk.run("pipeline.sh", *shlex.split(f"{backend} {words} {STAGES}"), answers=answers)
+        assert ended.status == status, ended.errors
 
 
 @CLUSTERS

@@ -4,10 +4,13 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
+SCRIPTS = Path(__file__).parents[2] / "launch"
 AT = "--name cocoa --project p --zone z"
 REQUEST = f"{AT} --accelerator v5litepod-16 --runtime v2-alpha-tpuv5-lite --image r/p/i:1"
 GKE = "--name cocoa --type v5e --topology 4x4 --image r/p/i:1"
@@ -43,13 +46,16 @@ def signalled(desk, line, answers, when, *signals, to=os.killpg):
     return process.returncode, errors, ["delete" in call for call in desk.calls()]
 
 
-@pytest.mark.parametrize(("number", "status"), SIGNALS, ids=str)
-@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["script", "terminal"])
-@pytest.mark.parametrize(
+MAKING = pytest.mark.parametrize(
     ("line", "answers"),
     [(UP, FREE), (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE}), (f"{ON_GKE} {STAGES}", {}), (f"{ON_XPK} {STAGES}", {})],
     ids=["up", "queued", "gke", "xpk"],
 )
+
+
+@MAKING
+@pytest.mark.parametrize(("number", "status"), SIGNALS, ids=str)
+@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["script", "terminal"])
 def test_a_signal_while_it_is_being_made_gives_it_back(desk, line, answers, number, status, to):
     """The command that makes it goes on and succeeds; only then is there something to delete."""
     answers = {**answers, " create ": [[0, "sleep 1"]]}
@@ -58,6 +64,28 @@ def test_a_signal_while_it_is_being_made_gives_it_back(desk, line, answers, numb
     lines = [" ".join(call) for call in desk.calls()]
     after = lines[[" create " in line for line in lines].index(True) + 1 :]
     assert all(" describe " in line or " delete " in line for line in after), after  # and nothing else is begun
+
+
+@MAKING
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_is_being_made_needs_no_reader_to_be_given_back(desk, line, answers, number):
+    """It would die of what it says where Ctrl-C has ended ``tee`` as well, or the terminal is closed."""
+    process = desk.start(*shlex.split(line), answers={**answers, " create ": [[0, "sleep 1"]]}, poll=60)
+    until(desk, process, " create ")
+    process.stdout.close()
+    process.stderr.close()
+    os.killpg(process.pid, number)
+    assert process.wait(40) in (129, 130)
+    assert [call for call in desk.calls() if "delete" in call] == desk.calls()[-1:]
+
+
+def test_what_is_being_made_is_told_of_as_it_goes_on(desk):
+    script = 'case "$*" in *create*) echo asking; sleep 2; touch "$0.made";; *describe*) echo NOT_FOUND; exit 1;; esac'
+    (desk.folder / "gcloud").write_text(f"#!/bin/sh\n{script}\n")
+    process = desk.start(*shlex.split(UP))
+    while "asking" not in (text := process.stderr.readline()):
+        assert text, process.wait(40)
+    assert not (desk.folder / "gcloud.made").exists()
 
 
 WHILE = pytest.mark.parametrize(
@@ -69,7 +97,7 @@ WHILE = pytest.mark.parametrize(
         (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE, "docker pull": [[0, "sleep 100"]]}, "docker pull"),
         (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE, "inspect": [[0, "running:0"]]}, "inspect"),
         (f"{ON_GKE} {STAGES}", {}, "get jobset cocoa --output"),
-        (f"{ON_XPK} {STAGES}", {"output=name": [[0, "jobset/cocoa"]]}, "get jobset cocoa --output"),
+        (f"{ON_XPK} {STAGES}", {"get jobset.*output=name": [[0, "jobset/cocoa"]]}, "get jobset cocoa --output"),
     ],
     ids=["up-wait", "up-setup", "wait", "setup", "finish", "gke", "xpk"],
 )
@@ -108,3 +136,34 @@ def test_a_reader_that_is_gone_does_not_keep_it_from_giving_back(desk, line, ans
     process.stderr.close()
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(40) in (130, 141) and sum("delete" in call for call in desk.calls()) == 2
+
+
+ENDING = """
+source "$1"
+give_back() { echo "given back"; }
+guard
+made=1 command=0
+another() { # a signal before the command that is so many of those that end the script
+  [[ ${FUNCNAME[1]} == @(signalled|ended) ]] || return 0
+  command=$((command + 1))
+  [ "$command" -ne "$NTH" ] || kill -INT $$
+}
+set -o functrace
+trap another DEBUG
+[ "$FIRST" = none ] || kill -INT $$
+exit 0
+"""
+
+
+@pytest.mark.parametrize("first", ["none", "signal"])
+@pytest.mark.parametrize("nth", range(1, 12))
+def test_a_signal_while_it_ends_does_not_keep_it_from_giving_back(first, nth):
+    ended = subprocess.run(
+        ["bash", "-c", ENDING, "bash", SCRIPTS / "lib.sh"],
+        env={**os.environ, "NTH": str(nth), "FIRST": first},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
+    assert ended.stderr.count("given back") == 1, ended
+    assert ended.returncode in (0, 130)
