@@ -19,7 +19,6 @@ class BatchConfig:
     """All that a batch depends on beside its records, its seed and its step.
 
     Args:
-        rows: shapes of the batch; where pictures are rebuilt, all of them have patches.
         masking: what to hide; None in stage 3.
         negatives: hard negatives taken from each record of stage 3, fewer from one that has fewer; 8 at most.
         interleave: stage 3, in how many equal parts a batch is drawn, each from one source.
@@ -47,12 +46,6 @@ class BatchConfig:
             raise ValueError(f"stage {self.stage!r} with masking={self.masking}: stages 1 and 2 need it, 3 has none")
         if self.stage == "bridge" and self.visibility.attention != "bidirectional":
             raise ValueError("stage 'bridge' is truncated at the bridge, not causal: set attention to 'bidirectional'")
-        bare = [shape for shape in self.rows.shapes if not shape[2]]
-        if self.rebuilds_pictures and bare:
-            raise ValueError(
-                f"rows.shapes has {bare[0]}: stage {self.stage!r} rebuilds pictures, and its decoder needs patches in "
-                "every batch: give that shape patches or leave it out"
-            )
         if not 0 <= self.negatives <= MOST_NEGATIVES:
             raise ValueError(
                 f"negatives is {self.negatives}: a record brings {MOST_NEGATIVES} wrong targets at most, set 0 to that"

@@ -34,8 +34,7 @@ class RowsConfig:
     Args:
         batch_size: records of the global batch.
         shapes: (global rows, tokens T, patches P), from cheap to dear; a batch gets the first that holds it. One of
-            them has the largest T and the largest P: any example that fits a row at all fits one of its rows. P = 0 is
-            for text alone, in stages that rebuild no pictures.
+            them has the largest T and the largest P: any example that fits a row at all fits one of its rows.
         examples_per_row: E, at most so many examples share a row.
         masked_per_row: M, at most so many tokens of a row are hidden.
         window: in stages 1 and 2, how many batches are planned together, from ``window * batch_size`` records whose

@@ -495,15 +495,6 @@ def test_settings_that_contradict_are_refused(sources, processors):
         dataset("bridge", sources, processors["2"], share=RowShare((0,), 3))
 
 
-def test_a_stage_that_rebuilds_pictures_is_refused_a_shape_without_patches():
-    rows = dataclasses.replace(ROWS, shapes=((4, 64, 0), (8, 64, 160)))
-    for stage in ("warmup", "bridge"):
-        with pytest.raises(ValueError, match=rf"has \(4, 64, 0\): stage '{stage}' .*leave it out"):
-            BatchConfig(stage, rows, masking=MASKING)
-    BatchConfig("bridge", rows, masking=MaskingConfig(text_ratio=0.5, image_ratio=0.0))
-    BatchConfig("contrastive", rows)
-
-
 def test_building_a_batch_starts_no_jax_back_end():
     code = (
         "import numpy as np, cocoa_jax.data.pipeline\n"
