@@ -154,17 +154,6 @@ def test_no_hidden_unit_is_no_picture_loss(parts):
     assert metrics["mae"] == 0 and np.isfinite(metrics["mntp"])
 
 
-def test_a_batch_in_a_shape_for_text_alone_has_the_loss_of_its_text(parts):
-    model, decoder, batch = parts
-    empty = {name: np.zeros_like(x)[:, :0] for name, x in batch.items() if x.shape[1] in (P, U)}
-    text = {**batch, **empty, "unit": np.full((B, T), -1, np.int32)}
-    grey = np.zeros_like(batch["patches"])
-    no_pictures = {**batch, "patches": grey, "hidden_unit": np.zeros_like(HIDDEN), "unit": text["unit"]}
-    loss, metrics = warmup_loss(model, decoder, text, WarmupConfig())
-    np.testing.assert_allclose(loss, warmup_loss(model, decoder, no_pictures, WarmupConfig())[0], rtol=1e-6)
-    assert metrics["mae"] == 0
-
-
 def test_shared_noise_is_one_for_all_units_of_a_step_and_another_in_the_next(patches, monkeypatch):
     """What stands in the place of hidden units, as the model sees it."""
     shown = []
