@@ -48,7 +48,12 @@ def signalled(desk, line, answers, when, *signals, to=os.killpg):
 
 MAKING = pytest.mark.parametrize(
     ("line", "answers"),
-    [(UP, FREE), (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE}), (f"{ON_GKE} {STAGES}", {}), (f"{ON_XPK} {STAGES}", {})],
+    [
+        (UP, {**FREE, **ACTIVE}),
+        (f"{QUEUED} {STAGES}", {**FREE, **ACTIVE}),
+        (f"{ON_GKE} {STAGES}", {}),
+        (f"{ON_XPK} {STAGES}", {}),
+    ],
     ids=["up", "queued", "gke", "xpk"],
 )
 
