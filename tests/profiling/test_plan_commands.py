@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 # In a block a command ends with its line, in a sentence with the backtick.
 SHOWN = re.compile(r"^(cocoa plan (?:.*\\\n)*.*)$|`(cocoa plan [^`]+)`", re.MULTILINE)
 WRITING = re.compile(r"^cocoa (run .* --write .*)$", re.MULTILINE)  # makes what some plans read
+FILE = re.compile(r"^```yaml\n# (\w+\.yaml)(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def texts() -> list[str]:
@@ -35,6 +36,8 @@ def test_a_plan_that_is_shown_can_be_compiled(command, monkeypatch, tmp_path):
     asked = []
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    for name, inside in (shown for text in texts() for shown in FILE.findall(text)):
+        (tmp_path / name).write_text(f"# {inside}")
     for writing in (words for text in texts() for words in WRITING.findall(text)):
         cli.main(shlex.split(writing))
     for name in ("plan", "search"):
