@@ -3,14 +3,8 @@
 import shlex
 
 import pytest
+from launch_lines import ACTIVE, FREE, GKE, REQUEST, STAGES, XPK
 
-AT = "--name cocoa --project p --zone z"
-REQUEST = f"{AT} --accelerator v5litepod-16 --runtime v2-alpha-tpuv5-lite --image r/p/i:1"
-GKE = "--name cocoa --type v5e --topology 4x4 --image r/p/i:1"
-XPK = f"{AT} --cluster k --tpu-type v5litepod-16 --image r/p/i:1"
-STAGES = "--base /data/m --run gs://b/r --configs c"
-FREE = {"taken": [[1, "NOT_FOUND"]]}
-ACTIVE = {"describe": [[0, "ACTIVE"]]}
 ENDED = {"get jobset": [[0, "Completed"]]}
 FINISHED = {**ACTIVE, "inspect": [[0, "exited:0"]]}
 CLUSTERS = pytest.mark.parametrize(("backend", "words"), [("gke", GKE), ("xpk", XPK)])

@@ -9,16 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from launch_lines import ACTIVE, COMMAND, FREE, GKE, REQUEST, STAGES, XPK
 
 SCRIPTS = Path(__file__).parents[2] / "launch"
-AT = "--name cocoa --project p --zone z"
-REQUEST = f"{AT} --accelerator v5litepod-16 --runtime v2-alpha-tpuv5-lite --image r/p/i:1"
-GKE = "--name cocoa --type v5e --topology 4x4 --image r/p/i:1"
-XPK = f"{AT} --cluster k --tpu-type v5litepod-16 --image r/p/i:1"
-COMMAND = "-- cocoa-stages --base /data/m --run gs://b/r"
-STAGES = "--base /data/m --run gs://b/r --configs c"
-FREE = {"taken": [[1, "NOT_FOUND"]]}
-ACTIVE = {"describe": [[0, "ACTIVE"]]}
 UP = f"queued.sh up {REQUEST} {COMMAND}"
 QUEUED, ON_GKE, ON_XPK = f"pipeline.sh queued {REQUEST}", f"pipeline.sh gke {GKE}", f"pipeline.sh xpk {XPK}"
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
