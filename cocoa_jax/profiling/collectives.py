@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from cocoa_jax.profiling.hlo import COLLECTIVES, Module, Op, hbm
+from cocoa_jax.profiling.hlo import COLLECTIVES, ENDED, Module, Op, hbm
 
 SLOW_AXIS = "slice"  # what is sent along it leaves the slice, over the data-centre network
+_GOES_ON = "async_collective_fusion"  # computations of other work beside which a collective goes on
 Groups = frozenset[frozenset[int]]
 
 
@@ -72,22 +73,13 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
     slices = mesh.get(SLOW_AXIS, 1)
     if module.devices * slices == math.prod(mesh.values()):
         mesh = {**mesh, SLOW_AXIS: 1}
-    # A collective that goes on beside other work is printed in each fusion that it goes on in, some of them in loops of
-    # their own: it runs as often as the rarest.
-    places: dict[tuple[str, str], tuple[float, str, Op]] = {}
-    for where, times in _running(module).items():
-        for op in module.computations[where]:
-            kind = op.kind.removesuffix("-start")
-            if kind not in COLLECTIVES or not times:
-                continue
-            channel = re.search(r"channel_id=(\d+)", op.rest)
-            key = (kind, channel[1] if channel else op.name)
-            if key not in places or times < places[key][0]:
-                places[key] = times, where, op
-    scattered = _scattered(module)
+    scattered, carried = _scattered(module), _carried_on(module)
     within = [
         _collective(op, kind, times, mesh, kept_in_parts=where in scattered)
-        for (kind, _), (times, where, op) in places.items()
+        for where, times in _running(module).items()
+        if times and where not in carried
+        for op in module.computations[where]
+        if (kind := op.kind.removesuffix("-start")) in COLLECTIVES
     ]
     return within + list(_between_slices(module, slices))
 
@@ -215,6 +207,17 @@ def _scattered(module: Module) -> set[str]:
     for ops in module.computations.values():
         found |= {called for op in ops if "all-reduce-scatter" in op.name for called in op.called}
     return found
+
+
+def _carried_on(module: Module) -> set[str]:
+    """Computations in which a collective goes on or ends that another has begun: each of them prints it again.
+
+    Copies of one that runs in several places share its channel, so that the channel does not tell.
+    """
+    ended = (op for ops in module.computations.values() for op in ops if op.name.startswith(ENDED))
+    return {called for op in ended for called in op.called} | {
+        name for name in module.computations if name.startswith(_GOES_ON)
+    }
 
 
 def _running(module: Module) -> dict[str, float]:

@@ -65,15 +65,35 @@ def test_a_permutation_belongs_to_the_axis_that_it_turns():
     assert (found.axis, found.wire) == ("fsdp", KIB)
 
 
-def test_a_start_shows_its_input_too_and_one_channel_counts_once():
+def test_a_start_shows_its_input_too():
     start = module("replica_groups=[2,4]<=[8]", "all-gather-start", "(f32[64]{0}, f32[256]{0})")
     assert collectives(start, MESH)[0].payload == KIB
-    line = "  %again = f32[256]{0} all-reduce(%p), channel_id=1, replica_groups=[2,4]<=[8]\n  ROOT"
-    twice = Module(
-        "HloModule x\n\nENTRY %main (p: f32[256]) -> f32[256] {\n  %p = f32[256]{0} parameter(0)\n"
-        f"{line} %r = f32[256]{{0}} all-reduce(%p), channel_id=1, replica_groups=[2,4]<=[8]\n}}\n"
+
+
+def test_one_that_goes_on_beside_other_work_counts_where_it_starts_and_its_copies_count_too():
+    """The compiler takes a turn out of a loop as a copy, which keeps the channel of the one that stays."""
+    gather = "all-gather(%p), channel_id=1, replica_groups=[2,4]<=[8]"
+    body = "(p: f32[64]) -> f32[256] {\n  %p = f32[64]{0} parameter(0)\n"
+    inner = "".join(
+        f"%{name} {body}  ROOT %g.{at} = f32[256]{{0}} {gather}\n}}\n\n"
+        for at, name in enumerate(("fused_computation.1", "async_collective_fusion.2", "fused_computation.3"))
     )
-    assert len(collectives(twice, MESH)) == 1
+    parts = (("async-collective-start", 1), ("fusion", 2), ("async-collective-done", 3))
+    called = [f"async_collective_fusion.{at}" if at == 2 else f"fused_computation.{at}" for _, at in parts]
+    loop = "".join(
+        f"  {'ROOT ' * (at == 3)}%{name}.{at} = f32[256]{{0}} fusion(%p), kind=kCustom, calls=%{calls}\n"
+        for (name, at), calls in zip(parts, called, strict=True)
+    )
+    found = collectives(
+        Module(
+            f"HloModule x\n\n{inner}%body {body}{loop}}}\n\n%test {body}  ROOT %t = pred[] constant(true)\n}}\n\n"
+            f"ENTRY %main {body}  %copy = f32[256]{{0}} {gather}\n  ROOT %w = f32[256]{{0}} while(%p), "
+            'condition=%test, body=%body, backend_config={"known_trip_count":{"n":"27"}}\n}\n'
+        ),
+        MESH,
+    )
+    assert sorted(one.runs for one in found) == [1, 27]
+    assert sum(one.wire for one in found) == 28 * ring_bytes("all-gather", KIB, 4)
 
 
 def test_no_axis_fits_uneven_groups():

@@ -2,13 +2,20 @@
 
 import importlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from cocoa_jax.config import TrainConfig, load_config
+from cocoa_jax.models.qwen2_vl import abstract_params
 from cocoa_jax.profiling.cells import MeasurementError
+from cocoa_jax.profiling.plan_search import changed
+from cocoa_jax.profiling.steps import read_backbone
 
 WANTED = "qwen2-vl-2b_,lora,v5e-4x4"
 EXAMPLES = {"1-warmup": 128, "2-bridge": 64, "3-contrastive": 1024}
@@ -40,6 +47,25 @@ def test_the_smallest_backbone_fits_sixteen_chips_at_the_batch_sizes_of_the_pape
     result = json.loads(pods.Cell("qwen2-vl-2b", stage, "lora", "v5e:4x4", 1).file.read_text())["result"]
     assert result["fits"] and result["needed"] < result["capacity"] == 15.75 * 2**30
     assert (result["examples"], result["devices"]) == (EXAMPLES[stage], 16)
+
+
+def test_the_weights_of_all_layers_are_gathered_for_every_pass(pods):
+    """Counted apart from the compiled text: forward and backward of each chunk of rows, in stage 3 twice forward."""
+    seen = 0
+    for cell, kept in pods.made(pods.with_fewer(pods.all_cells())):
+        result, mesh = kept["result"], kept["result"]["mesh"]
+        if not result["fits"] or mesh["fsdp"] == 1:
+            continue
+        config = changed(load_config(TrainConfig, cell.path), cell.settings(kept["remat"]))
+        leaves = jax.tree_util.tree_leaves_with_path(abstract_params(read_backbone(config.checkpoint)))
+        kernels = sum(leaf.size for path, leaf in leaves if re.search("layers.*kernel", jax.tree_util.keystr(path)))
+        one_pass = jnp.dtype(config.compute.dtype).itemsize * kernels * (1 - 1 / mesh["fsdp"])
+        rows = result["batch"]["tokens"][0] // result["devices"]
+        chunks = rows // min(config.compute.chunk_rows or rows, rows)
+        sent = sum(row["bytes"] for row in result["sent"] if (row["kind"], row["axis"]) == ("all-gather", "fsdp"))
+        assert 2 <= sent / one_pass / chunks < 4, cell.name
+        seen += 1
+    assert seen > 30
 
 
 def test_making_them_stops_and_goes_on(pods, monkeypatch, tmp_path):
