@@ -66,6 +66,12 @@ class DatasetConfig:
             raise ValueError(f"format is {self.format!r}: `columns` belong to format 'table' and to no other")
         if self.cap is not None and self.cap < 1:
             raise ValueError(f"cap is {self.cap}: it starts at 1, or leave the data set out")
+        places = [*self.images] if self.format in ("prepared", "tfds") else [self.path, *self.images]
+        if remote := [place for place in places if place.startswith("gs://")]:
+            raise ValueError(
+                f"{remote[0]} is in a bucket, from which format {self.format!r} reads nothing: copy it to this machine "
+                "(`gcloud storage cp -r`), or put there what `cocoa data build` makes of it"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -319,6 +319,20 @@ def test_a_data_set_that_cannot_be_opened_is_named(written, dataset, words):
         open_mixture(MixtureConfig({"wrong": DatasetConfig(**dataset)}, str(written)), "warmup")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"format": "cocoa-pairs", "path": "gs://bucket/pairs.json"},
+        {"format": "mmeb-train", "path": "gs://bucket/mmeb"},
+        {"format": "cocoa-captions", "path": "captions.jsonl", "images": ["images", "gs://bucket/images.zip"]},
+    ],
+)
+def test_what_cannot_be_read_from_a_bucket_is_refused(given):
+    with pytest.raises(ValueError, match=rf"gs://bucket/.* is in a bucket, .* '{given['format']}' .*cocoa data build"):
+        DatasetConfig(**given)
+    DatasetConfig(format="prepared", path="gs://bucket/data/1.0.0")
+
+
 def test_weights_for_some_data_sets_alone_are_refused(written):
     some = dataclasses.replace(mixture(written).datasets["pairs"], weight=2.0)
     with pytest.raises(ValueError, match=r"\['pairs'\] have a weight"):

@@ -16,6 +16,7 @@ from cocoa_jax.models.qwen2_vl import abstract_params
 from cocoa_jax.profiling.cells import MeasurementError
 from cocoa_jax.profiling.plan_search import changed
 from cocoa_jax.profiling.steps import read_backbone
+from cocoa_jax.training.flops import StepFlops, Work
 
 WANTED = "qwen2-vl-2b_,lora,v5e-4x4"
 EXAMPLES = {"1-warmup": 128, "2-bridge": 64, "3-contrastive": 1024}
@@ -49,23 +50,46 @@ def test_the_smallest_backbone_fits_sixteen_chips_at_the_batch_sizes_of_the_pape
     assert (result["examples"], result["devices"]) == (EXAMPLES[stage], 16)
 
 
+def planned(pods):
+    """The cells that fit: (cell, what is kept of it, its config, its backbone, chunks of rows in a step)."""
+    for cell, kept in pods.made(pods.with_fewer(pods.all_cells())):
+        if kept["result"]["fits"]:
+            config = changed(load_config(TrainConfig, cell.path), cell.settings(kept["remat"]))
+            rows = kept["result"]["batch"]["tokens"][0] // kept["result"]["devices"]
+            chunks = rows // min(config.compute.chunk_rows or rows, rows)
+            yield cell, kept, config, read_backbone(config.checkpoint), chunks
+
+
 def test_the_weights_of_all_layers_are_gathered_for_every_pass(pods):
     """Counted apart from the compiled text: forward and backward of each chunk of rows, in stage 3 twice forward."""
     seen = 0
-    for cell, kept in pods.made(pods.with_fewer(pods.all_cells())):
-        result, mesh = kept["result"], kept["result"]["mesh"]
-        if not result["fits"] or mesh["fsdp"] == 1:
+    for cell, kept, config, backbone, chunks in planned(pods):
+        result, shards = kept["result"], kept["result"]["mesh"]["fsdp"]
+        if shards == 1:
             continue
-        config = changed(load_config(TrainConfig, cell.path), cell.settings(kept["remat"]))
-        leaves = jax.tree_util.tree_leaves_with_path(abstract_params(read_backbone(config.checkpoint)))
+        leaves = jax.tree_util.tree_leaves_with_path(abstract_params(backbone))
         kernels = sum(leaf.size for path, leaf in leaves if re.search("layers.*kernel", jax.tree_util.keystr(path)))
-        one_pass = jnp.dtype(config.compute.dtype).itemsize * kernels * (1 - 1 / mesh["fsdp"])
-        rows = result["batch"]["tokens"][0] // result["devices"]
-        chunks = rows // min(config.compute.chunk_rows or rows, rows)
+        one_pass = jnp.dtype(config.compute.dtype).itemsize * kernels * (1 - 1 / shards)
         sent = sum(row["bytes"] for row in result["sent"] if (row["kind"], row["axis"]) == ("all-gather", "fsdp"))
         assert 2 <= sent / one_pass / chunks < 4, cell.name
         seen += 1
     assert seen > 30
+
+
+def test_flops_are_those_of_the_arithmetic_and_of_what_is_computed_again(pods):
+    """An adapter takes a pass forward and one backward, all weights two backward; one more for each recomputation."""
+    for cell, kept, config, backbone, chunks in planned(pods):
+        rows, negatives, vision = config.data.rows, config.data.negatives, backbone.vision
+        (B, T, P), N = rows.widest, rows.batch_size
+        pairs = (N, N * (1 + negatives)) if config.stage == "contrastive" else (0, 0)
+        documents = min(rows.examples_per_row, -(-(sum(pairs) or N) // B))
+        windows = B * P * (vision.window // vision.patch_size) ** 2
+        predicted = 0 if any(pairs) else B * rows.masked_per_row
+        work = Work(B * T, B * P, B * T * T / documents, B * P * P / documents, windows, predicted, *pairs)
+        again = (kept["remat"] == "full") + (any(pairs) and chunks > 1 and config.compute.chunk_remat)
+        passes = 3 if config.lora is None else 2
+        counted = kept["result"]["flops"] * kept["result"]["devices"] / StepFlops(config, backbone)(work)
+        assert counted == pytest.approx((passes + again) / passes, rel=0.08), cell.name
 
 
 def test_making_them_stops_and_goes_on(pods, monkeypatch, tmp_path):
