@@ -30,8 +30,9 @@ from cocoa_jax.training.mesh import AXES
 REPOSITORY = Path(__file__).parents[1]
 STAGES = ("1-warmup", "2-bridge", "3-contrastive")
 SLICES = ("v5e:4x8", "v5e:8x8", "v5e:8x16")
-# Of each chip; with these no length of an array of examples is one of a parameter or of a row.
-PAIRS, ROWS, SLOTS = 24, 2, 24
+# Of each chip; with these no length of an array of examples is padded, or is one of a parameter, padded or not, or of a
+# row.
+PAIRS, ROWS, SLOTS = 56, 2, 56
 HOST = re.compile(r" (infeed|outfeed|send|recv)\(|MoveToHost|MoveToDevice|callback")
 
 
@@ -48,6 +49,7 @@ class Sent:
     """
 
     stage: str
+    training: str
     topology: str
     chips: int
     embeddings: float
@@ -94,7 +96,7 @@ def sent(stage: str, training: str, topology: str) -> Sent:
         sums["others"] += (1 - share) * one.wire / 2**10
         sums["steady"] += steady
         kinds[one.kind] = kinds.get(one.kind, 0.0) + steady
-    return Sent(stage, topology, chips, **sums, kinds=kinds, host=len(HOST.findall(text)))
+    return Sent(stage, training, topology, chips, **sums, kinds=kinds, host=len(HOST.findall(text)))
 
 
 def _lengths(chips: int) -> set[int]:
@@ -118,12 +120,12 @@ def _share(kind: str, shape: str, lengths: set[int]) -> float:
 def table(rows: list[Sent]) -> str:
     """As Markdown."""
     lines = [
-        "| stage | slice | chips | examples, KiB | all else, KiB | of it in endless rings, KiB |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| stage | trained | slice | chips | examples, KiB | all else, KiB | of it in endless rings, KiB |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         sizes = f"{row.embeddings:,.0f} | {row.others:,.0f} | {row.steady:,.0f}"
-        lines.append(f"| {row.stage} | {row.topology} | {row.chips} | {sizes} |")
+        lines.append(f"| {row.stage} | {row.training} | {row.topology} | {row.chips} | {sizes} |")
     return "\n".join(lines) + "\n"
 
 

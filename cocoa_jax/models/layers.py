@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from cocoa_jax.attention.blockwise import LSE, OUT
 from cocoa_jax.models.low_rank import PRODUCT, LowRank, TrainedRows
-from cocoa_jax.models.spread import over_rows
+from cocoa_jax.models.spread import look_up, over_rows
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -47,7 +47,7 @@ class Embedding(nnx.Module):
         self.adapter: TrainedRows | None = nnx.data(None)  # given by models/lora.py
 
     def __call__(self, ids: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B D"]:
-        words = jnp.take(self.table[...], ids, axis=0).astype(dtype)
+        words = look_up(self.table[...], ids).astype(dtype)
         return words if self.adapter is None else self.adapter.read(words, ids)
 
     def score(self, hidden: Float[Array, "*B D"], kernel: Float[Array, "D V"] | None = None) -> Float[Array, "*B V"]:

@@ -6,11 +6,14 @@ as the kernels are split, and send activations around where it should gather wei
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cocoa_jax.attention.divide import free_axes, row_axes
 
@@ -45,6 +48,37 @@ def over_vocabulary(x: Float[Array, "... V"], *, rows: bool = False) -> Float[Ar
 def shared_rows(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     """``x`` whole on all devices that share the parameters, its rows over the other axes of rows."""
     return jax.lax.with_sharding_constraint(x, P(_left(x.shape[0]))) if free_axes() else x
+
+
+def look_up(table: Float[Array, "V D"], ids: Int[Array, "B ..."]) -> Float[Array, "B ... D"]:
+    """Rows of ``table``, whose gradient is added up where the parts of its width lie.
+
+    Left alone, XLA adds up a whole table on every device and then those of all devices.
+    """
+    return _look_up(table.shape[0], ids, table)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(rows: int, ids: Int[Array, "B ..."], table: Float[Array, "V D"]) -> Float[Array, "B ... D"]:
+    return jnp.take(table, ids, axis=0)
+
+
+def _looked_up(rows: int, ids: Int[Array, "B ..."], table: Float[Array, "V D"]) -> tuple[Any, Any]:
+    return _look_up(rows, ids, table), ids
+
+
+def _added_up(rows: int, ids: Int[Array, "B ..."], gradient: Float[Array, "B ... D"]) -> tuple[None, Any]:
+    total = jnp.zeros((rows, gradient.shape[-1]), gradient.dtype)
+    if "fsdp" in free_axes():
+        own = P(_left(ids.shape[0]), *[None] * (ids.ndim - 1))
+        ids = jax.lax.with_sharding_constraint(ids, own)
+        gradient = jax.lax.with_sharding_constraint(gradient, P(*own, "fsdp"))
+        total = jax.lax.with_sharding_constraint(total, P(None, "fsdp"))
+        return None, jax.lax.with_sharding_constraint(total.at[ids].add(gradient), P(None, "fsdp"))
+    return None, total.at[ids].add(gradient)
+
+
+_look_up.defvjp(_looked_up, _added_up)
 
 
 def whole(x: Float[Array, ...]) -> Float[Array, ...]:
