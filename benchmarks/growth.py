@@ -32,7 +32,7 @@ STAGES = ("1-warmup", "2-bridge", "3-contrastive")
 SLICES = ("v5e:4x8", "v5e:8x8", "v5e:8x16")
 # Of each chip; with these no length of an array of examples is padded, or is one of a parameter, padded or not, or of a
 # row.
-PAIRS, ROWS, SLOTS = 56, 2, 56
+PAIRS, ROWS, SLOTS = 48, 2, 48
 HOST = re.compile(r" (infeed|outfeed|send|recv)\(|MoveToHost|MoveToDevice|callback")
 
 

@@ -8,9 +8,9 @@ def test_arrays_of_examples_are_told_from_others():
     lengths = _lengths(64)
     assert _share("all-gather", "bf16[2,512,1024]{2,1,0:T(8,128)(2,1)S(1)}", lengths) == 0
     assert _share("all-gather", f"(f32[{ROWS * SLOTS},512]{{1,0}}, f32[{64 * ROWS * SLOTS},512]{{1,0}})", lengths) == 1
-    # Sent as one: 3,584 x 512 numbers of embeddings and 512 x 512 of a gradient.
+    # Sent as one: 3,072 x 512 numbers of embeddings and 512 x 512 of a gradient.
     assert _share("all-reduce", f"(f32[{64 * PAIRS},512]{{1,0}}, f32[512,512]{{1,0}}, f32[])", lengths) == (
-        pytest.approx(3584 / 4096, rel=1e-5)
+        pytest.approx(3072 / 3584, rel=1e-5)
     )
     assert _share("all-reduce", "f32[]", lengths) == 0
 
@@ -36,11 +36,12 @@ def test_a_table():
 @pytest.mark.parametrize("stage", ["1-warmup", "2-bridge", "3-contrastive"])
 def test_four_times_the_chips_send_no_more_each(stage, training):
     few, many = (sent(stage, training, topology) for topology in ("v5e:4x8", "v5e:8x16"))
-    # The compiler chooses anew for every slice, which moves a thousandth up, and in stage 1 a twentieth down.
-    assert many.steady <= 1.005 * few.steady
+    assert many.steady == pytest.approx(few.steady, rel=0.001)  # the compiler chooses anew for every slice
     assert few.host == many.host == 0  # nothing in a step speaks with the host
+    if stage != "3-contrastive":
+        assert few.embeddings == many.embeddings < 1000  # a part of a parameter that is as long
+        return
     for one in (few, many):
         # Gathered once in the slots and once in part in order, with the gradient of both; each at most an all-reduce in
         # float32. A matrix of scores would be beyond it.
-        embeddings = one.chips * ROWS * SLOTS * small_backbone().text.width * 4 / 2**10
-        assert one.embeddings <= (6 * embeddings if stage == "3-contrastive" else 0)
+        assert 0 < one.embeddings <= 6 * one.chips * ROWS * SLOTS * small_backbone().text.width * 4 / 2**10
